@@ -1,0 +1,2 @@
+//! The `trapgate` command.
+fn main() {}
