@@ -1,0 +1,361 @@
+//! Guest RAM: where it lies in the guest-physical address space and in the host process.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
+use std::sync::Arc;
+
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
+};
+
+use crate::access::HostAddress;
+use crate::trace::{PageTraces, Traces};
+use crate::{PAGE_SIZE, TraceFlags};
+
+/// Guest-physical memory as devices see it, through the interfaces of [`vm_memory`].
+pub type GuestSpace = GuestMemoryMmap<PageTraces>;
+
+/// Where the PC's hole for memory-mapped devices starts.
+const HOLE_START: u64 = 0xc000_0000;
+/// Where RAM goes on above it.
+const HOLE_END: u64 = 0x1_0000_0000;
+
+/// What can go wrong with guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host refused the memory file or its mapping.
+    #[error("cannot reserve {bytes} bytes of guest memory")]
+    Reserve {
+        /// Size of the whole guest memory in bytes.
+        bytes: u64,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// A range is empty, not page-aligned, out of order, or overlaps another.
+    #[error("guest memory range {start:#x}..+{length:#x} is empty, unaligned or overlaps another")]
+    Range {
+        /// Guest-physical start of the range.
+        start: u64,
+        /// Its length in bytes.
+        length: u64,
+    },
+    /// An access touches addresses that are not RAM.
+    #[error("guest-physical addresses {gpa:#x}..+{length:#x} are not all RAM")]
+    NotRam {
+        /// First guest-physical address of the access.
+        gpa: u64,
+        /// Its length in bytes.
+        length: u64,
+    },
+}
+
+/// A run of RAM in the guest-physical address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamRange {
+    /// Guest-physical, page-aligned.
+    pub start: u64,
+    /// Bytes, a multiple of the page size.
+    pub length: u64,
+}
+
+/// The RAM ranges of a PC with `bytes` of memory: up to 3 GiB from address 0, the rest from 4 GiB,
+/// so that the last GiB below 4 GiB is free for devices.
+pub fn pc_ram_ranges(bytes: u64) -> Vec<RamRange> {
+    let low = bytes.min(HOLE_START);
+    let mut ranges = vec![RamRange {
+        start: 0,
+        length: low,
+    }];
+    if bytes > low {
+        ranges.push(RamRange {
+            start: HOLE_END,
+            length: bytes - low,
+        });
+    }
+    ranges
+}
+
+/// A range with the place of its mapping in this process.
+#[derive(Clone, Copy, Debug)]
+struct Mapped {
+    start: u64,
+    length: u64,
+    file_offset: u64,
+    host: HostAddress,
+}
+
+/// All RAM of one guest: one sparse memfd, mapped shared. Pages that the guest never touches cost
+/// nothing.
+#[derive(Debug)]
+pub struct GuestMemory {
+    space: GuestSpace,
+    mapped: Vec<Mapped>,
+    traces: Arc<Traces>,
+}
+
+impl GuestMemory {
+    /// Reserves RAM for `ranges`, which are in ascending order.
+    pub fn new(ranges: &[RamRange]) -> Result<Self, MemoryError> {
+        let mut bytes = 0;
+        let mut end = 0;
+        for range in ranges {
+            let aligned = (range.start | range.length) % PAGE_SIZE == 0;
+            if !aligned || range.length == 0 || range.start < end {
+                return Err(MemoryError::Range {
+                    start: range.start,
+                    length: range.length,
+                });
+            }
+            end = range.start + range.length;
+            bytes += range.length;
+        }
+        let reserve = |source| MemoryError::Reserve { bytes, source };
+        let file = memory_file(bytes).map_err(reserve)?;
+        let traces = Arc::new(Traces::new((bytes / PAGE_SIZE) as usize));
+
+        let mut regions = Vec::new();
+        let mut mapped = Vec::new();
+        let mut file_offset = 0;
+        for range in ranges {
+            let page_traces = PageTraces::new(Arc::clone(&traces), range.start, file_offset);
+            let backing = file.try_clone().map_err(reserve)?;
+            let mapping = MmapRegionBuilder::new_with_bitmap(range.length as usize, page_traces)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .with_file_offset(FileOffset::new(backing, file_offset))
+                .build()
+                .map_err(|error| reserve(io::Error::other(error)))?;
+            mapped.push(Mapped {
+                start: range.start,
+                length: range.length,
+                file_offset,
+                host: host_address(mapping.as_ptr()),
+            });
+            let region = GuestRegionMmap::new(mapping, GuestAddress(range.start)).ok_or(
+                MemoryError::Range {
+                    start: range.start,
+                    length: range.length,
+                },
+            )?;
+            regions.push(region);
+            file_offset += range.length;
+        }
+        let space = GuestSpace::from_regions(regions)
+            .map_err(|error| reserve(io::Error::other(error.to_string())))?;
+        Ok(Self {
+            space,
+            mapped,
+            traces,
+        })
+    }
+
+    /// The address space for devices; writes through it are traced.
+    pub fn space(&self) -> &GuestSpace {
+        &self.space
+    }
+
+    /// The trace flags of all pages.
+    pub fn traces(&self) -> &Arc<Traces> {
+        &self.traces
+    }
+
+    /// The RAM ranges, ascending.
+    pub fn ranges(&self) -> impl Iterator<Item = RamRange> + '_ {
+        self.mapped.iter().map(|range| RamRange {
+            start: range.start,
+            length: range.length,
+        })
+    }
+
+    /// Bytes of RAM in all.
+    pub fn size(&self) -> u64 {
+        self.mapped.iter().map(|range| range.length).sum()
+    }
+
+    fn mapped(&self, gpa: u64) -> Option<&Mapped> {
+        self.mapped
+            .iter()
+            .find(|range| gpa.wrapping_sub(range.start) < range.length)
+    }
+
+    /// Where the byte at `gpa` lies in this process; the rest of its page follows. `None` where
+    /// there is no RAM. Writing through it bypasses the traces: the caller asks [`Self::traces`]
+    /// first. The address is good as long as this `GuestMemory` lives.
+    #[inline]
+    pub fn host(&self, gpa: u64) -> Option<HostAddress> {
+        self.mapped(gpa)
+            .map(|range| range.host.offset(gpa - range.start))
+    }
+
+    /// The page's index in [`Self::traces`], or `None` where there is no RAM.
+    #[inline]
+    pub fn page_index(&self, gpa: u64) -> Option<usize> {
+        self.mapped(gpa)
+            .map(|range| ((range.file_offset + gpa - range.start) / PAGE_SIZE) as usize)
+    }
+
+    /// The trace flags of the page that holds `gpa`; none where there is no RAM.
+    pub fn flags(&self, gpa: u64) -> TraceFlags {
+        self.page_index(gpa)
+            .map_or(TraceFlags::NONE, |page| self.traces.get(page))
+    }
+
+    /// Copies guest memory out.
+    pub fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), MemoryError> {
+        self.space
+            .read_slice(data, GuestAddress(gpa))
+            .map_err(|_| MemoryError::NotRam {
+                gpa,
+                length: data.len() as u64,
+            })
+    }
+
+    /// Copies into guest memory, through the traces. All of it or nothing.
+    pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), MemoryError> {
+        let not_ram = MemoryError::NotRam {
+            gpa,
+            length: data.len() as u64,
+        };
+        if !self.space.check_range(GuestAddress(gpa), data.len()) {
+            return Err(not_ram);
+        }
+        self.space
+            .write_slice(data, GuestAddress(gpa))
+            .map_err(|_| not_ram)
+    }
+}
+
+#[allow(unsafe_code)]
+fn host_address(mapping: *mut u8) -> HostAddress {
+    // SAFETY: the mapping lives as long as the `GuestMemory` that hands addresses into it out, and
+    // `vm-memory` makes no references to its bytes either.
+    unsafe { HostAddress::new(mapping) }
+}
+
+#[allow(unsafe_code)]
+fn memory_file(bytes: u64) -> io::Result<File> {
+    // SAFETY: the name is a C string literal; the call touches no memory of ours.
+    let descriptor = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just opened and belongs to no one else.
+    let file = unsafe { File::from_raw_fd(descriptor) };
+    file.set_len(bytes)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::TraceListener;
+
+    #[derive(Default)]
+    struct Heard(Mutex<Vec<(u64, u64)>>);
+
+    impl TraceListener for Heard {
+        fn written(&self, gpa: u64, length: u64) {
+            self.0.lock().unwrap().push((gpa, length));
+        }
+    }
+
+    fn two_ranges() -> GuestMemory {
+        GuestMemory::new(&[
+            RamRange {
+                start: 0,
+                length: 0x4000,
+            },
+            RamRange {
+                start: 0x10_0000,
+                length: 0x4000,
+            },
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn memory_beyond_three_gib_goes_above_the_device_hole() {
+        let ranges = pc_ram_ranges(5 << 30);
+        assert_eq!(
+            ranges,
+            [
+                RamRange {
+                    start: 0,
+                    length: 3 << 30
+                },
+                RamRange {
+                    start: 4 << 30,
+                    length: 2 << 30
+                },
+            ]
+        );
+    }
+
+    #[test]
+    fn device_writes_and_host_addresses_see_the_same_bytes() {
+        let memory = two_ranges();
+        memory.write(0x10_1ffe, &[1, 2, 3, 4]).unwrap();
+        let host = memory.host(0x10_2000).unwrap();
+        assert_eq!(host.load_u16(), 0x0403);
+    }
+
+    #[test]
+    fn access_across_a_hole_is_refused_and_writes_nothing() {
+        let memory = two_ranges();
+        assert!(memory.write(0x3ffe, &[9; 4]).is_err());
+        let mut bytes = [0; 2];
+        memory.read(0x3ffe, &mut bytes).unwrap();
+        assert_eq!(bytes, [0, 0]);
+        assert!(memory.host(0x4000).is_none());
+    }
+
+    #[test]
+    fn write_to_a_traced_page_is_heard_page_by_page() {
+        let memory = two_ranges();
+        let heard = Arc::new(Heard::default());
+        memory
+            .traces()
+            .listen(TraceFlags::CODE, Arc::clone(&heard) as _);
+        for gpa in [0x10_1000, 0x10_2000] {
+            let page = memory.page_index(gpa).unwrap();
+            memory.traces().set(page, TraceFlags::CODE);
+        }
+        memory.write(0x10_1ff0, &[0; 0x20]).unwrap();
+        memory.write(0x10_0000, &[0; 0x20]).unwrap();
+        assert_eq!(
+            *heard.0.lock().unwrap(),
+            [(0x10_1ff0, 0x10), (0x10_2000, 0x10)]
+        );
+    }
+
+    #[test]
+    fn first_write_to_a_clean_page_makes_it_dirty_for_good() {
+        let memory = two_ranges();
+        let heard = Arc::new(Heard::default());
+        memory
+            .traces()
+            .listen(TraceFlags::CLEAN, Arc::clone(&heard) as _);
+        memory.traces().set(1, TraceFlags::CLEAN);
+        memory.write(0x1000, &[1]).unwrap();
+        memory.write(0x1000, &[2]).unwrap();
+        assert_eq!(*heard.0.lock().unwrap(), [(0x1000, 1)]);
+        assert!(memory.flags(0x1000).is_empty());
+    }
+
+    #[test]
+    fn overlapping_or_unaligned_ranges_are_refused() {
+        for ranges in [
+            [(0, 0x2000), (0x1000, 0x1000)],
+            [(0, 0x1000), (0x1800, 0x1000)],
+            [(0, 0x1000), (0x1000, 0)],
+        ] {
+            let ranges = ranges.map(|(start, length)| RamRange { start, length });
+            assert!(GuestMemory::new(&ranges).is_err());
+        }
+    }
+}

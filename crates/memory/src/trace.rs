@@ -1,0 +1,165 @@
+//! Trace flags: who wants to hear of a write to which page.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, RwLock};
+
+use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
+
+use crate::PAGE_SIZE;
+
+/// The reasons for which a page can be traced, as a set of bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceFlags(pub u8);
+
+impl TraceFlags {
+    /// No one wants to hear of writes to the page.
+    pub const NONE: Self = Self(0);
+    /// Some engine has decoded or translated code on the page.
+    pub const CODE: Self = Self(1 << 0);
+    /// The page was clean when the dirty log was last read.
+    pub const CLEAN: Self = Self(1 << 1);
+
+    /// Whether no bit is set.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Whether every bit of `other` is set.
+    pub fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// Someone who set a trace flag and is told of writes to pages that carry it.
+pub trait TraceListener: Send + Sync {
+    /// `length` bytes from guest-physical address `gpa` have been written; they lie in one page.
+    /// Called after the write, on the thread that wrote.
+    fn written(&self, gpa: u64, length: u64);
+}
+
+/// The trace flags of all pages of a guest's RAM, indexed by the page's place in the RAM file
+/// (so holes in the physical address space cost nothing).
+pub struct Traces {
+    pages: Box<[AtomicU8]>,
+    listeners: RwLock<Vec<(TraceFlags, Arc<dyn TraceListener>)>>,
+}
+
+impl fmt::Debug for Traces {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Traces")
+            .field("pages", &self.pages.len())
+            .finish()
+    }
+}
+
+impl Traces {
+    pub(crate) fn new(pages: usize) -> Self {
+        Self {
+            pages: (0..pages).map(|_| AtomicU8::new(0)).collect(),
+            listeners: RwLock::default(),
+        }
+    }
+
+    /// Adds a listener for writes to pages that carry any of `flags`.
+    pub fn listen(&self, flags: TraceFlags, listener: Arc<dyn TraceListener>) {
+        self.listeners
+            .write()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .push((flags, listener));
+    }
+
+    /// The flags of a page; a page out of range has none.
+    #[inline]
+    pub fn get(&self, page: usize) -> TraceFlags {
+        self.pages.get(page).map_or(TraceFlags::NONE, |flags| {
+            TraceFlags(flags.load(Ordering::Acquire))
+        })
+    }
+
+    /// Sets `flags` on a page; returns those that it had.
+    pub fn set(&self, page: usize, flags: TraceFlags) -> TraceFlags {
+        self.pages.get(page).map_or(TraceFlags::NONE, |page| {
+            TraceFlags(page.fetch_or(flags.0, Ordering::AcqRel))
+        })
+    }
+
+    /// Clears `flags` on a page; returns those that it had.
+    pub fn clear(&self, page: usize, flags: TraceFlags) -> TraceFlags {
+        self.pages.get(page).map_or(TraceFlags::NONE, |page| {
+            TraceFlags(page.fetch_and(!flags.0, Ordering::AcqRel))
+        })
+    }
+
+    /// Tells the listeners that `length` bytes from `gpa`, all in RAM page `page`, were written.
+    /// The first write to a [`TraceFlags::CLEAN`] page takes that flag away.
+    #[cold]
+    pub fn report(&self, page: usize, gpa: u64, length: u64) {
+        let flags = self.clear(page, TraceFlags::CLEAN);
+        let listeners = self
+            .listeners
+            .read()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        for (wanted, listener) in listeners.iter() {
+            if wanted.0 & flags.0 != 0 {
+                listener.written(gpa, length);
+            }
+        }
+    }
+}
+
+/// The traces of one RAM range, in the place where [`vm_memory`] keeps a dirty bitmap, so that
+/// every device write passes by here.
+#[derive(Clone, Debug)]
+pub struct PageTraces {
+    traces: Arc<Traces>,
+    /// Guest-physical address of offset 0.
+    base: u64,
+    /// Offset in the RAM file of offset 0.
+    file_offset: u64,
+}
+
+impl PageTraces {
+    pub(crate) fn new(traces: Arc<Traces>, base: u64, file_offset: u64) -> Self {
+        Self {
+            traces,
+            base,
+            file_offset,
+        }
+    }
+}
+
+impl WithBitmapSlice<'_> for PageTraces {
+    type S = Self;
+}
+
+impl BitmapSlice for PageTraces {}
+
+impl Bitmap for PageTraces {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        let mut offset = offset as u64;
+        let end = offset.saturating_add(len as u64);
+        while offset < end {
+            let at = self.file_offset + offset;
+            let page = (at / PAGE_SIZE) as usize;
+            let length = (PAGE_SIZE - at % PAGE_SIZE).min(end - offset);
+            if !self.traces.get(page).is_empty() {
+                self.traces.report(page, self.base + offset, length);
+            }
+            offset += length;
+        }
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        let page = ((self.file_offset + offset as u64) / PAGE_SIZE) as usize;
+        !self.traces.get(page).contains(TraceFlags::CLEAN)
+    }
+
+    fn slice_at(&self, offset: usize) -> Self {
+        Self {
+            traces: Arc::clone(&self.traces),
+            base: self.base + offset as u64,
+            file_offset: self.file_offset + offset as u64,
+        }
+    }
+}
