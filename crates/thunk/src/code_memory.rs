@@ -1,0 +1,3 @@
+//! Code memory.
+#[derive(Debug)]
+pub(crate) struct Chunk;
