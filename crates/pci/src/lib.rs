@@ -1,36 +1,25 @@
 #![forbid(unsafe_code)]
-//! PCI functions as their bus sees them.
+//! One PCI bus: its configuration mechanisms, the routing of memory accesses to the functions on
+//! it, and what every function has (header, capability list, MSI-X).
+//!
+//! # Locks
+//! Every function has its own lock, so that processors that use different devices do not meet. The
+//! order is **bus configuration → function → what the function locks → [`MessageSink`] and
+//! [`InterruptLine`]** (which lock the interrupt controllers). So whoever implements a sink or a
+//! line never calls into the bus from it, nor while it holds what the sink locks.
 
-/// A memory window that a base address register opens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
-    /// Which base address register, 0 to 5 (the lower one of a 64-bit pair).
-    pub bar: u8,
-    /// Guest-physical start.
-    pub base: u64,
-    /// Bytes, a power of two.
-    pub length: u64,
-}
+mod bus;
+mod config;
+mod function;
+mod host_bridge;
+mod interrupt;
+mod layout;
+mod msix;
 
-/// A PCI function as the bus sees it (PCI Local Bus 3.0, chapter 6).
-pub trait Function: Send {
-    /// Reads 1, 2 or 4 bytes of configuration space at `offset` (below 4096).
-    fn config_read(&mut self, offset: u16, data: &mut [u8]);
-    /// Writes 1, 2 or 4 bytes of configuration space at `offset` (below 4096).
-    fn config_write(&mut self, offset: u16, data: &[u8]);
-    /// The memory windows that are open now (memory space enabled in the command register).
-    fn windows(&self) -> Vec<Window>;
-    /// Reads 1 to 8 bytes at `offset` in a window.
-    fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]);
-    /// Writes 1 to 8 bytes at `offset` in a window.
-    fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]);
-}
-
-/// A message-signalled interrupt: a write of `data` to `address` (PCI 3.0, 6.8).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Message {
-    /// Guest-physical, 0xfeex_xxxx on x86.
-    pub address: u64,
-    /// Vector, delivery and trigger mode.
-    pub data: u32,
-}
+pub use bus::{Bus, PciError};
+pub use config::{BarKind, ConfigSpace, Identity, register};
+pub use function::{Function, Window};
+pub use host_bridge::HostBridge;
+pub use interrupt::{InterruptLine, Message, MessageSink, WiredOr};
+pub use layout::{ECAM_BASE, ECAM_LAST_BUS, ECAM_SIZE, MMIO_BASE, MMIO_SIZE, SLOTS, slot_gsi};
+pub use msix::Msix;

@@ -1,0 +1,35 @@
+//! PCI functions as their bus sees them.
+
+/// A memory window that a base address register opens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Which base address register, 0 to 5 (the lower one of a 64-bit pair).
+    pub bar: u8,
+    /// Guest-physical start.
+    pub base: u64,
+    /// Bytes, a power of two.
+    pub length: u64,
+}
+
+/// A PCI function as the bus sees it (PCI Local Bus 3.0, chapter 6).
+pub trait Function: Send {
+    /// Reads 1 to 4 bytes of configuration space at `offset` (below 4096), all in one aligned
+    /// doubleword.
+    fn config_read(&mut self, offset: u16, data: &mut [u8]);
+    /// Writes 1 to 4 bytes of configuration space at `offset` (below 4096), all in one aligned
+    /// doubleword. Only a write to the header (below 0x40) may change [`Self::windows`].
+    fn config_write(&mut self, offset: u16, data: &[u8]);
+    /// The memory windows that are open now (memory space enabled in the command register).
+    fn windows(&self) -> Vec<Window>;
+    /// Reads 1 to 8 bytes at `offset` in a window; `data` is zeroed before.
+    fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]);
+    /// Writes 1 to 8 bytes at `offset` in a window.
+    fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]);
+    /// Puts the function into its state after power-on (a reset of the machine).
+    fn reset(&mut self);
+    /// Stops what the function does on its own threads; when this returns it touches guest memory
+    /// no more until [`Self::resume`].
+    fn pause(&mut self) {}
+    /// Goes on after [`Self::pause`].
+    fn resume(&mut self) {}
+}
