@@ -1,0 +1,448 @@
+//! Packages by way of apt.
+//!
+//! apt checks what it fetches against its signed lists. Where the system's lists are missing or too old, root updates
+//! them; who isn't root, or can't, gets lists of their own for this one time, under the cache.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::cache::{need_space, publish, write_file};
+use crate::{CacheDir, ImageError, Origin, Parts, Phase, Progress, deb, host};
+
+/// Packages that depend on the distribution's newest kernel, the leanest first; a distribution has one or two of them.
+const KERNELS: &[&str] = &[
+    "linux-image-cloud-amd64",
+    "linux-image-virtual",
+    "linux-image-amd64",
+    "linux-image-generic",
+];
+const BUSYBOX: &str = "busybox-static";
+
+/// Space that lists of our own take while they are needed, bytes.
+const LISTS_NEED: u64 = 256 << 20;
+
+/// What is in a directory of kept packages: `origin NAME VERSION`, and for each package `file SIZE NAME`.
+const KEPT: &str = "kept";
+
+/// Makes the parts from packages of an earlier run, if there are any.
+pub(crate) fn kept(
+    cache: &CacheDir,
+    progress: &mut dyn Progress,
+) -> Result<Option<Parts>, ImageError> {
+    let entries = fs::read_dir(cache.packages())
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut directories: Vec<_> = entries.map(|e| e.path()).collect();
+    directories.sort_by(|a, b| host::compare_versions(&b.to_string_lossy(), &a.to_string_lossy()));
+    for directory in directories {
+        if let Some((origin, files)) = read_kept(&directory) {
+            match deb::parts(&files, origin, progress) {
+                Ok(parts) => return Ok(Some(parts)),
+                // Damaged in the cache: fetched anew.
+                Err(
+                    ImageError::Package { .. }
+                    | ImageError::Missing { .. }
+                    | ImageError::NotAKernel { .. },
+                ) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let _ = fs::remove_dir_all(&directory);
+    }
+    Ok(None)
+}
+
+fn read_kept(directory: &Path) -> Option<(Origin, Vec<PathBuf>)> {
+    let text = fs::read_to_string(directory.join(KEPT)).ok()?;
+    let mut origin = None;
+    let mut files = Vec::new();
+    for line in text.lines() {
+        let mut words = line.split(' ');
+        match (words.next()?, words.next()?, words.next()?) {
+            ("origin", name, version) => {
+                origin = Some(Origin::Package {
+                    name: name.into(),
+                    version: version.into(),
+                })
+            }
+            ("file", size, name) => {
+                let path = directory.join(name);
+                (path.metadata().ok()?.len() == size.parse().ok()?).then_some(())?;
+                files.push(path);
+            }
+            _ => return None,
+        }
+    }
+    Some((origin?, files))
+}
+
+/// Fetches the packages, makes the parts from them, and keeps the packages.
+pub(crate) fn fetch(
+    cache: &CacheDir,
+    work: &Path,
+    progress: &mut dyn Progress,
+) -> Result<Parts, ImageError> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let find = |name: &str| {
+        std::env::split_paths(&path)
+            .map(|d| d.join(name))
+            .find(|p| p.is_file())
+    };
+    let (Some(get), Some(query)) = (find("apt-get"), find("apt-cache")) else {
+        return Err(ImageError::NoPackageManager);
+    };
+    let apt = Apt {
+        get,
+        query,
+        options: Vec::new(),
+        work: work.into(),
+    };
+    fetch_with(
+        apt,
+        rustix::process::geteuid().is_root(),
+        cache,
+        work,
+        progress,
+    )
+}
+
+fn fetch_with(
+    mut apt: Apt,
+    root: bool,
+    cache: &CacheDir,
+    work: &Path,
+    progress: &mut dyn Progress,
+) -> Result<Parts, ImageError> {
+    if root {
+        // Otherwise apt drops to a user who may not write to the cache, and complains of it.
+        apt.option("APT::Sandbox::User=root");
+    }
+    apt.option("Acquire::Retries=2");
+    apt.option("Acquire::Languages=none");
+
+    let target = work.join("packages");
+    let mut attempt = get_packages(&apt, &target, progress);
+    if root && worth_an_update(&attempt) {
+        attempt = apt
+            .update(progress)
+            .and_then(|()| get_packages(&apt, &target, progress));
+    }
+    if worth_an_update(&attempt) {
+        need_space(work, LISTS_NEED)?;
+        apt.use_own_lists(&work.join("apt"))?;
+        attempt = apt
+            .update(progress)
+            .and_then(|()| get_packages(&apt, &target, progress));
+    }
+    let (kernel, files) = attempt?;
+
+    let origin = Origin::Package {
+        name: kernel.name.clone(),
+        version: kernel.version.clone(),
+    };
+    let parts = deb::parts(&files, origin, progress)?;
+    keep(&kernel, &files, &target, cache, work)?;
+    Ok(parts)
+}
+
+/// Whether newer lists may help.
+fn worth_an_update<T>(attempt: &Result<T, ImageError>) -> bool {
+    matches!(
+        attempt,
+        Err(ImageError::Command { .. } | ImageError::NoSuchPackage { .. })
+    )
+}
+
+/// Moves the fetched packages to their place in the cache.
+fn keep(
+    kernel: &Package,
+    files: &[PathBuf],
+    target: &Path,
+    cache: &CacheDir,
+    work: &Path,
+) -> Result<(), ImageError> {
+    let mut text = format!("origin {} {}\n", kernel.name, kernel.version);
+    for file in files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        let opened = File::open(file).and_then(|f| f.sync_all().and_then(|()| f.metadata()));
+        let size = opened
+            .map_err(|e| ImageError::cache("cannot write", file, e))?
+            .len();
+        text.push_str(&format!("file {size} {name}\n"));
+    }
+    write_file(&target.join(KEPT), text.as_bytes())?;
+    let name = format!(
+        "{}_{}",
+        kernel.name,
+        kernel.version.replace(['/', ':'], "_")
+    );
+    publish(target, &cache.packages().join(name), work)
+}
+
+/// What apt's lists say of a package.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Package {
+    name: String,
+    version: String,
+    /// Length of the .deb file, bytes.
+    size: u64,
+    /// Names only; of alternatives the first.
+    depends: Vec<String>,
+}
+
+impl Package {
+    /// The first stanza that `apt-cache show` prints, if it can be fetched: a package that is merely
+    /// installed has no `Filename` and `Size`.
+    fn parse(text: &str) -> Option<Self> {
+        let mut fields = text
+            .lines()
+            .take_while(|l| !l.is_empty())
+            .filter_map(|l| l.split_once(": "));
+        let (mut name, mut version, mut size, mut file, mut depends) =
+            (None, None, None, None, Vec::new());
+        for (key, value) in &mut fields {
+            match key {
+                "Package" => name = Some(value.to_owned()),
+                "Version" => version = Some(value.trim().to_owned()),
+                "Size" => size = value.trim().parse().ok(),
+                "Filename" => file = Some(()),
+                "Depends" | "Pre-Depends" => {
+                    let first_word = |d: &str| {
+                        d.split_whitespace()
+                            .next()
+                            .map(|w| w.split(':').next().unwrap_or(w).to_owned())
+                    };
+                    depends.extend(value.split(',').filter_map(first_word));
+                }
+                _ => {}
+            }
+        }
+        file?;
+        let proper = |s: &String| s.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
+        Some(Self {
+            name: name.filter(proper)?,
+            version: version.filter(proper)?,
+            size: size?,
+            depends,
+        })
+    }
+
+    /// Whether a kernel or its modules may be in it: named like `linux-image-6.1.0-56-cloud-amd64`. Modules that Ubuntu
+    /// calls extra are for devices that we haven't got.
+    fn holds_kernel(name: &str) -> bool {
+        let kinds = [
+            "linux-image-",
+            "linux-image-unsigned-",
+            "linux-modules-",
+            "linux-binary-",
+        ];
+        kinds.iter().any(|k| {
+            name.strip_prefix(k)
+                .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+        })
+    }
+}
+
+/// Resolves, then downloads into `target`. Returns the kernel's package and all files.
+fn get_packages(
+    apt: &Apt,
+    target: &Path,
+    progress: &mut dyn Progress,
+) -> Result<(Package, Vec<PathBuf>), ImageError> {
+    let packages = resolve(&|name| apt.show(name))?;
+    let _ = fs::remove_dir_all(target);
+    fs::create_dir_all(target).map_err(|e| ImageError::cache("cannot create", target, e))?;
+    let total = packages.iter().map(|p| p.size).sum::<u64>();
+    // The kernel alone unpacks to less than its package's size; so do the modules that are taken.
+    need_space(target, 2 * total + (16 << 20))?;
+
+    let mut arguments = vec!["download".to_owned()];
+    arguments.extend(packages.iter().map(|p| format!("{}={}", p.name, p.version)));
+    apt.run(&arguments, target, &mut || {
+        progress.report(Phase::Download, bytes_in(target).min(total), Some(total))
+    })?;
+    progress.report(Phase::Download, total, Some(total));
+
+    let entries = fs::read_dir(target).map_err(|e| ImageError::cache("cannot read", target, e))?;
+    let mut files: Vec<PathBuf> = entries
+        .flatten()
+        .map(|e| e.path())
+        .filter(|p| p.extension().is_some_and(|e| e == "deb"))
+        .collect();
+    // Busybox's package is small: with the kernel's first, a round that finds it all reads that one once.
+    files.sort();
+    if files.len() != packages.len() {
+        let detail = format!("{} of {} packages arrived", files.len(), packages.len());
+        return Err(ImageError::Command {
+            command: format!("apt-get {}", arguments.join(" ")),
+            detail,
+        });
+    }
+    Ok((
+        packages
+            .into_iter()
+            .next()
+            .expect("resolve returns the kernel's package first"),
+        files,
+    ))
+}
+
+/// The packages to fetch, the one with the kernel first. `show` asks the lists for a package.
+fn resolve(show: &dyn Fn(&str) -> Option<Package>) -> Result<Vec<Package>, ImageError> {
+    let unknown = |names: &[&str]| ImageError::NoSuchPackage {
+        names: names.join(", "),
+    };
+    let meta = KERNELS
+        .iter()
+        .find_map(|name| show(name))
+        .ok_or_else(|| unknown(KERNELS))?;
+    let mut packages: Vec<Package> = Vec::new();
+    let mut open = meta.depends;
+    while let Some(name) = open.pop() {
+        if Package::holds_kernel(&name) && !packages.iter().any(|p| p.name == name) {
+            let package = show(&name).ok_or_else(|| unknown(&[&name]))?;
+            open.extend(package.depends.iter().cloned());
+            packages.push(package);
+        }
+    }
+    packages.sort_by_key(|p| !p.name.starts_with("linux-image-"));
+    if packages.is_empty() {
+        return Err(unknown(&[&format!(
+            "a kernel that {} depends on",
+            meta.name
+        )]));
+    }
+    packages.push(show(BUSYBOX).ok_or_else(|| unknown(&[BUSYBOX]))?);
+    Ok(packages)
+}
+
+/// Bytes of all files in a directory, not in those below it.
+fn bytes_in(directory: &Path) -> u64 {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .filter_map(|e| e.metadata().ok())
+        .filter(|m| m.is_file())
+        .map(|m| m.len())
+        .sum()
+}
+
+/// apt's two programs and how to call them.
+struct Apt {
+    get: PathBuf,
+    query: PathBuf,
+    options: Vec<String>,
+    work: PathBuf,
+}
+
+impl Apt {
+    fn option(&mut self, option: impl Into<String>) {
+        self.options.push(option.into());
+    }
+
+    /// Uses lists and a cache of our own in place of the system's, which only root may write to.
+    fn use_own_lists(&mut self, directory: &Path) -> Result<(), ImageError> {
+        for name in ["state/lists/partial", "cache/archives/partial"] {
+            let path = directory.join(name);
+            fs::create_dir_all(&path).map_err(|e| ImageError::cache("cannot create", &path, e))?;
+        }
+        for (option, name) in [
+            ("Dir::State", "state"),
+            ("Dir::State::Lists", "state/lists"),
+            ("Dir::Cache", "cache"),
+        ] {
+            self.option(format!("{option}={}", directory.join(name).display()));
+        }
+        // Not in the state directory of our own: which packages are installed matters not, but apt wants the file.
+        self.option("Dir::State::status=/var/lib/dpkg/status");
+        Ok(())
+    }
+
+    fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command
+            .env("LC_ALL", "C")
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdin(Stdio::null());
+        for option in &self.options {
+            command.arg("-o").arg(option);
+        }
+        command
+    }
+
+    fn show(&self, package: &str) -> Option<Package> {
+        let output = self
+            .command(&self.query)
+            .args(["show", "--no-all-versions", package])
+            .output()
+            .ok()?;
+        Package::parse(&String::from_utf8_lossy(&output.stdout)).filter(|p| p.name == package)
+    }
+
+    fn update(&self, progress: &mut dyn Progress) -> Result<(), ImageError> {
+        let own = self.work.join("apt/state/lists");
+        let mut poll = || {
+            progress.report(
+                Phase::Lists,
+                bytes_in(&own) + bytes_in(&own.join("partial")),
+                None,
+            )
+        };
+        self.run(&["update".to_owned()], &self.work, &mut poll)
+    }
+
+    /// Runs apt-get in a directory, and calls `poll` a few times a second meanwhile.
+    fn run(
+        &self,
+        arguments: &[String],
+        directory: &Path,
+        poll: &mut dyn FnMut(),
+    ) -> Result<(), ImageError> {
+        let failed = |detail: String| ImageError::Command {
+            command: format!("apt-get {}", arguments.join(" ")),
+            detail,
+        };
+        // To a file, since a pipe that nobody reads would stop it.
+        let log = self.work.join("apt-get.log");
+        let out = File::create(&log).map_err(|e| ImageError::cache("cannot create", &log, e))?;
+        let err = out
+            .try_clone()
+            .map_err(|e| ImageError::cache("cannot create", &log, e))?;
+        let mut command = self.command(&self.get);
+        command
+            .args(arguments)
+            .current_dir(directory)
+            .stdout(out)
+            .stderr(err);
+        let mut child = command.spawn().map_err(|e| failed(e.to_string()))?;
+        let status = loop {
+            poll();
+            match child.try_wait().map_err(|e| failed(e.to_string()))? {
+                Some(status) => break status,
+                None => std::thread::sleep(Duration::from_millis(50)),
+            }
+        };
+        if status.success() {
+            return Ok(());
+        }
+        let text = fs::read(&log).unwrap_or_default();
+        Err(failed(
+            complaint(&String::from_utf8_lossy(&text))
+                .unwrap_or_else(|| format!("it ended with {status}")),
+        ))
+    }
+}
+
+/// The lines of apt's output that say what went wrong; the last few, since it repeats itself.
+fn complaint(output: &str) -> Option<String> {
+    let mut lines: Vec<&str> = output
+        .lines()
+        .filter_map(|l| l.strip_prefix("E: "))
+        .map(str::trim)
+        .collect();
+    lines.dedup();
+    let last = lines.len().saturating_sub(3);
+    (!lines.is_empty()).then(|| lines[last..].join("; "))
+}
