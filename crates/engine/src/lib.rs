@@ -30,8 +30,9 @@ pub enum Exit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refused;
 
-/// What a vCPU asks of the machine around it while it runs. One object serves one vCPU.
-pub trait World {
+/// What a vCPU asks of the machine around it while it runs. One object serves one vCPU, which owns
+/// it.
+pub trait World: Send {
     /// Reads 1 to 8 bytes of guest-physical addresses that are not RAM.
     fn read_memory(&mut self, gpa: u64, data: &mut [u8]);
     /// Writes 1 to 8 bytes of guest-physical addresses that are not RAM.
@@ -76,9 +77,9 @@ pub enum StateError {
 /// A virtual processor of some engine.
 pub trait Vcpu: Send {
     /// Runs until something outside the processor must act.
-    fn run(&mut self, world: &mut dyn World) -> Exit;
+    fn run(&mut self) -> Exit;
     /// Runs one instruction, or delivers one event.
-    fn step(&mut self, world: &mut dyn World) -> Exit;
+    fn step(&mut self) -> Exit;
     /// The complete architectural state.
     fn state(&mut self) -> CpuState;
     /// Replaces the complete architectural state.

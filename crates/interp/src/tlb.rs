@@ -1,0 +1,251 @@
+//! The software translation lookaside buffer.
+//!
+//! Four direct-mapped tables, one for each kind of access the processor makes by itself (see
+//! [`View`]). Entries carry an address-space tag, so a CR3 load only changes the tag. An entry's
+//! write tag is there only while the page is dirty in the guest's tables and has no trace flags.
+#![allow(unsafe_code)]
+
+use trapgate_memory::HostAddress;
+
+/// With whose rights memory is accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum View {
+    /// Supervisor; user pages are out of bounds if SMAP says so. Also implicit accesses.
+    Supervisor = 0,
+    /// Supervisor with EFLAGS.AC, or without SMAP.
+    SupervisorUser = 1,
+    /// User.
+    User = 2,
+    /// Alignment checks or data breakpoints are on: nothing is cached, every access is slow. The
+    /// rights are those of the view that would be current otherwise.
+    Checked = 3,
+}
+
+/// What an access does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Loads data.
+    Read,
+    /// Stores data.
+    Write,
+    /// Fetches instructions.
+    Execute,
+}
+
+/// Entries in each table.
+const ENTRIES: usize = 1024;
+const VIEWS: usize = 4;
+/// A tag that no access has: its address-space tag is never given out.
+const NEVER: u64 = u64::MAX;
+/// Position of the address-space tag above the page number in a tag.
+const SPACE_SHIFT: u32 = 52;
+const SPACE_TAG_BITS: u32 = 64 - SPACE_SHIFT;
+/// Address-space tags are 1 to this.
+const LAST_SPACE: u64 = 0xffe;
+
+/// A cached translation of one page.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    read: u64,
+    write: u64,
+    execute: u64,
+    /// Added to a linear address gives the host address.
+    addend: u64,
+}
+
+const EMPTY: Entry = Entry {
+    read: NEVER,
+    write: NEVER,
+    execute: NEVER,
+    addend: 0,
+};
+
+/// The four tables and the address-space tags.
+#[derive(Debug)]
+pub struct Tlb {
+    entries: Box<[Entry; ENTRIES * VIEWS]>,
+    /// Start of the current view's table.
+    table: usize,
+    /// The current address-space tag, shifted to its place.
+    space: u64,
+    next_space: u64,
+    /// Address-space tag of each PCID, 0 if it has none.
+    spaces: Box<[u16; 4096]>,
+    /// Linear address range of large pages seen, lower and upper half: (start, end).
+    large: [(u64, u64); 2],
+}
+
+impl Tlb {
+    pub(crate) fn new() -> Self {
+        Self {
+            entries: vec![EMPTY; ENTRIES * VIEWS]
+                .into_boxed_slice()
+                .try_into()
+                .unwrap_or_else(|_| unreachable!("the vector has that length")),
+            table: 0,
+            space: 1 << SPACE_SHIFT,
+            next_space: 2,
+            spaces: vec![0; 4096]
+                .into_boxed_slice()
+                .try_into()
+                .unwrap_or_else(|_| unreachable!("the vector has that length")),
+            large: [(u64::MAX, 0); 2],
+        }
+    }
+
+    #[inline(always)]
+    fn slot(table: usize, linear: u64) -> usize {
+        (table + (linear >> 12) as usize % ENTRIES) % (ENTRIES * VIEWS)
+    }
+
+    /// Makes a view the current one.
+    #[inline(always)]
+    pub(crate) fn set_view(&mut self, view: View) {
+        self.table = view as usize * ENTRIES;
+    }
+
+    #[inline(always)]
+    fn tag(&self, linear: u64) -> u64 {
+        (linear >> 12) | self.space
+    }
+
+    /// Host address of `size` bytes for reading in the current view, if cached and in one page.
+    #[inline(always)]
+    pub(crate) fn read(&self, linear: u64, size: u64) -> Option<HostAddress> {
+        let entry = &self.entries[Self::slot(self.table, linear)];
+        if entry.read == self.tag(linear) && linear & 0xfff <= 0x1000 - size {
+            Some(host(entry, linear))
+        } else {
+            None
+        }
+    }
+
+    /// Host address of `size` bytes for writing in the current view, if cached and in one page.
+    #[inline(always)]
+    pub(crate) fn write(&self, linear: u64, size: u64) -> Option<HostAddress> {
+        let entry = &self.entries[Self::slot(self.table, linear)];
+        if entry.write == self.tag(linear) && linear & 0xfff <= 0x1000 - size {
+            Some(host(entry, linear))
+        } else {
+            None
+        }
+    }
+
+    /// Host address of `size` bytes, whatever the access and view.
+    pub(crate) fn find(
+        &self,
+        view: View,
+        access: Access,
+        linear: u64,
+        size: u64,
+    ) -> Option<HostAddress> {
+        let entry = &self.entries[Self::slot(view as usize * ENTRIES, linear)];
+        let tag = match access {
+            Access::Read => entry.read,
+            Access::Write => entry.write,
+            Access::Execute => entry.execute,
+        };
+        (tag == self.tag(linear) && linear & 0xfff <= 0x1000 - size).then(|| host(entry, linear))
+    }
+
+    /// Caches a translation. `page` is the host address of the linear address's page.
+    pub(crate) fn insert(&mut self, view: View, linear: u64, page: HostAddress, rights: Rights) {
+        let tag = self.tag(linear);
+        let given = |right: bool| if right { tag } else { NEVER };
+        self.entries[Self::slot(view as usize * ENTRIES, linear)] = Entry {
+            read: given(rights.read),
+            write: given(rights.write),
+            execute: given(rights.execute),
+            addend: (page.as_ptr() as u64).wrapping_sub(linear & !0xfff),
+        };
+    }
+
+    /// Notes that the linear address is mapped by a page of `bytes`, larger than the smallest.
+    pub(crate) fn note_large(&mut self, linear: u64, bytes: u64) {
+        let start = linear & !(bytes - 1);
+        let range = &mut self.large[(linear >> 63) as usize];
+        range.0 = range.0.min(start);
+        range.1 = range.1.max(start.wrapping_add(bytes - 1));
+    }
+
+    /// INVLPG: forgets one page, in every address space (it may be global).
+    pub(crate) fn flush_page(&mut self, linear: u64) {
+        let (start, end) = self.large[(linear >> 63) as usize];
+        if start <= linear && linear <= end {
+            self.flush_all();
+            return;
+        }
+        for view in 0..VIEWS {
+            self.entries[Self::slot(view * ENTRIES, linear)] = EMPTY;
+        }
+    }
+
+    /// Forgets everything, global pages too.
+    pub(crate) fn flush_all(&mut self) {
+        self.spaces.fill(0);
+        self.large = [(u64::MAX, 0); 2];
+        self.space = self.new_space() << SPACE_SHIFT;
+    }
+
+    /// Forgets the address space of one PCID (all of them if it is the current one's tag only).
+    pub(crate) fn flush_pcid(&mut self, pcid: u16, current: bool) {
+        self.spaces[usize::from(pcid & 0xfff)] = 0;
+        if current {
+            self.switch(pcid, false);
+        }
+    }
+
+    /// MOV to CR3: makes the address space of `pcid` the current one; `keep` what was cached for it.
+    pub(crate) fn switch(&mut self, pcid: u16, keep: bool) {
+        let index = usize::from(pcid & 0xfff);
+        let known = u64::from(self.spaces[index]);
+        let space = if keep && known != 0 {
+            known
+        } else {
+            let space = self.new_space();
+            self.spaces[index] = space as u16;
+            space
+        };
+        self.space = space << SPACE_SHIFT;
+    }
+
+    fn new_space(&mut self) -> u64 {
+        if self.next_space > LAST_SPACE {
+            self.entries.fill(EMPTY);
+            self.spaces.fill(0);
+            self.next_space = 1;
+        }
+        self.next_space += 1;
+        self.next_space - 1
+    }
+
+    /// Takes the right to write away from every translation to the page at `page`: it got a trace.
+    pub(crate) fn revoke_write(&mut self, page: HostAddress) {
+        let page = page.as_ptr() as u64 & !0xfff;
+        for entry in self.entries.iter_mut().filter(|entry| entry.write != NEVER) {
+            // The shift drops the address-space tag; bits 63 to 52 of a canonical address repeat
+            // bit 51, which the sign extension restores.
+            let linear = ((entry.write << SPACE_TAG_BITS) as i64 >> SPACE_TAG_BITS) as u64;
+            if (linear << 12).wrapping_add(entry.addend) == page {
+                entry.write = NEVER;
+            }
+        }
+    }
+}
+
+/// What a cached translation allows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rights {
+    pub(crate) read: bool,
+    pub(crate) write: bool,
+    pub(crate) execute: bool,
+}
+
+#[inline(always)]
+fn host(entry: &Entry, linear: u64) -> HostAddress {
+    // SAFETY: the addend was made in `insert` from an address that `GuestMemory` gave for this
+    // page, and the tag compare says that `linear` lies in that page. The `Cpu` that owns this TLB
+    // keeps the `GuestMemory` alive.
+    unsafe { HostAddress::new(linear.wrapping_add(entry.addend) as *mut u8) }
+}

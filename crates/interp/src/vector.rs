@@ -1,0 +1,375 @@
+//! Instructions that run on the host CPU: vector, x87, and whatever integer instruction is too rare
+//! to be written out (see `trapgate_thunk`).
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use iced_x86::Instruction;
+use trapgate_thunk::{
+    Access as ThunkAccess, Class, MemoryOperand, Outcome, Thunk, ThunkCache, ThunkError,
+    X87Pointers, x87_opcode,
+};
+use trapgate_x86::registers::{cr0, cr4, xcr0};
+use trapgate_x86::{Exception, Vector};
+
+use crate::cpu::{Cpu, Step, Stop};
+use crate::op::Op;
+use crate::tlb::Access;
+
+/// A thunk with what its op needs to know.
+#[derive(Debug)]
+struct Entry {
+    thunk: Thunk,
+    flags: bool,
+}
+
+/// Thunks by the number that an op carries.
+#[derive(Debug, Default)]
+pub(crate) struct ThunkTable {
+    cache: ThunkCache,
+    entries: Vec<Entry>,
+    numbers: HashMap<(usize, bool), u16>,
+}
+
+impl ThunkTable {
+    /// The number of an instruction's thunk. `None` when the table is full: all decoded code must
+    /// be thrown away first.
+    pub(crate) fn number(&mut self, instruction: &Instruction) -> Result<Option<u16>, ThunkError> {
+        let thunk = self.cache.thunk(instruction)?;
+        let flags = instruction.rflags_read() | instruction.rflags_modified() != 0;
+        let key = (thunk.entry() as usize, flags);
+        if let Some(&number) = self.numbers.get(&key) {
+            return Ok(Some(number));
+        }
+        let Ok(number) = u16::try_from(self.entries.len()) else {
+            return Ok(None);
+        };
+        self.entries.push(Entry { thunk, flags });
+        self.numbers.insert(key, number);
+        Ok(Some(number))
+    }
+
+    /// Forgets all thunks: no op refers to them any more.
+    pub(crate) fn clear(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// A memory operand larger than any instruction's, aligned as the strictest needs it.
+#[repr(C, align(64))]
+struct Bounce([u8; 128]);
+
+/// Held while an access that should be atomic is done in several steps, because it crosses a cache
+/// line or goes to a device.
+static BUS_LOCK: Mutex<()> = Mutex::new(());
+
+/// Runs an op's thunk.
+pub(crate) fn op_thunk(cpu: &mut Cpu, op: &Op) -> Step {
+    let number = usize::from(op.extra);
+    let Some(entry) = cpu.thunks.entries.get(number) else {
+        return cpu.ud();
+    };
+    let (flags, memory) = (entry.flags, entry.thunk.memory);
+    if entry.thunk.class != Class::Integer {
+        cpu.check_class(number)?;
+    }
+    if flags {
+        cpu.regs.flags = cpu.flags.get();
+    }
+    let outcome = match memory {
+        // SAFETY: the thunk has no memory operand.
+        None => unsafe {
+            cpu.thunks.entries[number]
+                .thunk
+                .run(&mut cpu.regs, std::ptr::null_mut())
+        },
+        Some(operand) => cpu.run_with_memory(op, number, operand)?,
+    };
+    match outcome {
+        Outcome::Done => {}
+        Outcome::SimdException if cpu.sys.cr4 & cr4::OSXMMEXCPT != 0 => {
+            return Err(cpu.raise(Exception::plain(Vector::XM)));
+        }
+        Outcome::SimdException => return cpu.ud(),
+        Outcome::X87Pending => return Err(cpu.x87_error()),
+    }
+    if flags {
+        cpu.flags.put(cpu.regs.flags);
+    }
+    Ok(())
+}
+
+impl Cpu {
+    /// The checks before an instruction that is not a plain integer one (SDM vol. 3A, table 2-2;
+    /// vol. 1, 13.2).
+    #[inline]
+    fn check_class(&mut self, number: usize) -> Step {
+        let thunk = &self.thunks.entries[number].thunk;
+        let (class, waiting, uses_vector) = (thunk.class, thunk.waiting, thunk.uses_vector);
+        let task_switched = self.sys.cr0 & cr0::TS != 0;
+        match class {
+            Class::Integer => {}
+            Class::Sse => self.check_sse()?,
+            Class::X87 => {
+                if self.sys.cr0 & (cr0::EM | cr0::TS) != 0 {
+                    return Err(self.raise(Exception::NM));
+                }
+            }
+            Class::Mmx => {
+                if self.sys.cr0 & cr0::EM != 0 {
+                    return self.ud();
+                }
+                if uses_vector {
+                    self.check_sse()?;
+                }
+                if task_switched {
+                    return Err(self.raise(Exception::NM));
+                }
+            }
+            Class::Avx => {
+                let enabled = xcr0::SSE | xcr0::AVX;
+                if !self.is_protected()
+                    || self.is_vm86()
+                    || self.sys.cr4 & cr4::OSXSAVE == 0
+                    || self.sys.xcr0 & enabled != enabled
+                {
+                    return self.ud();
+                }
+                if task_switched {
+                    return Err(self.raise(Exception::NM));
+                }
+            }
+            Class::VexInteger => {
+                if !self.is_protected() || self.is_vm86() {
+                    return self.ud();
+                }
+            }
+        }
+        if waiting && self.regs.x87.exception_pending() {
+            return Err(self.x87_error());
+        }
+        Ok(())
+    }
+
+    /// #UD or #NM for a legacy SSE instruction.
+    #[inline(always)]
+    pub(crate) fn check_sse(&mut self) -> Step {
+        if self.sys.cr0 & cr0::EM != 0 || self.sys.cr4 & cr4::OSFXSR == 0 {
+            return self.ud();
+        }
+        if self.sys.cr0 & cr0::TS != 0 {
+            return Err(self.raise(Exception::NM));
+        }
+        Ok(())
+    }
+
+    /// An unmasked x87 exception met by a waiting instruction: #MF. Without CR0.NE it would be
+    /// IRQ 13 by way of the FERR# pin, which no machine of ours wires.
+    #[cold]
+    pub(crate) fn x87_error(&mut self) -> Stop {
+        self.raise(Exception::plain(Vector::MF))
+    }
+
+    fn run_with_memory(
+        &mut self,
+        op: &Op,
+        number: usize,
+        operand: MemoryOperand,
+    ) -> Result<Outcome, Stop> {
+        let size = operand.size as u64;
+        let write = operand.access != ThunkAccess::Read;
+        let mut linear = self.operand_address(op, size, write)?;
+        if operand.bit_offset {
+            linear = self.bit_operand_address(op, size, write)?;
+        }
+        if !linear.is_multiple_of(operand.alignment as u64) {
+            return self.gp0();
+        }
+        let direct = if write {
+            self.tlb.write(linear, size)
+        } else {
+            self.tlb.read(linear, size)
+        };
+        // A host atomic across cache lines is a split lock, for which hosts throttle a process.
+        let split = operand.locked && linear % 64 + size > 64;
+        let outcome = match direct {
+            Some(host) if !split && operand.mask.is_none() => {
+                // SAFETY: the TLB vouches for `size` bytes of guest RAM at that address.
+                unsafe {
+                    self.thunks.entries[number]
+                        .thunk
+                        .run(&mut self.regs, host.as_ptr())
+                }
+            }
+            _ => self.run_bounced(op, number, operand, linear)?,
+        };
+        if op.immediate != 0 && outcome == Outcome::Done {
+            self.record_x87(op, number, linear);
+        }
+        Ok(outcome)
+    }
+
+    /// As [`Self::run_with_memory`], by way of a buffer: for devices, traced pages, page crossings,
+    /// split locks, masked elements.
+    #[cold]
+    fn run_bounced(
+        &mut self,
+        op: &Op,
+        number: usize,
+        operand: MemoryOperand,
+        linear: u64,
+    ) -> Result<Outcome, Stop> {
+        let size = operand.size;
+        let mut bounce = Bounce([0; 128]);
+        let selected = self.selected_elements(operand);
+        let lock = operand
+            .locked
+            .then(|| BUS_LOCK.lock().unwrap_or_else(PoisonError::into_inner));
+        for (start, length) in selected.iter() {
+            let at = self.advance(linear, start as u64);
+            if operand.access != ThunkAccess::Read {
+                self.probe(at, length as u64, Access::Write, op.segment)?;
+            }
+            if operand.access == ThunkAccess::Write && length == size && !self.is_x87(number) {
+                continue;
+            }
+            self.read_bytes(at, &mut bounce.0[start..start + length], op.segment)?;
+        }
+        let offset = linear as usize % operand.alignment.max(1);
+        debug_assert_eq!(offset, 0, "alignment was checked");
+        let before = bounce.0;
+        // SAFETY: the buffer is ours, larger than any operand, and aligned for all.
+        let outcome = unsafe {
+            self.thunks.entries[number]
+                .thunk
+                .run(&mut self.regs, bounce.0.as_mut_ptr())
+        };
+        if operand.access != ThunkAccess::Read && outcome == Outcome::Done {
+            let x87 = self.is_x87(number);
+            for (start, length) in selected.iter() {
+                let range = start..start + length;
+                // An x87 store with an unmasked exception pending leaves memory as it was.
+                if x87 && bounce.0[range.clone()] == before[range.clone()] {
+                    continue;
+                }
+                let at = self.advance(linear, start as u64);
+                self.write_bytes(at, &bounce.0[range], op.segment)?;
+            }
+        }
+        drop(lock);
+        Ok(outcome)
+    }
+
+    fn is_x87(&self, number: usize) -> bool {
+        self.thunks.entries[number].thunk.class == Class::X87
+    }
+
+    /// The parts of a memory operand that are really accessed: all of it, or the elements that the
+    /// mask selects.
+    fn selected_elements(&self, operand: MemoryOperand) -> Elements {
+        let mut elements = Elements::default();
+        match operand.mask {
+            None => elements.push(0, operand.size),
+            Some(mask) => {
+                let width = usize::from(mask.element_size);
+                let register = &self.regs.vector[usize::from(mask.register) & 15].0;
+                for start in (0..operand.size).step_by(width) {
+                    if register[start + width - 1] & 0x80 != 0 {
+                        elements.push(start, width);
+                    }
+                }
+            }
+        }
+        elements
+    }
+
+    /// BT and its kin with a register offset: the offset's upper bits move the address.
+    fn bit_operand_address(&mut self, op: &Op, size: u64, write: bool) -> Result<u64, Stop> {
+        let register = self.regs.gpr[usize::from(op.src) & 15];
+        let offset = match size {
+            2 => i64::from(register as i16),
+            4 => i64::from(register as i32),
+            _ => register as i64,
+        };
+        let moved = (offset >> (size * 8).trailing_zeros()).wrapping_mul(size as i64);
+        let mut offset = self.offset(op).wrapping_add(moved as u64);
+        if op.form == crate::op::AddressForm::General {
+            offset &= Self::address_mask(op);
+            return self.segment_address(usize::from(op.segment), offset, size, write);
+        }
+        Ok(offset)
+    }
+
+    /// Records the last x87 instruction's address, opcode and operand (SDM vol. 1, 8.1.8). The
+    /// op's immediate is the opcode with bit 15 set.
+    fn record_x87(&mut self, op: &Op, number: usize, linear: u64) {
+        let start = self.rip.wrapping_sub(u64::from(op.length));
+        let data = match self.thunks.entries[number].thunk.x87_pointers {
+            X87Pointers::InstructionAndData => Some(linear),
+            _ => None,
+        };
+        self.regs
+            .x87
+            .set_pointers(start, op.immediate as u16 & 0x7ff, data);
+    }
+}
+
+/// Runs of bytes: at most eight elements.
+#[derive(Default)]
+struct Elements {
+    runs: [(usize, usize); 8],
+    count: usize,
+}
+
+impl Elements {
+    fn push(&mut self, start: usize, length: usize) {
+        self.runs[self.count] = (start, length);
+        self.count += 1;
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.runs.into_iter().take(self.count)
+    }
+}
+
+/// An x87 op without memory operand: the thunk, then the pointers.
+pub(crate) fn op_x87_registers(cpu: &mut Cpu, op: &Op) -> Step {
+    op_thunk(cpu, op)?;
+    if op.immediate != 0 {
+        cpu.record_x87(op, usize::from(op.extra), 0);
+    }
+    Ok(())
+}
+
+/// Fills an op in as one that runs a thunk. `bytes` is the instruction's encoding.
+pub(crate) fn lower(
+    cpu: &mut Cpu,
+    instruction: &Instruction,
+    bytes: &[u8],
+    op: &mut Op,
+) -> Result<Lowered, ThunkError> {
+    let Some(number) = cpu.thunks.number(instruction)? else {
+        return Ok(Lowered::TableFull);
+    };
+    op.extra = number;
+    op.immediate = 0;
+    op.handler = op_thunk;
+    let thunk = &cpu.thunks.entries[usize::from(number)].thunk;
+    if thunk.x87_pointers != X87Pointers::Unchanged {
+        op.immediate = u64::from(x87_opcode(bytes).unwrap_or(0)) | 1 << 15;
+        if thunk.memory.is_none() {
+            op.handler = op_x87_registers;
+        }
+    }
+    Ok(Lowered::Done)
+}
+
+/// Whether an op could be filled in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lowered {
+    /// Yes.
+    Done,
+    /// Not before the thunk table was cleared.
+    TableFull,
+}
