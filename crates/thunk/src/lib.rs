@@ -49,11 +49,13 @@
 
 mod cache;
 mod code_memory;
-
+mod compile;
+mod emit;
+mod environment;
 mod error;
-
+mod host;
 mod registers;
-
+mod select;
 mod thunk;
 mod x87;
 

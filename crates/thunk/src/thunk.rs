@@ -90,8 +90,13 @@ pub enum X87Pointers {
 pub enum Outcome {
     /// The instruction is complete.
     Done,
-    /// An unmasked SIMD floating-point exception: MXCSR's flags are set, nothing else has changed.
-    /// Raise #XM (#UD if not CR4.OSXMMEXCPT).
+    /// An unmasked SIMD floating-point exception: MXCSR's flags are set, nothing else has changed
+    /// (but for MMX mode, which CVTPS2PI and its like enter). Raise #XM (#UD if not
+    /// CR4.OSXMMEXCPT).
+    ///
+    /// Two flags may be set that the CPU leaves clear, since the instruction ran with its
+    /// exceptions masked: PE next to an unmasked UE whose result would have been exact, and flags
+    /// of the additions in DPPS and DPPD after an unmasked exception of their multiplications.
     SimdException,
     /// An unmasked x87 exception was pending, so nothing ran. Raise #MF (or FERR# if not CR0.NE).
     X87Pending,
@@ -117,7 +122,7 @@ pub struct Thunk {
     /// What to record after an x87 instruction.
     pub x87_pointers: X87Pointers,
     /// Keeps the code mapped; none for thunks that are functions of this crate.
-    pub(crate) code: Option<Arc<Chunk>>,
+    pub(crate) _code: Option<Arc<Chunk>>,
 }
 
 impl Thunk {
@@ -130,7 +135,7 @@ impl Thunk {
     /// at the same time, as other vCPUs do). For a masked operand that holds for the full size.
     #[inline]
     pub unsafe fn run(&self, registers: &mut RegisterFile, memory: *mut u8) -> Outcome {
-        // SAFETY: `entry` is code made for this signature, mapped as long as `self.code` lives;
+        // SAFETY: `entry` is code made for this signature, mapped as long as `self._code` lives;
         // the register file is borrowed exclusively, the caller vouches for `memory`.
         let status = unsafe { (self.entry)(registers, memory) };
         if !self.fallible {
