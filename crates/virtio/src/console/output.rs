@@ -1,0 +1,128 @@
+//! From the guest to the host: each port's transmit queue, on a thread of its own, so that one
+//! whose reader is slow holds up neither the others nor the guest's processors.
+
+use std::sync::Arc;
+
+use trapgate_memory::GuestMemory;
+
+use crate::queue::{copy_out, length};
+use crate::worker::Job;
+use crate::{Chain, Notifier, PortOutput, ProtocolError, Virtqueue};
+
+/// Bytes taken out of the guest at a time. They count as written as soon as they are here.
+const BATCH: usize = 64 << 10;
+/// Buffers looked at in a step, since a guest may queue empty ones.
+const BUFFERS: usize = 256;
+
+pub(super) struct Active {
+    pub(super) queue: Virtqueue,
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) notifier: Arc<Notifier>,
+}
+
+/// What the thread works on.
+#[derive(Default)]
+pub(super) struct Output {
+    pub(super) active: Option<Active>,
+    chain: Chain,
+    /// How far the buffer in `chain` has been taken, if one is in hand.
+    taken: Option<u64>,
+    /// The guest opened or closed the port, which the host has yet to hear.
+    opened: Option<bool>,
+}
+
+/// What only the thread touches.
+pub(super) struct Host {
+    output: Box<dyn PortOutput>,
+    batch: Vec<u8>,
+    opened: Option<bool>,
+}
+
+impl Host {
+    pub(super) fn new(output: Box<dyn PortOutput>) -> Self {
+        Self {
+            output,
+            batch: Vec::new(),
+            opened: None,
+        }
+    }
+}
+
+impl Output {
+    pub(super) fn set_opened(&mut self, open: bool) {
+        self.opened = Some(open);
+    }
+
+    /// Forgets the queue.
+    pub(super) fn reset(&mut self) {
+        self.active = None;
+        self.taken = None;
+    }
+
+    /// Fills `batch`; whether the queue has more.
+    fn gather(&mut self, batch: &mut Vec<u8>) -> Result<bool, ProtocolError> {
+        let Some(Active { queue, memory, .. }) = &mut self.active else {
+            return Ok(false);
+        };
+        let mut pushed = false;
+        let mut more = true;
+        for _ in 0..BUFFERS {
+            if self.taken.is_none() {
+                if !queue.pop(&mut self.chain)? {
+                    more = false;
+                    break;
+                }
+                self.taken = Some(0);
+            }
+            let taken = self.taken.unwrap_or(0);
+            let left = length(&self.chain.readable) - taken;
+            let start = batch.len();
+            let size = left.min((BATCH - start) as u64);
+            batch.resize(start + size as usize, 0);
+            copy_out(memory, &self.chain.readable, taken, &mut batch[start..]);
+            if size < left {
+                self.taken = Some(taken + size);
+                break;
+            }
+            self.taken = None;
+            queue.push(self.chain.head, 0)?;
+            pushed = true;
+        }
+        if pushed {
+            queue.signal()?;
+        }
+        Ok(more)
+    }
+}
+
+impl Job for Output {
+    type Outside = Host;
+
+    fn step(&mut self, host: &mut Host) -> bool {
+        host.batch.clear();
+        let more = self.gather(&mut host.batch).unwrap_or_else(|error| {
+            if let Some(active) = self.active.take() {
+                active.notifier.fail(error);
+            }
+            self.taken = None;
+            false
+        });
+        // That the port is closed is told after all that was written to it.
+        let tell = self.opened == Some(true) || !more;
+        host.opened = if tell { self.opened.take() } else { None };
+        more
+    }
+
+    fn after_step(host: &mut Host) {
+        let opened = host.opened.take();
+        if opened == Some(true) {
+            host.output.guest_open(true);
+        }
+        if !host.batch.is_empty() {
+            host.output.write(&host.batch);
+        }
+        if opened == Some(false) {
+            host.output.guest_open(false);
+        }
+    }
+}
