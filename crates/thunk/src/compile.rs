@@ -592,7 +592,10 @@ impl Compiler {
         if store_flags {
             e.raw(&[0x58]); // pop rax
         }
-        if touches_x87 {
+        if touches_x87 && mnemonic == Mnemonic::Cvtpi2ps && memory.is_some() {
+            // The CPU stays out of MMX mode then.
+            self.reset_x87();
+        } else if touches_x87 {
             // The CPU enters MMX mode before it finds the exception, but writes no MMX register.
             self.emit.with_file(true, &[0x0f, 0xae], 1, offset::X87); // fxrstor64
             self.emit.raw(&[0x0f, 0x7e, 0xc1]); // movd ecx, mm0

@@ -94,9 +94,9 @@ pub enum Outcome {
     /// (but for MMX mode, which CVTPS2PI and its like enter). Raise #XM (#UD if not
     /// CR4.OSXMMEXCPT).
     ///
-    /// Two flags may be set that the CPU leaves clear, since the instruction ran with its
-    /// exceptions masked: PE next to an unmasked UE whose result would have been exact, and flags
-    /// of the additions in DPPS and DPPD after an unmasked exception of their multiplications.
+    /// Flags that may differ from the CPU's, since the instruction ran with its exceptions masked:
+    /// PE is set next to an unmasked UE or OE even if the result would have been exact with a larger
+    /// exponent; DPPS and DPPD, which compute in steps, may set flags of a step too many or few.
     SimdException,
     /// An unmasked x87 exception was pending, so nothing ran. Raise #MF (or FERR# if not CR0.NE).
     X87Pending,
