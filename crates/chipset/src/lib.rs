@@ -7,9 +7,18 @@
 //! [`Chipset`] wires the devices together as a PC does and is what a machine owns.
 #![forbid(unsafe_code)]
 
+pub mod acpi_pm;
 mod chipset;
 mod effects;
+pub mod hpet;
+pub mod i8042;
+pub mod ioapic;
+pub mod lapic;
 pub mod map;
+pub mod pic;
+pub mod pit;
+pub mod rtc;
+pub mod serial;
 pub mod ticks;
 
 pub use chipset::{Chipset, ChipsetConfig, ConfigError, GeneralProtection};
