@@ -7,7 +7,7 @@ use trapgate_memory::GuestMemory;
 use trapgate_thunk::RegisterFile;
 use trapgate_x86::descriptor::access;
 use trapgate_x86::registers::{cr0, cr4, dr, efer, gpr, rflags, sreg};
-use trapgate_x86::{CpuProfile, Exception, InterruptShadow, Segment, SystemState};
+use trapgate_x86::{CpuProfile, CpuState, Exception, InterruptShadow, Segment, SystemState};
 
 use crate::code::CodePages;
 use crate::flags::LazyFlags;
@@ -110,6 +110,51 @@ pub struct Cpu {
 }
 
 impl Cpu {
+    /// A processor in the state after power-up.
+    pub(crate) fn new(
+        memory: Arc<GuestMemory>,
+        world: Box<dyn World>,
+        profile: CpuProfile,
+        index: u32,
+        count: u32,
+    ) -> Self {
+        let signals = Arc::new(Signals::default());
+        let code = Arc::new(CodePages::new(Arc::clone(&signals)));
+        let reset = CpuState::default();
+        let mut cpu = Self {
+            regs: RegisterFile::new(),
+            rip: reset.rip,
+            flags: LazyFlags::default(),
+            system_flags: 0,
+            sys: reset.system,
+            code_size: CodeSize::Bits16,
+            cpl: 0,
+            stack_mask: 0xffff,
+            tlb: Tlb::new(),
+            plain_view: View::SupervisorUser,
+            view: View::SupervisorUser,
+            memory,
+            world,
+            signals,
+            profile,
+            index,
+            count,
+            exception: Exception::UD,
+            pending: None,
+            end_block: false,
+            attention: false,
+            interrupt_waits: false,
+            breakpoints_hit: 0,
+            code,
+            fetch_epoch: 0,
+            thunks: ThunkTable::default(),
+            instructions: 0,
+        };
+        cpu.set_rflags(reset.rflags);
+        cpu.update_mode();
+        cpu
+    }
+
     /// Notes an exception as the reason why the current instruction stops.
     #[cold]
     pub fn raise(&mut self, exception: Exception) -> Stop {

@@ -14,3 +14,6 @@ mod paging;
 mod tlb;
 mod vector;
 mod width;
+
+#[cfg(test)]
+mod testing;
