@@ -12,8 +12,9 @@ use crate::error::ThunkError;
 use crate::select::select;
 use crate::thunk::{EntryPoint, Thunk};
 
-/// Most code memory a cache takes, in bytes, unless told otherwise.
-const DEFAULT_LIMIT: usize = 16 << 20;
+/// Most code memory a cache takes, in bytes, unless told otherwise: some 80 000 thunks, whose
+/// entries take four times as much again. Ordinary guests need a few thousand.
+const DEFAULT_LIMIT: usize = 4 << 20;
 
 /// What a thunk depends on: the instruction without its address, memory address and length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -62,7 +63,7 @@ pub struct ThunkCache {
 }
 
 impl ThunkCache {
-    /// An empty cache that takes at most 16 MiB of code memory; it is mapped as needed.
+    /// An empty cache that takes at most 4 MiB of code memory; it is mapped as needed.
     pub fn new() -> Self {
         Self::with_limit(DEFAULT_LIMIT)
     }

@@ -87,7 +87,7 @@ impl Emitter {
 
     /// `mov [rdi + offset], r8b` and up (not a legacy high-byte register).
     pub(crate) fn store8(&mut self, register: u8, offset: i32) {
-        debug_assert!(register >= 8 || register < 4);
+        debug_assert!(!(4..8).contains(&register));
         self.with_file(false, &[0x88], register, offset);
     }
 

@@ -36,6 +36,8 @@
 //! 4. for x87: records the instruction and operand pointers ([`Thunk::x87_pointers`],
 //!    [`FxsaveImage::set_pointers`]).
 //!
+//! A signal may arrive while a thunk runs: Linux gives the handler a fresh FPU state.
+//!
 //! # What a thunk can't do to the host
 //!
 //! Only instructions on a list of what is known to be harmless become thunks ([`Unsupported`] says

@@ -22,7 +22,7 @@ pub enum Class {
     Mmx,
     /// Legacy SSE: #UD if CR0.EM or not CR4.OSFXSR, #NM if CR0.TS.
     Sse,
-    /// VEX with vector registers: #UD if not CR4.OSXSAVE, XCR0[2:1] ≠ 3 or no protected mode; #NM
+    /// VEX with vector registers: #UD unless CR4.OSXSAVE, bits 1 and 2 of XCR0, and protected mode; #NM
     /// if CR0.TS. CR0.EM and CR4.OSFXSR don't matter.
     Avx,
     /// VEX with general registers only (BMI1, BMI2): #UD outside protected mode.
@@ -131,6 +131,7 @@ impl Thunk {
     /// # Safety
     ///
     /// If [`Thunk::memory`] is set, `memory` is valid for its size and access throughout the call
+    /// aligned to [`MemoryOperand::alignment`],
     /// and nothing in Rust holds a reference to those bytes (other threads may access guest memory
     /// at the same time, as other vCPUs do). For a masked operand that holds for the full size.
     #[inline]
@@ -160,12 +161,11 @@ impl Thunk {
             "a memory operand of {size} bytes with a buffer of {}",
             memory.len()
         );
-        // SAFETY: the buffer is exclusively ours and long enough. Guest alignment rules don't
-        // reach here: operands are encoded as the guest had them, so an aligned form needs an
-        // aligned buffer, which is checked.
+        // The guest's alignment rule concerns the guest's address; the host instruction has the same
+        // rule for this one.
         let alignment = self.memory.map_or(1, |operand| operand.alignment);
         if (memory.as_ptr() as usize).is_multiple_of(alignment) {
-            // SAFETY: as above.
+            // SAFETY: the buffer is borrowed exclusively, long enough, and aligned.
             return unsafe { self.run(registers, memory.as_mut_ptr()) };
         }
         let mut aligned = AlignedBuffer([0; 128]);

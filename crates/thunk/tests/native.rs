@@ -248,6 +248,15 @@ fn differences(
     found
 }
 
+thread_local! {
+    /// Whether FXSAVE stores x87 pointers while no exception is pending; AMD's doesn't (APM vol. 2
+    /// 11.4.4).
+    static RECORDS_POINTERS: bool = {
+        let vendor = core::arch::x86_64::__cpuid(0);
+        vendor.ebx == u32::from_le_bytes(*b"Genu")
+    };
+}
+
 /// The CPU records an instruction's address exactly when the thunk says so, and otherwise leaves or
 /// loads what the thunk does.
 fn pointer_differences(
@@ -256,6 +265,9 @@ fn pointer_differences(
     registers: &RegisterFile,
     expected: &State,
 ) -> Option<String> {
+    if !RECORDS_POINTERS.with(|records| *records) {
+        return None;
+    }
     let native = &expected.x87[8..24];
     let agrees = match thunk.x87_pointers {
         X87Pointers::Unchanged => registers.x87.0[8..24] == *native,
@@ -444,6 +456,10 @@ fn run(thunk: &Thunk, registers: &mut RegisterFile, memory: &mut Operand) -> Out
 /// when it has a thunk, then the thunk leaves all registers and memory as the CPU does.
 #[test]
 fn thunks_do_what_the_cpu_does() {
+    if !std::is_x86_feature_detected!("avx") {
+        println!("skipped: the judge saves YMM registers, and this host has none");
+        return;
+    }
     let mut oracle = Oracle::new();
     let mut random = Random(1);
     let mut cache = ThunkCache::new();
@@ -547,6 +563,10 @@ fn excuse(
 /// otherwise the result is committed.
 #[test]
 fn unmasked_simd_exceptions_leave_the_destination_alone() {
+    if !std::is_x86_feature_detected!("avx") {
+        println!("skipped: the judge saves YMM registers, and this host has none");
+        return;
+    }
     let mut oracle = Oracle::new();
     let mut random = Random(2);
     let mut cache = ThunkCache::new();

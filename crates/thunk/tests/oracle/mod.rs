@@ -50,11 +50,13 @@ extern "C" fn on_sigfpe(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_v
     let resume = RESUME.load(Ordering::SeqCst);
     if resume == 0 {
         // Not ours: the test dies of it.
+        // SAFETY: the default action takes no handler.
         unsafe { libc::signal(libc::SIGFPE, libc::SIG_DFL) };
         return;
     }
     RAISED.store(true, Ordering::SeqCst);
     let context = context.cast::<libc::ucontext_t>();
+    // SAFETY: the kernel passes a valid context to an SA_SIGINFO handler.
     unsafe { (*context).uc_mcontext.gregs[libc::REG_RIP as usize] = resume as i64 };
 }
 
@@ -93,6 +95,7 @@ impl Code {
 impl Oracle {
     pub fn new() -> Self {
         let turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // SAFETY: a new mapping, and a handler that only touches atomics and its context.
         let base = *BASE.get_or_init(|| unsafe {
             let address = libc::mmap(
                 core::ptr::null_mut(),
@@ -113,6 +116,7 @@ impl Oracle {
             address as usize
         });
         // The guest's RSP is anything, so signals need a stack of their own on this thread.
+        // SAFETY: the stack is leaked, so it outlives the thread.
         unsafe {
             let stack = Box::leak(vec![0_u8; 256 << 10].into_boxed_slice());
             let stack = libc::stack_t {
@@ -187,6 +191,8 @@ impl Oracle {
 
         let at = |offset: usize| (code.base + offset) as *mut u8;
         let mut result = state.clone();
+        // SAFETY: the offsets are within the mapping, which only the holder of the turn uses; the
+        // code restores every register that the ABI wants kept.
         unsafe {
             core::ptr::copy_nonoverlapping(code.bytes.as_ptr(), at(0), code.bytes.len());
             at(GPR).cast::<[u64; 16]>().write(state.gpr);
