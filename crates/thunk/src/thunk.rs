@@ -15,7 +15,7 @@ pub type EntryPoint = unsafe extern "sysv64" fn(*mut RegisterFile, *mut u8) -> u
 pub enum Class {
     /// General registers only: no check.
     Integer,
-    /// x87: #NM if CR0.EM or CR0.TS; #MF when [`Thunk::waiting`] and an exception is pending.
+    /// x87: #NM if CR0.EM or CR0.TS (FWAIT: if both CR0.MP and CR0.TS); #MF when [`Thunk::waiting`] and an exception is pending.
     X87,
     /// MMX registers: #UD if CR0.EM, #NM if CR0.TS, #MF if an exception is pending. If
     /// [`Thunk::uses_vector`], also as for SSE.
@@ -34,7 +34,8 @@ pub enum Class {
 pub enum Access {
     /// Loads.
     Read,
-    /// Stores. x87 stores may leave memory unwritten (unmasked exception).
+    /// Stores. x87 stores leave memory unwritten on an unmasked exception, and so does any store
+    /// whose outcome isn't [`Outcome::Done`]: fill a bounce buffer with the old contents first.
     Write,
     /// Both: translate for writing. Also a compare and exchange, which always writes.
     ReadWrite,
