@@ -42,7 +42,7 @@ const CODEGEN: &[&str] = &[
 ];
 
 fn main() {
-    for watched in ["build.rs", "runtime", "programs"] {
+    for watched in ["build.rs", "runtime", "programs", "expected"] {
         println!("cargo::rerun-if-changed={watched}");
     }
     println!("cargo::rerun-if-env-changed=RUSTC_LINKER");
@@ -76,8 +76,17 @@ fn main() {
             &format!("the guest `{name}`"),
             &target,
         );
-        writeln!(table, "    ({name:?}, include_bytes!({image:?})),")
-            .expect("a String takes any text");
+        let expected = root.join(format!("expected/{name}.txt"));
+        let expected = if expected.is_file() {
+            format!("Some(include_str!({expected:?}))")
+        } else {
+            "None".to_owned()
+        };
+        writeln!(
+            table,
+            "    Program {{ name: {name:?}, image: include_bytes!({image:?}), expected: {expected} }},"
+        )
+        .expect("a String takes any text");
     }
     table.push(']');
     let list = out.join("programs.rs");

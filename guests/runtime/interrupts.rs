@@ -58,6 +58,7 @@ const STUB_SIZE: usize = 16;
 global_asm!(
     r#"
     .balign 16
+    .global interrupt_stubs
 interrupt_stubs:
     .set vector, 0
     .rept 256
@@ -89,7 +90,13 @@ interrupt_common:
     push r15
     // The CPU aligned the stack before it pushed five words; 17 more make a multiple of 16 bytes.
     mov rdi, rsp
-    sub rsp, 512
+    // FXSAVE raises #NM while CR0.TS or EM is set: an interrupt clears both, for good.
+    mov rax, cr0
+    test al, 0x0C
+    jz 2f
+    and al, 0xF3
+    mov cr0, rax
+2:  sub rsp, 512
     fxsave64 [rsp]
     cld
     call {dispatch}

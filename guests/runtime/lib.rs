@@ -15,10 +15,12 @@ pub mod pic;
 pub mod pit;
 pub mod port;
 pub mod power;
+pub mod ring3;
 pub mod segments;
 pub mod serial;
 mod start;
 pub mod time;
+pub mod window;
 
 /// Names the function that runs as the program: `entry!(run);` for `fn run()`. The machine is
 /// powered off when it returns.

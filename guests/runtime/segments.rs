@@ -89,6 +89,8 @@ pub fn load() {
             "mov fs, {data:x}",
             "mov gs, {data:x}",
             "ltr {task:x}",
+            "xor {scratch:e}, {scratch:e}",
+            "lldt {scratch:x}", // after reset LDTR is usable, with whatever is at address 0
             pointer = in(reg) &pointer,
             code = in(reg) u64::from(KERNEL_CODE),
             data = in(reg) KERNEL_DATA,

@@ -1,6 +1,6 @@
 //! Tests of the built images: a loader must find in them what it looks for.
 
-use crate::{BUILTIN, all, named};
+use crate::{BUILTIN, Program, all, named};
 
 const MULTIBOOT_MAGIC: u32 = 0x1BAD_B002;
 const PT_LOAD: u32 = 1;
@@ -41,14 +41,14 @@ fn segments(image: &[u8]) -> Vec<Segment> {
 
 #[test]
 fn programs_are_found_by_name() {
-    assert!(all().is_sorted_by_key(|(name, _)| *name));
-    assert_eq!(named("hello"), Some(BUILTIN));
-    assert_eq!(named("nobody"), None);
+    assert!(all().is_sorted_by_key(|program| program.name));
+    assert_eq!(named("hello").map(|program| program.image), Some(BUILTIN));
+    assert!(named("nobody").is_none());
 }
 
 #[test]
 fn images_are_static_64_bit_elf_files_loaded_at_1_mib() {
-    for (name, image) in all() {
+    for Program { name, image, .. } in all() {
         assert_eq!(&image[..7], b"\x7fELF\x02\x01\x01", "{name}");
         assert_eq!(&image[16..20], [2, 0, 62, 0], "{name}: executable, x86-64");
         let loads: Vec<_> = segments(image)
@@ -62,7 +62,7 @@ fn images_are_static_64_bit_elf_files_loaded_at_1_mib() {
 /// A multiboot loader with address fields copies the file as one piece.
 #[test]
 fn addresses_and_file_offsets_keep_their_distance() {
-    for (name, image) in all() {
+    for Program { name, image, .. } in all() {
         let loads: Vec<_> = segments(image)
             .into_iter()
             .filter(|segment| segment.kind == PT_LOAD)
@@ -87,7 +87,7 @@ fn addresses_and_file_offsets_keep_their_distance() {
 
 #[test]
 fn multiboot_header_is_early_aligned_and_consistent() {
-    for (name, image) in all() {
+    for Program { name, image, .. } in all() {
         let at = (0..8192)
             .step_by(4)
             .find(|&at| word(image, at) == MULTIBOOT_MAGIC);
@@ -112,7 +112,7 @@ fn multiboot_header_is_early_aligned_and_consistent() {
 
 #[test]
 fn pvh_note_names_the_elf_entry() {
-    for (name, image) in all() {
+    for Program { name, image, .. } in all() {
         let note = segments(image)
             .into_iter()
             .find(|segment| segment.kind == PT_NOTE);
@@ -131,7 +131,7 @@ fn pvh_note_names_the_elf_entry() {
 #[test]
 fn images_name_no_directory_of_the_build_machine() {
     let here = env!("CARGO_MANIFEST_DIR").as_bytes();
-    for (name, image) in all() {
+    for Program { name, image, .. } in all() {
         assert!(
             !image.windows(here.len()).any(|window| window == here),
             "{name}"

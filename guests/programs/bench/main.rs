@@ -282,7 +282,7 @@ unsafe extern "C" fn vector(count: u64, memory: *mut u8) -> u64 {
         "movdqa xmm1, [rsi + 16]",
         "nop",
         "2:",
-        "paddd xmm0, [rsi]",
+        "paddd xmm0, [rsi + 32]",
         "pxor xmm1, xmm0",
         "pshufd xmm2, xmm1, 0x4E",
         "psubw xmm0, xmm2",
