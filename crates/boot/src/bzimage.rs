@@ -35,7 +35,7 @@ pub(crate) mod field {
 }
 
 /// `xloadflags`: the kernel has the 64-bit entry point at 0x200.
-const XLF_KERNEL_64: u16 = 1 << 0;
+pub(crate) const XLF_KERNEL_64: u16 = 1 << 0;
 /// Where the zero page's copy of the header has to end.
 const HEADER_LIMIT: usize = 0x290;
 /// Where protected-mode code lies in kernels that name no other place.
@@ -50,7 +50,7 @@ pub struct BzImage<'a> {
 }
 
 impl<'a> BzImage<'a> {
-    /// Parses a file that begins as a boot image does ([`crate::detect`]).
+    /// Parses a file that begins as a boot image does ([`crate::detect()`]).
     pub fn parse(file: &'a [u8]) -> Result<Self, BootError> {
         let has = file.len() as u64;
         let truncated = |what, needs| BootError::Truncated { what, needs, has };
@@ -185,44 +185,9 @@ impl<'a> BzImage<'a> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-    use std::io::Write;
-
-    /// A 64-bit boot image of protocol 2.15 that carries `payload`.
-    pub(crate) fn image(payload: &[u8]) -> Vec<u8> {
-        let mut file = vec![0; 2 * 512];
-        let code_bytes = (0x300 + payload.len()).next_multiple_of(16);
-        file[field::SETUP_SECTS] = 1;
-        let mut put = |offset: usize, bytes: &[u8]| {
-            file[offset..offset + bytes.len()].copy_from_slice(bytes);
-        };
-        put(field::SYSSIZE, &((code_bytes / 16) as u32).to_le_bytes());
-        put(field::BOOT_FLAG, &[0x55, 0xaa, 0xeb, 0x6a]);
-        put(field::HEADER, b"HdrS");
-        put(field::VERSION, &0x20fu16.to_le_bytes());
-        put(field::KERNEL_VERSION, &0x100u16.to_le_bytes());
-        put(0x300, b"6.6.6-test (someone) #1\0");
-        put(field::LOADFLAGS, &[1]);
-        put(field::INITRD_ADDR_MAX, &0x7fff_ffffu32.to_le_bytes());
-        put(field::KERNEL_ALIGNMENT, &0x20_0000u32.to_le_bytes());
-        put(field::RELOCATABLE_KERNEL, &[1]);
-        put(field::XLOADFLAGS, &XLF_KERNEL_64.to_le_bytes());
-        put(field::CMDLINE_SIZE, &2047u32.to_le_bytes());
-        put(field::PAYLOAD_OFFSET, &0x300u32.to_le_bytes());
-        put(field::PAYLOAD_LENGTH, &(payload.len() as u32).to_le_bytes());
-        put(field::PREF_ADDRESS, &0x100_0000u64.to_le_bytes());
-        put(field::INIT_SIZE, &0x40_0000u32.to_le_bytes());
-        file.resize(2 * 512 + code_bytes, 0x90);
-        file[2 * 512 + 0x300..][..payload.len()].copy_from_slice(payload);
-        file
-    }
-
-    pub(crate) fn gzip(data: &[u8]) -> Vec<u8> {
-        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        encoder.write_all(data).unwrap();
-        encoder.finish().unwrap()
-    }
+    use crate::samples::{gzip, image};
 
     #[test]
     fn header_fields_are_read() {

@@ -70,8 +70,13 @@ pub enum BootError {
         reason: String,
     },
     /// The kernel inside of a bzImage is larger than guest RAM.
-    #[error("the kernel unpacks to more than the guest's {} MiB of memory", limit / MIB)]
+    #[error(
+        "the kernel unpacks to {} MiB, and the guest has {} MiB of memory",
+        size.div_ceil(MIB), limit / MIB
+    )]
     PayloadTooLarge {
+        /// Bytes of the kernel.
+        size: u64,
         /// Bytes of guest RAM.
         limit: u64,
     },
@@ -163,10 +168,10 @@ impl BootError {
                 format!("unpack it first, for example with `{}`", format.unpack_command())
             }
             Self::Architecture { .. } => "pass a kernel that was built for x86-64".into(),
-            Self::OldProtocol { .. } => "pass a kernel of this century's third decade, or at least Linux 2.6.22".into(),
-            Self::PayloadTooLarge { limit } => format!(
+            Self::OldProtocol { .. } => "pass a newer kernel: Linux 2.6.22 or later".into(),
+            Self::PayloadTooLarge { size, .. } => format!(
                 "give the guest more memory, for example `--memory {}M`",
-                (limit / MIB * 2).max(256)
+                (size / MIB * 2).next_multiple_of(64).max(256)
             ),
             Self::TooLittleMemory { needs, .. } => {
                 format!("give the guest more memory: `--memory {}M`", needs.div_ceil(MIB))

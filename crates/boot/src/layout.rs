@@ -100,6 +100,7 @@ impl Layout {
         align: u64,
     ) -> Result<u64, BootError> {
         self.lowest(length, align, FIRST_FREE)
+            .filter(|start| start + length <= DEVICE_HOLE)
             .ok_or_else(|| self.too_little(what, length + LOW_END))
     }
 }

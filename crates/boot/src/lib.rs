@@ -21,6 +21,7 @@
 //! nothing.
 
 pub mod acpi;
+mod bios_data;
 mod bzimage;
 mod detect;
 mod elf;
@@ -35,6 +36,8 @@ mod payload;
 mod plan;
 mod platform;
 mod pvh;
+#[cfg(test)]
+mod samples;
 mod smbios;
 
 pub use bzimage::BzImage;
@@ -43,5 +46,5 @@ pub use entry::application_processor;
 pub use error::BootError;
 pub use memory_map::{MapEntry, MapKind, memory_map};
 pub use payload::Compression;
-pub use plan::{Entry, LoadPlan, Module, Protocol, Request, Write, load, plan};
+pub use plan::{Data, Entry, LoadPlan, Module, Protocol, Request, Write, load, plan};
 pub use platform::{Ecam, Hpet, IoApic, Platform, Serial, Window};

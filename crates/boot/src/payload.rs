@@ -88,6 +88,9 @@ pub(crate) fn unpack(
     payload: &[u8],
     limit: u64,
 ) -> Result<Option<Vec<u8>>, BootError> {
+    if format == Compression::Lzo {
+        return Ok(None);
+    }
     let failed = |reason: String| BootError::Payload { format, reason };
     let Some(split) = payload.len().checked_sub(4) else {
         return Err(failed("it is shorter than its size field".into()));
@@ -95,7 +98,7 @@ pub(crate) fn unpack(
     let (stream, size) = payload.split_at(split);
     let size = u64::from(u32_at(size, 0).unwrap_or(0));
     if size > limit {
-        return Err(BootError::PayloadTooLarge { limit });
+        return Err(BootError::PayloadTooLarge { size, limit });
     }
     let unpacked = match format {
         Compression::Gzip => collect(flate2::read::GzDecoder::new(payload), size),
@@ -116,7 +119,7 @@ pub(crate) fn unpack(
                 .and_then(|reader| collect(reader, size))
         }
         Compression::Lz4 => unpack_lz4(stream, size as usize),
-        Compression::Lzo => return Ok(None),
+        Compression::Lzo => Err("LZO is left to the kernel".into()),
     }
     .map_err(failed)?;
     if unpacked.len() as u64 != size {
@@ -281,9 +284,9 @@ mod tests {
 
     #[test]
     fn truncated_payload_is_an_error() {
-        for (format, payload) in all_formats(&sample(10_000)) {
+        for (format, payload) in all_formats(&sample(2_000)) {
             for length in 0..payload.len() - 4 {
-                let cut = with_size(payload[..length].to_vec(), 10_000);
+                let cut = with_size(payload[..length].to_vec(), 2_000);
                 assert!(unpack(format, &cut, 1 << 20).is_err(), "{format} {length}");
             }
         }

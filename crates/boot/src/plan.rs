@@ -15,7 +15,7 @@ use crate::error::BootError;
 use crate::layout::{Layout, PAGE};
 use crate::memory_map::{MapEntry, memory_map};
 use crate::platform::Platform;
-use crate::{acpi, linux, multiboot, pvh, smbios};
+use crate::{acpi, bios_data, linux, multiboot, pvh, smbios};
 
 /// The least memory with which loading starts at all, in bytes.
 const MINIMUM_MEMORY: u64 = 2 << 20;
@@ -300,10 +300,11 @@ pub fn plan<'a>(
         rsdp: acpi::RSDP_ADDRESS,
         writes: Vec::new(),
     };
-    for (address, bytes) in acpi::tables(platform)? {
-        builder.write(address, bytes);
-    }
-    for (address, bytes) in smbios::tables(memory.size()) {
+    let tables = acpi::tables(platform)?
+        .into_iter()
+        .chain(smbios::tables(memory.size()))
+        .chain(bios_data::areas(platform));
+    for (address, bytes) in tables {
         builder.write(address, bytes);
     }
     let entry = match kind {
@@ -412,3 +413,6 @@ fn plan_elf<'a>(builder: &mut Builder<'a>, request: &Request<'a>) -> Result<Entr
         None => linux::plan_vmlinux(builder, request, &elf, None, version),
     }
 }
+
+#[cfg(test)]
+mod tests;
