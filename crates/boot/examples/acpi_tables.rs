@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use trapgate_boot::{Hpet, Platform, Window, acpi};
+use trapgate_boot::{Platform, Window, acpi};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let directory = PathBuf::from(
@@ -17,10 +17,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let platform = Platform {
         apic_ids: (0..processors).collect(),
-        hpet: Some(Hpet {
-            address: 0xfed0_0000,
-            capabilities: 0x8086_a201,
-        }),
         pci_window_64: Some(Window {
             start: 1 << 38,
             length: 1 << 36,

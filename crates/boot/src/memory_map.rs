@@ -95,6 +95,6 @@ mod tests {
         assert_eq!(ram, (5 << 30) - (BIOS_END - LOW_END));
         let ecam = map.iter().find(|entry| entry.start == 0xe000_0000).unwrap();
         assert_eq!(ecam.kind, MapKind::Reserved);
-        assert_eq!(ecam.length, 256 << 20);
+        assert_eq!(ecam.length, 1 << 20);
     }
 }

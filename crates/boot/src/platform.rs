@@ -53,7 +53,7 @@ pub struct Serial {
 }
 
 /// The machine, as far as firmware tables describe it. The defaults are those of a PC with one
-/// processor, an ICH-like power management block at port 0x600, and PCI Express.
+/// processor, an ICH-like power management block at port 0x600, and PCI Express with one bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Platform {
     /// Local APIC IDs of the processors, the boot processor first.
@@ -66,8 +66,12 @@ pub struct Platform {
     pub pm1a_event_port: u16,
     /// Port of PM1a_CNT (2 bytes; ACPI 6.5, 4.8.3.2). SCI_EN always reads as one.
     pub pm1a_control_port: u16,
-    /// Port of PM_TMR, 24 bits at 3.579545 MHz (ACPI 6.5, 4.8.3.3).
+    /// Port of PM_TMR (4 bytes; ACPI 6.5, 4.8.3.3).
     pub pm_timer_port: u16,
+    /// Whether PM_TMR counts 32 bits, not 24.
+    pub pm_timer_is_32_bit: bool,
+    /// First port of the general-purpose event block GPE0, and its length in bytes, if there is one.
+    pub gpe0: Option<(u16, u8)>,
     /// Global system interrupt of the SCI, level-triggered and active high.
     pub sci: u8,
     /// SLP_TYP that means soft off.
@@ -89,6 +93,8 @@ pub struct Platform {
     pub serial: Vec<Serial>,
     /// Whether there is an 8042 keyboard controller at ports 0x60 and 0x64, interrupt 1.
     pub keyboard: bool,
+    /// Whether it has a mouse on its second port, interrupt 12.
+    pub mouse: bool,
     /// RTC register that holds the century; 0 for none.
     pub century_register: u8,
 }
@@ -105,25 +111,37 @@ impl Default for Platform {
             pm1a_event_port: 0x600,
             pm1a_control_port: 0x604,
             pm_timer_port: 0x608,
+            pm_timer_is_32_bit: true,
+            gpe0: Some((0x620, 4)),
             sci: 9,
             soft_off: 5,
             reset: (0xcf9, 6),
-            hpet: None,
+            hpet: Some(Hpet {
+                address: 0xfed0_0000,
+                capabilities: 0x8086_a201,
+            }),
             ecam: Some(Ecam {
                 address: 0xe000_0000,
-                last_bus: 255,
+                last_bus: 0,
             }),
             pci_window: Window {
                 start: 0xc000_0000,
                 length: 0x2000_0000,
             },
             pci_window_64: None,
-            pci_interrupts: [16, 17, 18, 19],
-            serial: vec![Serial {
-                port: 0x3f8,
-                irq: 4,
-            }],
+            pci_interrupts: [10, 11, 10, 11],
+            serial: vec![
+                Serial {
+                    port: 0x3f8,
+                    irq: 4,
+                },
+                Serial {
+                    port: 0x2f8,
+                    irq: 3,
+                },
+            ],
             keyboard: true,
+            mouse: true,
             century_register: 0x32,
         }
     }

@@ -166,6 +166,7 @@ fn motherboard(platform: &Platform, devices: &mut Vec<u8>) {
         (platform.pm1a_control_port, 2),
         (platform.pm_timer_port, 4),
     ];
+    ports.extend(platform.gpe0);
     // The usual reset port lies among the bridge's configuration ports.
     if !(0xcf8..0xd00).contains(&reset_port) {
         ports.push((reset_port, 1));
@@ -225,6 +226,13 @@ fn isa_devices(platform: &Platform, devices: &mut Vec<u8>) {
                     &isa_interrupt(1),
                 ]),
             ],
+        )
+        .to_aml_bytes(devices);
+    }
+    if platform.mouse {
+        Device::new(
+            "PS2M".into(),
+            vec![&hid("PNP0F13"), &resources(vec![&isa_interrupt(12)])],
         )
         .to_aml_bytes(devices);
     }

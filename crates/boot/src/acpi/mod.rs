@@ -152,6 +152,14 @@ fn fadt(platform: &Platform, facs: u64, dsdt: u64) -> Vec<u8> {
     fadt.x_pm1a_cnt_blk = ports(platform.pm1a_control_port, 16, AccessSize::WordAccess);
     fadt.x_pm_tmr_blk = ports(platform.pm_timer_port, 32, AccessSize::DwordAccess);
     fadt.hypervisor_vendor_identity = u64::from_le_bytes(OEM_TABLE).into();
+    if platform.pm_timer_is_32_bit {
+        fadt = fadt.flag(Flags::TmrValExt);
+    }
+    if let Some((port, length)) = platform.gpe0 {
+        fadt.gpe0_blk = u32::from(port).into();
+        fadt.gpe0_blk_len = length;
+        fadt.x_gpe0_blk = ports(port, length.saturating_mul(8), AccessSize::ByteAccess);
+    }
     let mut bytes = Vec::new();
     fadt.finalize().to_aml_bytes(&mut bytes);
     bytes

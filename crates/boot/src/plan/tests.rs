@@ -129,7 +129,7 @@ fn bzimage_is_unpacked_and_entered_in_64_bit_mode_with_a_zero_page() {
             (0x9_fc00, 0x400, 2),
             (0xe_0000, 0x2_0000, 2),
             (0x10_0000, 63 * MIB, 1),
-            (0xe000_0000, 0x1000_0000, 2),
+            (0xe000_0000, 0x10_0000, 2),
         ]
     );
 }
