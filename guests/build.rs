@@ -26,7 +26,6 @@ const NOT_INHERITED: &[&str] = &[
 /// Same code in every profile: what a guest prints and counts must not depend on the host's build.
 const CODEGEN: &[&str] = &[
     "--edition=2024",
-    "-Dwarnings",
     "-Copt-level=2",
     "-Ccodegen-units=1",
     "-Cdebuginfo=0",
@@ -182,10 +181,13 @@ fn compile(command: &mut Command, what: &str, target: &str) {
             "check the Rust installation (`rustc --version`)",
         ),
     };
+    let text = String::from_utf8_lossy(&output.stderr);
     if output.status.success() {
+        for line in text.lines().filter(|line| !line.is_empty()) {
+            println!("cargo::warning={line}");
+        }
         return;
     }
-    let text = String::from_utf8_lossy(&output.stderr);
     eprintln!("{text}");
     let fix = if text.contains("linker `") && text.contains("not found") {
         "install a C linker, for example `apt-get install gcc`: the guests are linked by `cc`"

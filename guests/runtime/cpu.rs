@@ -103,6 +103,13 @@ pub fn invalidate_page(address: u64) {
     unsafe { asm!("invlpg [{}]", in(reg) address, options(nostack, preserves_flags)) }
 }
 
+/// INVPCID of the given kind (SDM vol. 2A, INVPCID).
+pub fn invalidate_pcid(kind: u64, pcid: u64, address: u64) {
+    let descriptor = [pcid, address];
+    // SAFETY: forgets cached translations, no more.
+    unsafe { asm!("invpcid {}, [{}]", in(reg) kind, in(reg) &descriptor, options(nostack)) }
+}
+
 pub fn enable_interrupts() {
     // SAFETY: the runtime has a handler for every vector.
     unsafe { asm!("sti", options(nostack)) }

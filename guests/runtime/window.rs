@@ -72,6 +72,30 @@ pub fn set_large(entry: u64) -> u64 {
     address
 }
 
+/// The entry that [`set_large`] wrote, as the CPU left it.
+pub fn large_entry() -> u64 {
+    // SAFETY: as in `set_upper`.
+    unsafe {
+        ((&raw const DIRECTORY) as *const u64)
+            .add(1)
+            .read_volatile()
+    }
+}
+
+/// Writes the second entry of the window's page-directory-pointer table: it maps a 1 GiB page, or
+/// nothing. Returns the first address it translates.
+pub fn set_huge(entry: u64) -> u64 {
+    let address = BASE + (1 << 30);
+    // SAFETY: as in `set_upper`.
+    unsafe {
+        ((&raw mut DIRECTORY_POINTERS) as *mut u64)
+            .add(1)
+            .write_volatile(entry)
+    }
+    cpu::write_cr3(cpu::read_cr3());
+    address
+}
+
 /// Maps page number `page` of the window (0 to 511) to the physical page at `physical`. Returns
 /// its address.
 pub fn map(page: usize, physical: u64, flags: u64) -> u64 {
@@ -88,16 +112,21 @@ pub fn unmap(page: usize) -> u64 {
 }
 
 pub fn set_entry(page: usize, entry: u64) -> u64 {
-    assert!(page < 512, "the window has 512 pages");
+    set_entry_silently(page, entry);
     let address = BASE + (page as u64) * 4096;
+    cpu::invalidate_page(address);
+    address
+}
+
+/// Changes the entry and leaves what the CPU remembers of the old one alone.
+pub fn set_entry_silently(page: usize, entry: u64) {
+    assert!(page < 512, "the window has 512 pages");
     // SAFETY: as in `set_upper`.
     unsafe {
         ((&raw mut PAGES) as *mut u64)
             .add(page)
             .write_volatile(entry)
     }
-    cpu::invalidate_page(address);
-    address
 }
 
 /// The page-table entry of page number `page`, as the CPU left it.
