@@ -4,6 +4,14 @@
 //! another. This crate is the specification that other engines are measured by; the host CPU is
 //! the final judge, and runs whatever it can run itself (`trapgate_thunk`).
 
+mod arithmetic;
+mod block;
+mod branch;
+mod decode;
+mod moves;
+mod run;
+mod stack;
+mod strings;
 mod code;
 pub mod cpu;
 mod debug;
@@ -14,6 +22,66 @@ mod paging;
 mod tlb;
 mod vector;
 mod width;
+
+use std::sync::Arc;
+
+use trapgate_engine::{Exit, Signals, StateError, Vcpu, World};
+use trapgate_memory::{GuestMemory, TraceFlags};
+use trapgate_x86::{CpuProfile, CpuState};
+
+use crate::block::Blocks;
+use crate::cpu::Cpu;
+
+/// A vCPU that interprets.
+pub struct Interpreter {
+    cpu: Cpu,
+    blocks: Blocks,
+}
+
+impl Interpreter {
+    /// A processor after reset. It is number `index` of `count`, and owns its view of the world.
+    pub fn new(
+        memory: Arc<GuestMemory>,
+        world: Box<dyn World>,
+        profile: CpuProfile,
+        index: u32,
+        count: u32,
+    ) -> Self {
+        let cpu = Cpu::new(memory, world, profile, index, count);
+        let listener = Arc::clone(&cpu.code);
+        cpu.memory.traces().listen(TraceFlags::CODE, listener);
+        Self {
+            cpu,
+            blocks: Blocks::new(),
+        }
+    }
+}
+
+impl Vcpu for Interpreter {
+    fn run(&mut self) -> Exit {
+        self.run_until_exit()
+    }
+
+    fn step(&mut self) -> Exit {
+        self.run_one()
+    }
+
+    fn state(&mut self) -> CpuState {
+        self.cpu.export()
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
+        self.cpu.import(state)
+    }
+
+    fn signals(&self) -> Arc<Signals> {
+        Arc::clone(&self.cpu.signals)
+    }
+
+    fn instructions(&self) -> u64 {
+        self.cpu.instructions
+    }
+}
 
 #[cfg(test)]
 mod testing;

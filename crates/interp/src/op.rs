@@ -82,6 +82,18 @@ impl Op {
         1 << (self.attributes >> attribute::OPERAND_SHIFT & 3)
     }
 
+    /// Sets the operand size in bytes: 1, 2, 4 or 8.
+    pub fn set_operand_size(&mut self, bytes: u64) {
+        self.attributes &= !(3 << attribute::OPERAND_SHIFT);
+        self.attributes |= (bytes.trailing_zeros() as u8 & 3) << attribute::OPERAND_SHIFT;
+    }
+
+    /// Sets the address size in bytes: 2, 4 or 8.
+    pub fn set_address_size(&mut self, bytes: u64) {
+        self.attributes &= !(3 << attribute::ADDRESS_SHIFT);
+        self.attributes |= (bytes.trailing_zeros() as u8 & 3) << attribute::ADDRESS_SHIFT;
+    }
+
     /// Address size in bytes.
     #[inline(always)]
     pub fn address_size(&self) -> u64 {
