@@ -2,7 +2,7 @@
 //! From a kernel's file to a machine that is about to run it: what firmware and a boot loader leave
 //! behind, as data.
 //!
-//! Everything here is pure. [`plan`] reads the bytes of a kernel, of its initial RAM disks and
+//! Everything here is pure. [`plan()`] reads the bytes of a kernel, of its initial RAM disks and
 //! modules, and of nothing else, and says what lies where in guest memory and how the boot processor
 //! starts; [`LoadPlan::apply`] writes it. [`load`] does both. The files are not trusted: a header
 //! that lies gives a [`BootError`], never a panic or an allocation larger than the guest's RAM.

@@ -318,7 +318,7 @@ pub fn plan<'a>(
     })
 }
 
-/// [`plan`] and [`LoadPlan::apply`] in one.
+/// [`plan()`] and [`LoadPlan::apply`] in one.
 pub fn load(
     request: &Request<'_>,
     memory: &GuestMemory,
