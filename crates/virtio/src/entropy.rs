@@ -146,3 +146,49 @@ impl Device for Entropy {
         self.worker.resume();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::{BUFFERS, Driver};
+
+    fn entropy() -> Driver {
+        let mut driver = Driver::new(Entropy::new().unwrap());
+        driver.start(0);
+        driver
+    }
+
+    #[test]
+    fn buffers_are_filled_with_bytes_that_differ_each_time() {
+        let mut driver = entropy();
+        let pieces = [(BUFFERS, 5000, true), (BUFFERS + 0x4000, 100, true)];
+        assert_eq!(driver.request(0, &pieces), 5100);
+        let first = driver.read(BUFFERS, 5000);
+        driver.request(0, &pieces);
+        let second = driver.read(BUFFERS, 5000);
+        assert_ne!(first, second);
+        // 5000 random bytes without one of the 256 values: less likely than 1 in 10^6.
+        let mut seen = [false; 256];
+        first
+            .iter()
+            .for_each(|byte| seen[usize::from(*byte)] = true);
+        assert_eq!(seen, [true; 256]);
+        assert_ne!(driver.read(BUFFERS + 0x4000, 100), [0; 100]);
+        driver.sink.wait(0x41);
+    }
+
+    #[test]
+    fn huge_request_gets_a_part_of_what_it_asks_for() {
+        let mut driver = entropy();
+        assert_eq!(driver.request(0, &[(BUFFERS, 1 << 20, true)]), 64 << 10);
+        assert_eq!(driver.read(BUFFERS + (64 << 10), 64), [0; 64]);
+    }
+
+    #[test]
+    fn request_with_no_room_breaks_the_device() {
+        let mut driver = entropy();
+        driver.send(0, 0, &[(BUFFERS, 64, false)]);
+        let expected = ProtocolError::ShortRequest { queue: 0 };
+        assert_eq!(driver.wait_for_failure(), expected);
+    }
+}

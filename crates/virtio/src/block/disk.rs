@@ -197,7 +197,7 @@ impl Disk {
     /// Where `length` bytes from a sector on start, if they are all within the disk.
     pub(super) fn offset(&self, sector: u64, length: u64) -> Option<u64> {
         let end = sector.checked_add(length.div_ceil(SECTOR))?;
-        (length.is_multiple_of(SECTOR) && end <= self.sectors).then_some(sector * SECTOR)
+        (length.is_multiple_of(SECTOR) && end <= self.sectors).then(|| sector * SECTOR)
     }
 
     pub(super) fn file(&self) -> &File {

@@ -184,3 +184,6 @@ impl Device for Block {
         self.worker.resume();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -317,3 +317,6 @@ impl ConsoleHandle {
         drained
     }
 }
+
+#[cfg(test)]
+mod tests;

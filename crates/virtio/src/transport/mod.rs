@@ -501,3 +501,6 @@ impl Function for VirtioPci {
         self.device.resume();
     }
 }
+
+#[cfg(test)]
+mod tests;
