@@ -174,22 +174,24 @@ impl Hpet {
             .fold(0, |levels, timer| levels | 1 << self.gsi(timer))
     }
 
-    /// When a timer whose interrupt is enabled is next due, nanoseconds of VM time.
-    pub fn deadline(&self) -> Option<u64> {
+    /// When a timer whose interrupt is enabled, and not masked at the GSI it goes to, is next due:
+    /// nanoseconds of VM time. A level-triggered timer that holds its line already is not waited for.
+    pub fn deadline(&self, is_heard: impl Fn(u32) -> bool) -> Option<u64> {
         if !self.is_enabled() {
             return None;
         }
-        let due = |timer: &Timer| {
+        let due = |index: usize| {
+            let timer = &self.timers[index];
+            let holds_line = self.status & 1 << index != 0;
+            if timer.config & INTERRUPT == 0 || holds_line || !is_heard(self.gsi(index)) {
+                return None;
+            }
             // `settled` may be one count before VM time 0.
             let settled = i128::from(timer.settled.wrapping_sub(self.counter).cast_signed());
             let count = settled + i128::from(timer.distance()?);
             u64::try_from(count * i128::from(COUNT_NS)).ok()
         };
-        self.timers
-            .iter()
-            .filter(|timer| timer.config & INTERRUPT != 0)
-            .filter_map(due)
-            .min()
+        (0..TIMERS).filter_map(due).min()
     }
 
     /// Reads bytes of the register block.
@@ -375,13 +377,13 @@ mod tests {
         let mut hpet = enabled();
         write(&mut hpet, 0x140, INTERRUPT | 21 << 9, 0);
         write(&mut hpet, 0x148, 1000, 0);
-        assert_eq!(hpet.deadline(), Some(10_000));
+        assert_eq!(hpet.deadline(|_| true), Some(10_000));
         hpet.settle(9_999);
         assert_eq!(hpet.take_pulses(), 0);
         hpet.settle(10_000);
         assert_eq!(hpet.take_pulses(), 1 << 21);
         assert_eq!(hpet.take_pulses(), 0);
-        assert_eq!(hpet.deadline(), None);
+        assert_eq!(hpet.deadline(|_| true), None);
     }
 
     #[test]
@@ -389,7 +391,7 @@ mod tests {
         let mut hpet = enabled();
         write(&mut hpet, 0x100, INTERRUPT, 0);
         write(&mut hpet, 0x108, 100, 1000);
-        assert_eq!(hpet.deadline(), Some(1000));
+        assert_eq!(hpet.deadline(|_| true), Some(1000));
         hpet.settle(1000);
         assert_eq!(hpet.take_pulses(), 1 << 20);
     }
@@ -399,7 +401,7 @@ mod tests {
         let mut hpet = enabled();
         write(&mut hpet, 0x100, INTERRUPT | MODE_32, 0);
         write(&mut hpet, 0x108, 100, 2000);
-        assert_eq!(hpet.deadline(), Some(((1 << 32) + 100) * 10));
+        assert_eq!(hpet.deadline(|_| true), Some(((1 << 32) + 100) * 10));
     }
 
     /// As Linux programs it (hpet_clkevt_set_state_periodic): accumulator, then period.
@@ -415,7 +417,7 @@ mod tests {
         write(&mut hpet, 0x108, 500_000, 0);
         write(&mut hpet, 0x108, 100_000, 10);
         for tick in 5..50 {
-            assert_eq!(hpet.deadline(), Some(tick * 1_000_000));
+            assert_eq!(hpet.deadline(|_| true), Some(tick * 1_000_000));
             hpet.settle(tick * 1_000_000 + 7);
             assert_eq!(hpet.take_pulses(), 1 << 20);
         }
@@ -428,7 +430,7 @@ mod tests {
         write(&mut hpet, 0x108, 100_000, 0);
         hpet.settle(5_500_000);
         assert_eq!(hpet.take_pulses(), 1 << 20);
-        assert_eq!(hpet.deadline(), Some(6_000_000));
+        assert_eq!(hpet.deadline(|_| true), Some(6_000_000));
     }
 
     #[test]
@@ -437,7 +439,7 @@ mod tests {
         write(&mut hpet, 0x100, INTERRUPT | PERIODIC | SET_ACCUMULATOR, 0);
         write(&mut hpet, 0x108, 1, 0);
         hpet.settle(10);
-        assert!(hpet.deadline().unwrap() >= 20_000);
+        assert!(hpet.deadline(|_| true).unwrap() >= 20_000);
     }
 
     #[test]
@@ -479,9 +481,18 @@ mod tests {
     fn disabled_interrupt_has_no_deadline() {
         let mut hpet = enabled();
         write(&mut hpet, 0x108, 100, 0);
-        assert_eq!(hpet.deadline(), None);
+        assert_eq!(hpet.deadline(|_| true), None);
         hpet.settle(5000);
         assert_eq!(hpet.take_pulses(), 0);
+    }
+
+    #[test]
+    fn timer_nobody_hears_has_no_deadline() {
+        let mut hpet = enabled();
+        write(&mut hpet, 0x100, INTERRUPT | 21 << 9, 0);
+        write(&mut hpet, 0x108, 100, 0);
+        assert_eq!(hpet.deadline(|gsi| gsi != 21), None);
+        assert_eq!(hpet.deadline(|gsi| gsi == 21), Some(1000));
     }
 
     #[test]

@@ -201,7 +201,7 @@ impl I8042 {
         }
         if self.control & CONTROL_KEYBOARD_OFF == 0 {
             while let Some(byte) = self.keyboard.queue.pop_front() {
-                if let Some(byte) = self.from_keyboard(byte) {
+                if let Some(byte) = self.translated(byte) {
                     self.output = Some((byte, Source::Keyboard));
                     return;
                 }
@@ -215,7 +215,7 @@ impl I8042 {
     }
 
     /// Translates a byte of the keyboard, or keeps it for the next.
-    fn from_keyboard(&mut self, byte: u8) -> Option<u8> {
+    fn translated(&mut self, byte: u8) -> Option<u8> {
         if self.control & CONTROL_TRANSLATE == 0 {
             return Some(byte);
         }
@@ -308,19 +308,19 @@ impl I8042 {
             Some(0xd3) => self.answer(value, Source::Aux),
             Some(0xd4) => {
                 self.control &= !CONTROL_AUX_OFF;
-                self.to_mouse(value);
+                self.command_mouse(value);
             }
             _ => {
                 // A byte for the keyboard turns its interface on.
                 self.control &= !CONTROL_KEYBOARD_OFF;
-                self.to_keyboard(value);
+                self.command_keyboard(value);
             }
         }
         self.fill();
         reset
     }
 
-    fn to_keyboard(&mut self, value: u8) {
+    fn command_keyboard(&mut self, value: u8) {
         match (self.keyboard.parameter_of.take(), value) {
             (Some(0xed), _) => {
                 self.leds = value & 7;
@@ -365,7 +365,7 @@ impl I8042 {
         }
     }
 
-    fn to_mouse(&mut self, value: u8) {
+    fn command_mouse(&mut self, value: u8) {
         match (self.mouse.parameter_of.take(), value) {
             (Some(0xe8), _) => {
                 self.mouse_resolution = value;

@@ -226,7 +226,7 @@ impl Rtc {
         if self.cells[B] & B_BINARY != 0 {
             value as u8
         } else {
-            ((value / 10) << 4 | value % 10) as u8
+            (((value / 10) << 4) | (value % 10)) as u8
         }
     }
 
@@ -267,7 +267,7 @@ impl Rtc {
         self.cells[YEAR] = self.encode(year.rem_euclid(100) as u32);
         // The century byte is plain memory to the chip, and BCD.
         let century = year.div_euclid(100).rem_euclid(100) as u8;
-        self.cells[CENTURY] = (century / 10) << 4 | century % 10;
+        self.cells[CENTURY] = ((century / 10) << 4) | (century % 10);
     }
 
     /// The time in the cells. What is no date is brought to the next one that is.
