@@ -156,10 +156,7 @@ fn clear<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
 fn binary<O: Binary>(instruction: &Instruction, op: &Op) -> Handler {
     let size = op.operand_size();
     let last = instruction.op_count() - 1;
-    let immediate = !matches!(
-        instruction.op_kind(last),
-        OpKind::Register | OpKind::Memory
-    );
+    let immediate = !matches!(instruction.op_kind(last), OpKind::Register | OpKind::Memory);
     match (instruction.op0_kind(), instruction.op1_kind()) {
         (OpKind::Memory, _) if immediate => sized!(size, memory_immediate, O),
         (OpKind::Memory, _) => sized!(size, memory_register, O),
@@ -451,8 +448,7 @@ fn multiply_signed<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
 
 #[inline(always)]
 fn multiply_into<T: Width>(cpu: &mut Cpu, op: &Op, a: T, b: T) -> Step {
-    let product =
-        i128::from(a.sign_extend() as i64) * i128::from(b.sign_extend() as i64);
+    let product = i128::from(a.sign_extend() as i64) * i128::from(b.sign_extend() as i64);
     let result = T::from_u64(product as u64);
     let overflow = product != i128::from(result.sign_extend() as i64);
     cpu.flags.set_result(result, overflow, overflow);
@@ -485,9 +481,7 @@ fn divide<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
     // The usual case fits 64 bits, where division is ten times faster.
     let (quotient, remainder) = match (u64::try_from(dividend), divisor as u64) {
         (_, 0) => return Err(cpu.raise(Exception::plain(Vector::DE))),
-        (Ok(dividend), divisor) => {
-            (u128::from(dividend / divisor), dividend % divisor)
-        }
+        (Ok(dividend), divisor) => (u128::from(dividend / divisor), dividend % divisor),
         (Err(_), _) => (dividend / divisor, (dividend % divisor) as u64),
     };
     if quotient >> T::BITS != 0 {

@@ -7,8 +7,8 @@ use crate::cpu::{CodeSize, Cpu, Step};
 use crate::op::{AddressForm, Handler, NO_REGISTER, Op, RIP_REGISTER, attribute};
 use crate::vector::Lowered;
 use crate::{
-    arithmetic, branch, control, debug, entropy, events, flag_control, hints, identity, legacy, moves, msr, port,
-    segments, stack, strings, transfer, vector, xsave,
+    arithmetic, branch, control, debug, entropy, events, flag_control, hints, identity, legacy,
+    moves, msr, port, segments, stack, strings, transfer, vector, xsave,
 };
 
 /// Bytes of the longest instruction.
@@ -288,8 +288,8 @@ fn memory_operand(instruction: &Instruction, op: &mut Op) {
     if index != Register::None && !index.is_vector_register() {
         op.index = index.number() as u8;
     }
-    let flat = instruction.code_size() == iced_x86::CodeSize::Code64
-        && usize::from(op.segment) < sreg::FS;
+    let flat =
+        instruction.code_size() == iced_x86::CodeSize::Code64 && usize::from(op.segment) < sreg::FS;
     op.form = match (base, index) {
         (Register::RIP, _) if flat => AddressForm::Rip,
         (base, Register::None) if flat && base.is_gpr64() => AddressForm::Base,
@@ -299,12 +299,7 @@ fn memory_operand(instruction: &Instruction, op: &mut Op) {
 }
 
 /// Finds who executes an instruction.
-fn lower(
-    cpu: &mut Cpu,
-    instruction: &Instruction,
-    bytes: &[u8],
-    op: &mut Op,
-) -> Lowered {
+fn lower(cpu: &mut Cpu, instruction: &Instruction, bytes: &[u8], op: &mut Op) -> Lowered {
     type Module = fn(&Instruction, &mut Op) -> Option<Handler>;
     const MODULES: [Module; 18] = [
         moves::lower,

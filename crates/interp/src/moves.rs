@@ -173,16 +173,32 @@ pub(crate) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
             instruction,
             op,
             [
-                [sized!(size, zero_extend_register, u8), sized!(size, zero_extend_register, u16), sized!(size, zero_extend_register, u32)],
-                [sized!(size, zero_extend_memory, u8), sized!(size, zero_extend_memory, u16), sized!(size, zero_extend_memory, u32)],
+                [
+                    sized!(size, zero_extend_register, u8),
+                    sized!(size, zero_extend_register, u16),
+                    sized!(size, zero_extend_register, u32),
+                ],
+                [
+                    sized!(size, zero_extend_memory, u8),
+                    sized!(size, zero_extend_memory, u16),
+                    sized!(size, zero_extend_memory, u32),
+                ],
             ],
         ),
         Mnemonic::Movsx | Mnemonic::Movsxd => extension(
             instruction,
             op,
             [
-                [sized!(size, sign_extend_register, u8), sized!(size, sign_extend_register, u16), sized!(size, sign_extend_register, u32)],
-                [sized!(size, sign_extend_memory, u8), sized!(size, sign_extend_memory, u16), sized!(size, sign_extend_memory, u32)],
+                [
+                    sized!(size, sign_extend_register, u8),
+                    sized!(size, sign_extend_register, u16),
+                    sized!(size, sign_extend_register, u32),
+                ],
+                [
+                    sized!(size, sign_extend_memory, u8),
+                    sized!(size, sign_extend_memory, u16),
+                    sized!(size, sign_extend_memory, u32),
+                ],
             ],
         ),
         Mnemonic::Lea => sized!(size, load_address),
@@ -216,7 +232,12 @@ fn code(op: &mut Op, code: u8, handler: Handler) -> Handler {
 fn is_special_register(instruction: &Instruction) -> bool {
     [instruction.op0_register(), instruction.op1_register()]
         .iter()
-        .any(|register| register.is_segment_register() || register.is_cr() || register.is_dr() || register.is_tr())
+        .any(|register| {
+            register.is_segment_register()
+                || register.is_cr()
+                || register.is_dr()
+                || register.is_tr()
+        })
 }
 
 /// Whether the memory operand is a 64-bit absolute address (MOV's A0 to A3 in 64-bit mode).

@@ -323,34 +323,28 @@ pub(crate) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
     op.set_operand_size(size);
     let pick = |one: Handler, many: Handler| if repeat { many } else { one };
     Some(match instruction.mnemonic() {
-        Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq => pick(
-            sized!(size, single, Move),
-            sized!(size, repeated, Move),
-        ),
-        Mnemonic::Stosb | Mnemonic::Stosw | Mnemonic::Stosd | Mnemonic::Stosq => pick(
-            sized!(size, single, Store),
-            sized!(size, repeated, Store),
-        ),
-        Mnemonic::Lodsb | Mnemonic::Lodsw | Mnemonic::Lodsd | Mnemonic::Lodsq => pick(
-            sized!(size, single, Load),
-            sized!(size, repeated, Load),
-        ),
+        Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq => {
+            pick(sized!(size, single, Move), sized!(size, repeated, Move))
+        }
+        Mnemonic::Stosb | Mnemonic::Stosw | Mnemonic::Stosd | Mnemonic::Stosq => {
+            pick(sized!(size, single, Store), sized!(size, repeated, Store))
+        }
+        Mnemonic::Lodsb | Mnemonic::Lodsw | Mnemonic::Lodsd | Mnemonic::Lodsq => {
+            pick(sized!(size, single, Load), sized!(size, repeated, Load))
+        }
         Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq => pick(
             sized!(size, single, Compare),
             sized!(size, repeated, Compare),
         ),
-        Mnemonic::Scasb | Mnemonic::Scasw | Mnemonic::Scasd | Mnemonic::Scasq => pick(
-            sized!(size, single, Scan),
-            sized!(size, repeated, Scan),
-        ),
-        Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => pick(
-            sized!(size, single, Input),
-            sized!(size, repeated, Input),
-        ),
-        Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd => pick(
-            sized!(size, single, Output),
-            sized!(size, repeated, Output),
-        ),
+        Mnemonic::Scasb | Mnemonic::Scasw | Mnemonic::Scasd | Mnemonic::Scasq => {
+            pick(sized!(size, single, Scan), sized!(size, repeated, Scan))
+        }
+        Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => {
+            pick(sized!(size, single, Input), sized!(size, repeated, Input))
+        }
+        Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd => {
+            pick(sized!(size, single, Output), sized!(size, repeated, Output))
+        }
         _ => return None,
     })
 }

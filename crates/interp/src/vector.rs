@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic};
 use trapgate_thunk::{
     Access as ThunkAccess, Class, MemoryOperand, Outcome, Thunk, ThunkCache, ThunkError,
     X87Pointers, x87_opcode,
@@ -205,7 +205,7 @@ impl Cpu {
             _ => self.run_bounced(op, number, operand, linear)?,
         };
         if op.immediate != 0 && outcome == Outcome::Done {
-            self.record_x87(op, number, linear);
+            self.record_x87(op, number);
         }
         Ok(outcome)
     }
@@ -220,7 +220,6 @@ impl Cpu {
         operand: MemoryOperand,
         linear: u64,
     ) -> Result<Outcome, Stop> {
-        let size = operand.size;
         let mut bounce = Bounce([0; 128]);
         let selected = self.selected_elements(operand);
         let lock = operand
@@ -231,14 +230,14 @@ impl Cpu {
             if operand.access != ThunkAccess::Read {
                 self.probe(at, length as u64, Access::Write, op.segment)?;
             }
-            if operand.access == ThunkAccess::Write && length == size && !self.is_x87(number) {
+            // An x87 store that meets an unmasked exception leaves memory as it was, so it needs
+            // the old contents. Other stores must not read: there may be a device.
+            let class = self.thunks.entries[number].thunk.class;
+            if operand.access == ThunkAccess::Write && class != Class::X87 {
                 continue;
             }
             self.read_bytes(at, &mut bounce.0[start..start + length], op.segment)?;
         }
-        let offset = linear as usize % operand.alignment.max(1);
-        debug_assert_eq!(offset, 0, "alignment was checked");
-        let before = bounce.0;
         // SAFETY: the buffer is ours, larger than any operand, and aligned for all.
         let outcome = unsafe {
             self.thunks.entries[number]
@@ -246,23 +245,13 @@ impl Cpu {
                 .run(&mut self.regs, bounce.0.as_mut_ptr())
         };
         if operand.access != ThunkAccess::Read && outcome == Outcome::Done {
-            let x87 = self.is_x87(number);
             for (start, length) in selected.iter() {
-                let range = start..start + length;
-                // An x87 store with an unmasked exception pending leaves memory as it was.
-                if x87 && bounce.0[range.clone()] == before[range.clone()] {
-                    continue;
-                }
                 let at = self.advance(linear, start as u64);
-                self.write_bytes(at, &bounce.0[range], op.segment)?;
+                self.write_bytes(at, &bounce.0[start..start + length], op.segment)?;
             }
         }
         drop(lock);
         Ok(outcome)
-    }
-
-    fn is_x87(&self, number: usize) -> bool {
-        self.thunks.entries[number].thunk.class == Class::X87
     }
 
     /// The parts of a memory operand that are really accessed: all of it, or the elements that the
@@ -303,10 +292,10 @@ impl Cpu {
 
     /// Records the last x87 instruction's address, opcode and operand (SDM vol. 1, 8.1.8). The
     /// op's immediate is the opcode with bit 15 set.
-    fn record_x87(&mut self, op: &Op, number: usize, linear: u64) {
+    fn record_x87(&mut self, op: &Op, number: usize) {
         let start = self.rip.wrapping_sub(u64::from(op.length));
         let data = match self.thunks.entries[number].thunk.x87_pointers {
-            X87Pointers::InstructionAndData => Some(linear),
+            X87Pointers::InstructionAndData => Some(self.offset(op)),
             _ => None,
         };
         self.regs
@@ -337,7 +326,19 @@ impl Elements {
 pub(crate) fn op_x87_registers(cpu: &mut Cpu, op: &Op) -> Step {
     op_thunk(cpu, op)?;
     if op.immediate != 0 {
-        cpu.record_x87(op, usize::from(op.extra), 0);
+        cpu.record_x87(op, usize::from(op.extra));
+    }
+    Ok(())
+}
+
+/// FWAIT: meets a pending exception; #NM only if CR0.MP and CR0.TS are both set.
+fn op_wait(cpu: &mut Cpu, _: &Op) -> Step {
+    let both = cr0::MP | cr0::TS;
+    if cpu.sys.cr0 & both == both {
+        return Err(cpu.raise(Exception::NM));
+    }
+    if cpu.regs.x87.exception_pending() {
+        return Err(cpu.x87_error());
     }
     Ok(())
 }
@@ -349,8 +350,14 @@ pub(crate) fn lower(
     bytes: &[u8],
     op: &mut Op,
 ) -> Result<Lowered, ThunkError> {
-    let Some(number) = cpu.thunks.number(instruction)? else {
-        return Ok(Lowered::TableFull);
+    if instruction.mnemonic() == Mnemonic::Wait {
+        op.handler = op_wait;
+        return Ok(Lowered::Done);
+    }
+    let number = match cpu.thunks.number(instruction) {
+        Ok(Some(number)) => number,
+        Ok(None) | Err(ThunkError::Full { .. }) => return Ok(Lowered::TableFull),
+        Err(error) => return Err(error),
     };
     op.extra = number;
     op.immediate = 0;
