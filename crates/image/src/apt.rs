@@ -122,6 +122,7 @@ fn fetch_with(
     }
     apt.option("Acquire::Retries=2");
     apt.option("Acquire::Languages=none");
+    progress.report(Phase::Lists, 0, None);
 
     let target = work.join("packages");
     let mut attempt = get_packages(&apt, &target, progress);
@@ -194,16 +195,16 @@ struct Package {
 }
 
 impl Package {
-    /// The first stanza that `apt-cache show` prints, if it can be fetched: a package that is merely
-    /// installed has no `Filename` and `Size`.
+    /// A stanza that `apt-cache show` prints, if the package can be fetched: one that is merely installed has no
+    /// `Filename` and `Size`.
     fn parse(text: &str) -> Option<Self> {
-        let mut fields = text
+        let fields = text
             .lines()
             .take_while(|l| !l.is_empty())
             .filter_map(|l| l.split_once(": "));
         let (mut name, mut version, mut size, mut file, mut depends) =
             (None, None, None, None, Vec::new());
-        for (key, value) in &mut fields {
+        for (key, value) in fields {
             match key {
                 "Package" => name = Some(value.to_owned()),
                 "Version" => version = Some(value.trim().to_owned()),
@@ -221,7 +222,8 @@ impl Package {
             }
         }
         file?;
-        let proper = |s: &String| s.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
+        let proper =
+            |s: &String| s.bytes().all(|b| b.is_ascii_graphic() && b != b'/') && !s.is_empty();
         Some(Self {
             name: name.filter(proper)?,
             version: version.filter(proper)?,
@@ -252,7 +254,7 @@ fn get_packages(
     target: &Path,
     progress: &mut dyn Progress,
 ) -> Result<(Package, Vec<PathBuf>), ImageError> {
-    let packages = resolve(&|name| apt.show(name))?;
+    let packages = resolve(&|names| apt.show(names))?;
     let _ = fs::remove_dir_all(target);
     fs::create_dir_all(target).map_err(|e| ImageError::cache("cannot create", target, e))?;
     let total = packages.iter().map(|p| p.size).sum::<u64>();
@@ -290,23 +292,50 @@ fn get_packages(
     ))
 }
 
-/// The packages to fetch, the one with the kernel first. `show` asks the lists for a package.
-fn resolve(show: &dyn Fn(&str) -> Option<Package>) -> Result<Vec<Package>, ImageError> {
+/// The packages to fetch, the one with the kernel first. `show` asks the lists for packages, and leaves out those that
+/// they don't know; it takes about a second, whatever the number.
+fn resolve(show: &dyn Fn(&[&str]) -> Vec<Package>) -> Result<Vec<Package>, ImageError> {
     let unknown = |names: &[&str]| ImageError::NoSuchPackage {
         names: names.join(", "),
     };
+    let mut known = show(&[KERNELS, &[BUSYBOX]].concat());
+    let mut take = |name: &str| {
+        known
+            .iter()
+            .position(|p| p.name == name)
+            .map(|at| known.swap_remove(at))
+    };
     let meta = KERNELS
         .iter()
-        .find_map(|name| show(name))
+        .find_map(|name| take(name))
         .ok_or_else(|| unknown(KERNELS))?;
+    let busybox = take(BUSYBOX).ok_or_else(|| unknown(&[BUSYBOX]))?;
+
     let mut packages: Vec<Package> = Vec::new();
     let mut open = meta.depends;
-    while let Some(name) = open.pop() {
-        if Package::holds_kernel(&name) && !packages.iter().any(|p| p.name == name) {
-            let package = show(&name).ok_or_else(|| unknown(&[&name]))?;
-            open.extend(package.depends.iter().cloned());
-            packages.push(package);
+    loop {
+        open.retain(|name| {
+            Package::holds_kernel(name) && !packages.iter().any(|p| p.name == *name)
+        });
+        open.sort();
+        open.dedup();
+        if open.is_empty() {
+            break;
         }
+        let names: Vec<&str> = open.iter().map(String::as_str).collect();
+        let found = show(&names);
+        let lacking: Vec<&str> = names
+            .into_iter()
+            .filter(|n| !found.iter().any(|p| p.name == *n))
+            .collect();
+        if !lacking.is_empty() {
+            return Err(unknown(&lacking));
+        }
+        open = found
+            .iter()
+            .flat_map(|p| p.depends.iter().cloned())
+            .collect();
+        packages.extend(found);
     }
     packages.sort_by_key(|p| !p.name.starts_with("linux-image-"));
     if packages.is_empty() {
@@ -315,7 +344,7 @@ fn resolve(show: &dyn Fn(&str) -> Option<Package>) -> Result<Vec<Package>, Image
             meta.name
         )]));
     }
-    packages.push(show(BUSYBOX).ok_or_else(|| unknown(&[BUSYBOX]))?);
+    packages.push(busybox);
     Ok(packages)
 }
 
@@ -372,13 +401,20 @@ impl Apt {
         command
     }
 
-    fn show(&self, package: &str) -> Option<Package> {
+    fn show(&self, names: &[&str]) -> Vec<Package> {
+        // It fails if one name is unknown, but tells of the others; each package's own version to fetch only.
         let output = self
             .command(&self.query)
-            .args(["show", "--no-all-versions", package])
-            .output()
-            .ok()?;
-        Package::parse(&String::from_utf8_lossy(&output.stdout)).filter(|p| p.name == package)
+            .args(["show", "--no-all-versions"])
+            .args(names)
+            .output();
+        let text = output
+            .map(|o| String::from_utf8_lossy(&o.stdout).into_owned())
+            .unwrap_or_default();
+        text.split("\n\n")
+            .filter_map(Package::parse)
+            .filter(|p| names.contains(&p.name.as_str()))
+            .collect()
     }
 
     fn update(&self, progress: &mut dyn Progress) -> Result<(), ImageError> {
@@ -445,4 +481,335 @@ fn complaint(output: &str) -> Option<String> {
     lines.dedup();
     let last = lines.len().saturating_sub(3);
     (!lines.is_empty()).then(|| lines[last..].join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::{test_busybox, test_kernel};
+
+    const VERSION: &str = "6.1.0-1-cloud-amd64";
+
+    fn stanza(name: &str, depends: &str) -> String {
+        format!(
+            "Package: {name}\nVersion: 1:2.3-4\nDepends: {depends}\nFilename: pool/{name}.deb\nSize: 1000\n"
+        )
+    }
+
+    /// What `apt-cache show` says in a world of these packages.
+    fn world(packages: &[(&str, &str)]) -> impl Fn(&[&str]) -> Vec<Package> {
+        let all: Vec<Package> = packages
+            .iter()
+            .map(|(n, d)| Package::parse(&stanza(n, d)).unwrap())
+            .collect();
+        move |names| {
+            all.iter()
+                .filter(|p| names.contains(&p.name.as_str()))
+                .cloned()
+                .collect()
+        }
+    }
+
+    fn names(packages: &[Package]) -> Vec<&str> {
+        packages.iter().map(|p| p.name.as_str()).collect()
+    }
+
+    #[test]
+    fn a_stanza_is_read() {
+        let text = "Package: linux-image-cloud-amd64\nSource: linux-signed-amd64 (6.1.192+2)\nVersion: 6.1.192-2\n\
+                    Pre-Depends: a:any\nDepends: linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2), b | c, d\n\
+                    Description: Linux\n more: text\nFilename: pool/x.deb\nSize: 1504\n";
+
+        let package = Package::parse(text).unwrap();
+
+        assert_eq!(
+            (
+                package.name.as_str(),
+                package.version.as_str(),
+                package.size
+            ),
+            ("linux-image-cloud-amd64", "6.1.192-2", 1504)
+        );
+        assert_eq!(
+            package.depends,
+            ["a", "linux-image-6.1.0-56-cloud-amd64", "b", "d"]
+        );
+    }
+
+    #[test]
+    fn a_package_that_cannot_be_fetched_is_no_package() {
+        let whole = stanza("busybox-static", "");
+        assert!(Package::parse(&whole).is_some());
+        for line in ["Package", "Version", "Filename", "Size"] {
+            let without: String = whole
+                .lines()
+                .filter(|l| !l.starts_with(line))
+                .map(|l| format!("{l}\n"))
+                .collect();
+            assert_eq!(Package::parse(&without), None, "{line}");
+        }
+        for improper in ["a/b", "a b", ""] {
+            assert_eq!(Package::parse(&stanza(improper, "")), None, "{improper:?}");
+        }
+    }
+
+    #[test]
+    fn debian_has_kernel_and_modules_in_one_package() {
+        let show = world(&[
+            (
+                "linux-image-cloud-amd64",
+                "linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2)",
+            ),
+            (
+                "linux-image-6.1.0-56-cloud-amd64",
+                "kmod, linux-base (>= 4.3~), initramfs-tools (>= 0.120+deb8u2) | linux-initramfs-tool",
+            ),
+            ("linux-image-amd64", "linux-image-6.1.0-56-amd64"),
+            ("busybox-static", ""),
+        ]);
+
+        assert_eq!(
+            names(&resolve(&show).unwrap()),
+            ["linux-image-6.1.0-56-cloud-amd64", "busybox-static"]
+        );
+    }
+
+    #[test]
+    fn ubuntu_has_modules_in_a_package_of_their_own() {
+        let show = world(&[
+            ("linux-image-virtual", "linux-image-6.8.0-31-generic"),
+            (
+                "linux-image-generic",
+                "linux-image-6.8.0-31-generic, linux-modules-extra-6.8.0-31-generic",
+            ),
+            (
+                "linux-image-6.8.0-31-generic",
+                "kmod, linux-base, linux-modules-6.8.0-31-generic",
+            ),
+            ("linux-modules-6.8.0-31-generic", "wireless-regdb"),
+            ("busybox-static", "libc6"),
+        ]);
+
+        assert_eq!(
+            names(&resolve(&show).unwrap()),
+            [
+                "linux-image-6.8.0-31-generic",
+                "linux-modules-6.8.0-31-generic",
+                "busybox-static"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_no_list_knows_is_named() {
+        for (packages, named) in [
+            (vec![], "linux-image-cloud-amd64"),
+            (vec![("busybox-static", "")], "linux-image-virtual"),
+            (
+                vec![
+                    ("linux-image-amd64", "linux-image-6.1-amd64"),
+                    ("linux-image-6.1-amd64", ""),
+                ],
+                "busybox-static",
+            ),
+            (
+                vec![
+                    ("linux-image-amd64", "linux-image-6.1-amd64"),
+                    ("busybox-static", ""),
+                ],
+                "linux-image-6.1-amd64",
+            ),
+            (
+                vec![("linux-image-amd64", "nothing"), ("busybox-static", "")],
+                "linux-image-amd64",
+            ),
+        ] {
+            let error = resolve(&world(&packages)).unwrap_err();
+            assert!(
+                matches!(&error, ImageError::NoSuchPackage { names } if names.contains(named)),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn of_what_apt_says_only_the_complaint_is_passed_on() {
+        let output = "Reading lists...\nW: a warning\nE: Failed to fetch x  404  Not Found\nE: Unable to fetch some\n";
+        assert_eq!(
+            complaint(output).unwrap(),
+            "Failed to fetch x  404  Not Found; Unable to fetch some"
+        );
+        assert_eq!(complaint("all went well\n"), None);
+    }
+
+    /// A cache, and stand-ins for apt's programs that work on files in a directory:
+    /// `lists` is what is known, `lists.new` what an update finds, `pool` what can be downloaded, and `log` what was called.
+    struct Stage {
+        directory: tempfile::TempDir,
+        cache: CacheDir,
+    }
+
+    impl Stage {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let at = directory.path();
+            // Links to files that nobody writes: a file just written can't be run while a child that another
+            // thread has forked still holds it open.
+            let programs = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake-apt");
+            for name in ["apt-get", "apt-cache"] {
+                std::os::unix::fs::symlink(programs.join(name), at.join(name)).unwrap();
+            }
+            for name in ["pool", "work", "cache/packages"] {
+                fs::create_dir_all(at.join(name)).unwrap();
+            }
+            let cache = CacheDir::at(at.join("cache"));
+            Self { directory, cache }
+        }
+
+        fn lists(&self, name: &str) {
+            let text = [
+                stanza("linux-image-cloud-amd64", &format!("linux-image-{VERSION}")),
+                stanza(&format!("linux-image-{VERSION}"), ""),
+                stanza("busybox-static", ""),
+            ];
+            fs::write(self.directory.path().join(name), text.join("\n")).unwrap();
+        }
+
+        fn pool(&self) {
+            let pool = self.directory.path().join("pool");
+            let kernel = format!("./boot/vmlinuz-{VERSION}");
+            deb::test_package(
+                &pool.join("linux.deb"),
+                "data.tar",
+                &[(kernel.as_str(), &test_kernel(VERSION))],
+            );
+            deb::test_package(
+                &pool.join("busybox.deb"),
+                "data.tar",
+                &[("./bin/busybox", &test_busybox())],
+            );
+        }
+
+        fn fetch(&self, root: bool) -> Result<Parts, ImageError> {
+            let at = self.directory.path();
+            let apt = Apt {
+                get: at.join("apt-get"),
+                query: at.join("apt-cache"),
+                options: Vec::new(),
+                work: at.join("work"),
+            };
+            fetch_with(apt, root, &self.cache, &at.join("work"), &mut |_, _, _| ())
+        }
+
+        fn log(&self) -> String {
+            let text = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+            text.lines().map(str::trim).collect::<Vec<_>>().join(", ")
+        }
+    }
+
+    #[test]
+    fn packages_are_kept_for_another_time() {
+        let stage = Stage::new();
+        stage.lists("lists");
+        stage.pool();
+        assert!(kept(&stage.cache, &mut |_, _, _| ()).unwrap().is_none());
+
+        let fetched = stage.fetch(false).ok().unwrap();
+        let again = kept(&stage.cache, &mut |_, _, _| ()).unwrap().unwrap();
+
+        assert_eq!(stage.log(), "download");
+        assert_eq!(again.kernel, fetched.kernel);
+        assert_eq!(again.origin, fetched.origin);
+        assert_eq!(
+            again.origin,
+            Origin::Package {
+                name: format!("linux-image-{VERSION}"),
+                version: "1:2.3-4".into()
+            }
+        );
+    }
+
+    #[test]
+    fn damaged_packages_in_the_cache_are_thrown_away() {
+        let stage = Stage::new();
+        stage.lists("lists");
+        stage.pool();
+        stage.fetch(false).ok().unwrap();
+        let directory = fs::read_dir(stage.cache.packages())
+            .unwrap()
+            .flatten()
+            .next()
+            .unwrap()
+            .path();
+        let file = directory.join("linux.deb");
+        let whole = fs::read(&file).unwrap();
+        let mut page = whole.clone();
+        page[..8].copy_from_slice(b"<html>\n\n");
+        for damaged in [&whole[..100], &page] {
+            fs::create_dir_all(&directory).unwrap();
+            fs::write(&file, damaged).unwrap();
+
+            assert!(kept(&stage.cache, &mut |_, _, _| ()).unwrap().is_none());
+            assert!(!directory.exists());
+
+            stage.fetch(false).ok().unwrap();
+        }
+    }
+
+    #[test]
+    fn missing_lists_are_updated_by_root() {
+        let stage = Stage::new();
+        stage.lists("lists.new");
+        stage.pool();
+
+        assert!(stage.fetch(true).is_ok());
+
+        assert_eq!(stage.log(), "update, download");
+    }
+
+    #[test]
+    fn who_is_not_root_gets_lists_of_their_own() {
+        let stage = Stage::new();
+        stage.lists("lists.newown");
+        stage.pool();
+
+        assert!(stage.fetch(false).is_ok());
+
+        assert_eq!(stage.log(), "update own, download own");
+    }
+
+    #[test]
+    fn lists_that_are_too_old_are_updated() {
+        let stage = Stage::new();
+        stage.lists("lists");
+        stage.lists("lists.new");
+
+        let result = stage.fetch(true);
+
+        assert!(matches!(result, Err(ImageError::Command { .. })));
+        assert_eq!(stage.log(), "download, update, download, update own");
+    }
+
+    #[test]
+    fn without_a_network_apt_has_the_last_word() {
+        let stage = Stage::new();
+
+        let error = stage.fetch(false).err().unwrap();
+
+        assert_eq!(error.to_string(), "`apt-get update` failed: no route");
+        assert!(error.fix().contains("--kernel"));
+    }
+
+    #[test]
+    fn a_download_that_brings_too_little_is_an_error() {
+        let stage = Stage::new();
+        stage.lists("lists");
+        stage.pool();
+        fs::remove_file(stage.directory.path().join("pool/busybox.deb")).unwrap();
+
+        let result = stage.fetch(false);
+
+        assert!(matches!(result, Err(ImageError::Command { .. })));
+        assert_eq!(fs::read_dir(stage.cache.packages()).unwrap().count(), 0);
+    }
 }

@@ -89,11 +89,14 @@ pub(crate) fn find(cache: &CacheDir) -> Option<StockImage> {
     images.pop()
 }
 
-/// Makes the image with `make` unless the cache holds one. `make` gets a directory of its own to work in.
+/// Gets the parts of an image. The path is a directory of its own to work in, removed afterwards.
+type Make<'a> = dyn FnMut(&CacheDir, &Path, &mut dyn Progress) -> Result<Parts, ImageError> + 'a;
+
+/// Makes the image with `make` unless the cache holds one.
 pub(crate) fn open_or_make(
     cache: &CacheDir,
     progress: &mut dyn Progress,
-    make: &mut dyn FnMut(&CacheDir, &Path, &mut dyn Progress) -> Result<Parts, ImageError>,
+    make: &mut Make<'_>,
 ) -> Result<StockImage, ImageError> {
     // Images never change, so this needs no lock, and works on a cache that can't be written.
     if let Some(image) = find(cache) {
@@ -215,6 +218,8 @@ pub(crate) fn publish(staged: &Path, name: &Path, trash: &Path) -> Result<(), Im
 const KERNEL: &str = "vmlinuz";
 const INITRAMFS: &str = "initramfs";
 const MANIFEST: &str = "manifest";
+/// The last line of a manifest.
+const END: &str = "end\n";
 
 fn write(directory: &Path, parts: &Parts, progress: &mut dyn Progress) -> Result<(), ImageError> {
     let initramfs = initramfs::build(parts);
@@ -241,6 +246,8 @@ fn write(directory: &Path, parts: &Parts, progress: &mut dyn Progress) -> Result
         done += bytes.len() as u64;
         progress.report(Phase::Write, done, Some(total));
     }
+    // So that a manifest cut off between its lines is none.
+    manifest.push_str(END);
     write_file(&directory.join(MANIFEST), manifest.as_bytes())
 }
 
@@ -248,7 +255,7 @@ fn write(directory: &Path, parts: &Parts, progress: &mut dyn Progress) -> Result
 fn open(directory: &Path) -> Option<StockImage> {
     let manifest = fs::read_to_string(directory.join(MANIFEST)).ok()?;
     let (mut kernel_version, mut origin, mut files) = (None, None, Vec::new());
-    for line in manifest.lines() {
+    for line in manifest.strip_suffix(END)?.lines() {
         let (key, value) = line.split_once(' ')?;
         match key {
             "kernel-version" => kernel_version = Some(value.to_owned()),

@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# The guest's process 1, and (as `/init session …`) the session that it starts.
+# The guest's process 1, and with arguments the session that it starts.
 #
 # It is a shell script on the stock busybox so that the guest needs no program of ours. The guest may
 # run on an interpreter, so what stands before the word `init` on the status port forks little.
@@ -24,12 +24,12 @@ find_port() {
 }
 
 # Ports appear in the background, after messages between the driver and the VMM. Waits for the
-# command $@ to succeed, for 20 seconds of guest time at most.
+# command $@ to succeed, for 10 seconds of guest time or some more at most.
 await() {
     tries=0
     until "$@"; do
         tries=$((tries + 1))
-        [ $tries -lt 1000 ] || return 1
+        [ $tries -lt 500 ] || return 1
         sleep 0.02
     done
 }
@@ -73,13 +73,18 @@ down() {
     while :; do sleep 3600; done
 }
 
+# Becomes the program $@.
+become() {
+    command -v "$1" >/dev/null || {
+        echo "trapgate: $1: not found in the guest" >&2
+        exit 127
+    }
+    exec "$@"
+}
+
 # Runs the program $@ with the terminal $terminal as standard input, output, error and controlling terminal.
 on_terminal() {
-    [ -z "$COLUMNS" ] || stty -F "$terminal" columns "$COLUMNS"
-    [ -z "$LINES" ] || stty -F "$terminal" rows "$LINES"
-    # The terminal knows its size from here on, and follows the person's window; variables would not.
-    unset COLUMNS LINES
-    setsid -c "$@" <"$terminal" >"$terminal" 2>&1 9>&-
+    setsid -c /bin/sh /init on-terminal "$@" <"$terminal" >"$terminal" 2>&1 9>&-
 }
 
 # Runs the program $@ between named pipes that three `cat` carry to and from the ports. The ports
@@ -89,11 +94,12 @@ between_ports() {
     mkfifo /run/trapgate/stdin /run/trapgate/stdout /run/trapgate/stderr
     # The pipe is opened first: if the port can't be, the command sees end of file and does not hang.
     { cat <"$stdin_port"; } >/run/trapgate/stdin 9>&- &
-    { cat >"$stdout_port"; } </run/trapgate/stdout 9>&- &
+    # What a process says when it is told to end shall still arrive.
+    { trap '' TERM; cat >"$stdout_port"; } </run/trapgate/stdout 9>&- &
     out=$!
-    { cat >"$stderr_port"; } </run/trapgate/stderr 9>&- &
+    { trap '' TERM; cat >"$stderr_port"; } </run/trapgate/stderr 9>&- &
     err=$!
-    (exec "$@") </run/trapgate/stdin >/run/trapgate/stdout 2>/run/trapgate/stderr 9>&-
+    (become "$@") </run/trapgate/stdin >/run/trapgate/stdout 2>/run/trapgate/stderr 9>&-
     status=$?
     # What the command left behind ends with it; otherwise its ends of the pipes would stay open.
     for entry in /proc/[0-9]*; do
@@ -106,6 +112,16 @@ between_ports() {
     return $status
 }
 
+# The other half of `on_terminal`, on the terminal.
+if [ "$1" = on-terminal ]; then
+    shift
+    [ -z "$COLUMNS" ] || stty columns "$COLUMNS"
+    [ -z "$LINES" ] || stty rows "$LINES"
+    # The terminal knows its size from here on, and follows the person's window; variables would not.
+    unset COLUMNS LINES
+    become "$@"
+fi
+
 # The session: `/init session TERMINAL SAY_PREFIX STDIN STDOUT STDERR`, the ports empty where there are none.
 # Descriptor 9 is the status port.
 if [ "$1" = session ]; then
@@ -113,6 +129,7 @@ if [ "$1" = session ]; then
     export HOME=/root USER=root LOGNAME=root SHELL=/bin/sh TERM=linux
     [ ! -e /trapgate/env ] || . /trapgate/env
     cd /root
+    unset OLDPWD
     if [ -e /trapgate/command ]; then
         # Sets the positional parameters.
         . /trapgate/command
@@ -216,7 +233,8 @@ for button in /sys/bus/acpi/devices/LNXPWRBN:* /sys/bus/acpi/devices/PNP0C0C:*; 
 done
 
 # Signals end this wait at once, and it collects every orphan that ended.
+# Without the shell's report of a `sleep` that something killed.
 while :; do
     sleep 86400 &
     wait $!
-done
+done 2>/dev/null

@@ -111,7 +111,7 @@ pub(crate) fn build(parts: &Parts) -> Vec<u8> {
     archive.file(
         "etc/passwd",
         0o644,
-        b"root::0:0:root:/root:/bin/sh\nnobody:*:65534:65534:nobody:/:/bin/false\n",
+        b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
     );
     archive.file(
         "etc/group",

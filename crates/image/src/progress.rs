@@ -8,7 +8,7 @@ use std::fmt;
 pub enum Phase {
     /// Another process is making the image; the total is unknown.
     Waiting,
-    /// The package manager fetches its lists; the total is unknown.
+    /// The package manager's lists are read, and fetched where they are missing; the total is unknown.
     Lists,
     /// Packages are fetched.
     Download,
@@ -23,7 +23,7 @@ impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Waiting => "waiting for another trapgate that prepares the image",
-            Self::Lists => "fetching package lists",
+            Self::Lists => "reading package lists",
             Self::Download => "fetching packages",
             Self::Unpack => "unpacking the kernel",
             Self::Write => "writing the image",
