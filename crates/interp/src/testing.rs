@@ -128,8 +128,7 @@ pub(crate) fn protected_cpu() -> (Cpu, TestWorld) {
     cpu.sys.cr0 = cr0::PE | cr0::ET | cr0::NE;
     let data = Segment::flat(0x10, access::WRITABLE | access::DB);
     cpu.sys.segments = [data; 6];
-    cpu.sys.segments[sreg::CS] =
-        Segment::flat(0x08, access::CODE | access::READABLE | access::DB);
+    cpu.sys.segments[sreg::CS] = Segment::flat(0x08, access::CODE | access::READABLE | access::DB);
     cpu.update_mode();
     (cpu, world)
 }
@@ -157,8 +156,7 @@ pub(crate) fn long_cpu() -> (Cpu, TestWorld) {
     cpu.sys.efer = efer::LME | efer::LMA | efer::NXE | efer::SCE;
     let data = Segment::flat(0x10, access::WRITABLE | access::DB);
     cpu.sys.segments = [data; 6];
-    cpu.sys.segments[sreg::CS] =
-        Segment::flat(0x08, access::CODE | access::READABLE | access::L);
+    cpu.sys.segments[sreg::CS] = Segment::flat(0x08, access::CODE | access::READABLE | access::L);
     cpu.update_mode();
     (cpu, world)
 }
