@@ -15,7 +15,8 @@ pub struct Message {
 /// Takes message-signalled interrupts. Called with the locks of a function held (see the crate's
 /// documentation for the order); from processor threads and device threads.
 pub trait MessageSink: Send + Sync {
-    /// Delivers a message.
+    /// Delivers a message. The guest chose its address and data: what is not an interrupt message
+    /// (0xfeex_xxxx) is to be dropped.
     fn send(&self, message: Message);
 }
 

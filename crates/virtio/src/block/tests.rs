@@ -5,7 +5,9 @@ use tempfile::NamedTempFile;
 use trapgate_memory::{TraceFlags, TraceListener};
 
 use super::*;
-use crate::driver::{BUFFERS, Driver, EVENT_INDEX, INDIRECT, NEEDS_RESET, Piece, RAM, Random};
+use crate::driver::{
+    BUFFERS, Driver, EVENT_INDEX, INDIRECT, NEEDS_RESET, Piece, RAM, Random, eventually,
+};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -386,36 +388,56 @@ fn many_requests_in_flight_all_come_back() {
 fn rings_full_of_garbage_are_survived() {
     let (mut driver, _image) = block(false);
     let mut random = Random(0x5eed_0b10);
+    let (mut served, mut broken) = (0, 0);
     for _ in 0..300 {
         driver.start(INDIRECT | EVENT_INDEX);
         let ring = driver.rings[0];
-        for table in [ring.desc, BUFFERS + 0x8000] {
-            for index in 0..256 {
-                let wild = random.below(16) == 0;
-                let gpa = if wild {
-                    random.next()
-                } else {
-                    BUFFERS + random.below(0x1_0000)
-                };
-                let length = match random.below(8) {
-                    0 => random.next() as u32,
-                    1 => 0,
-                    2..5 => 16 * random.below(40) as u32,
-                    _ => 1 + random.below(2048) as u32,
-                };
-                let flags = [0, 1, 1, 2, 2, 3, 4, 5][random.below(8) as usize];
-                let next = random.below(260) as u16;
-                driver.set_descriptor(table, index, (gpa, length), (flags, next));
-            }
+        let table = BUFFERS + 0x8000;
+        for (target, index) in [ring.desc, table]
+            .into_iter()
+            .zip([0..256, 0..12])
+            .flat_map(|(target, indices)| indices.map(move |index| (target, index)))
+        {
+            // Mostly header, data, status; each field is now and then something else.
+            let mut bent = |usual: u64, other: [u64; 4]| match random.below(400) {
+                pick @ 0..4 => other[pick as usize],
+                _ => usual,
+            };
+            let data = DATA + 512 * u64::from(index);
+            let usual = match (index % 3, index % 4) {
+                (0, 0) if target != table => (table, 16 * 12, 4),
+                (0, _) => (HEADER, 16, 1),
+                (1, _) => (data, 512, 3),
+                _ => (STATUS, 1, 2),
+            };
+            let gpa = bent(usual.0, [DATA, ring.desc, RAM - 8, u64::MAX]);
+            let length = bent(usual.1, [0, 1, 4096, 0xffff_fff0]) as u32;
+            let flags = bent(usual.2, [0, 1, 4, 0xffff]) as u16;
+            let next = bent(u64::from(index) + 1, [0, 9, 255, 256]) as u16;
+            driver.set_descriptor(target, index, (gpa, length), (flags, next));
         }
         set_header(&driver, random.below(14) as u32, random.below(SECTORS + 8));
-        for _ in 0..random.below(64) {
-            let head = random.below(260) as u16;
-            driver.offer(0, head);
+        let offered = 1 + random.below(30) as u16;
+        for _ in 0..offered {
+            let inside = 3 * random.below(85);
+            let head = if random.below(50) == 0 {
+                random.below(260)
+            } else {
+                inside
+            };
+            driver.offer(0, head as u16);
         }
         driver.ring(0);
-        driver.poke(driver.structures[&2], &[random.next() as u8; 4]);
+        eventually("served or broken", || {
+            driver.used_index(0) == offered || driver.status() & NEEDS_RESET != 0
+        });
+        served += usize::from(driver.used_index(0));
+        broken += usize::from(driver.status() & NEEDS_RESET != 0);
     }
+    assert!(
+        served > 1000 && (30..270).contains(&broken),
+        "{served} {broken}"
+    );
     driver.start(0);
     assert_eq!(request(&mut driver, IN, 0, &[(DATA, 512, true)]), (OK, 513));
 }

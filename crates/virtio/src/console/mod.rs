@@ -35,8 +35,8 @@ pub trait PortOutput: Send + 'static {
     /// implementation to drop.
     fn write(&mut self, data: &[u8]);
 
-    /// The guest opened or closed the port. Closing comes after all that was written before. If
-    /// both happen in quick succession only the last may be told.
+    /// The guest opened or closed the port. Closing comes after all that was written before. A
+    /// guest that does both again and again may be told of only some of it, but the order stays.
     fn guest_open(&mut self, _open: bool) {}
 }
 

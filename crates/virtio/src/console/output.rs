@@ -1,6 +1,7 @@
 //! From the guest to the host: each port's transmit queue, on a thread of its own, so that one
 //! whose reader is slow holds up neither the others nor the guest's processors.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use trapgate_memory::GuestMemory;
@@ -27,15 +28,17 @@ pub(super) struct Output {
     chain: Chain,
     /// How far the buffer in `chain` has been taken, if one is in hand.
     taken: Option<u64>,
-    /// The guest opened or closed the port, which the host has yet to hear.
-    opened: Option<bool>,
+    /// That the guest opened or closed the port, which the host has yet to hear: two at most.
+    opened: VecDeque<bool>,
 }
 
 /// What only the thread touches.
 pub(super) struct Host {
     output: Box<dyn PortOutput>,
     batch: Vec<u8>,
-    opened: Option<bool>,
+    /// To be told before and after the batch.
+    before: Option<bool>,
+    after: VecDeque<bool>,
 }
 
 impl Host {
@@ -43,14 +46,21 @@ impl Host {
         Self {
             output,
             batch: Vec::new(),
-            opened: None,
+            before: None,
+            after: VecDeque::new(),
         }
     }
 }
 
 impl Output {
+    /// The port changed from closed to open, or back.
     pub(super) fn set_opened(&mut self, open: bool) {
-        self.opened = Some(open);
+        // A guest that toggles faster than the host listens: leave one of its pulses out.
+        if self.opened.len() == 2 {
+            self.opened.pop_back();
+        } else {
+            self.opened.push_back(open);
+        }
     }
 
     /// Forgets the queue.
@@ -107,22 +117,23 @@ impl Job for Output {
             self.taken = None;
             false
         });
+        host.before = self.opened.pop_front_if(|open| *open);
         // That the port is closed is told after all that was written to it.
-        let tell = self.opened == Some(true) || !more;
-        host.opened = if tell { self.opened.take() } else { None };
+        if !more {
+            host.after.append(&mut self.opened);
+        }
         more
     }
 
     fn after_step(host: &mut Host) {
-        let opened = host.opened.take();
-        if opened == Some(true) {
-            host.output.guest_open(true);
+        if let Some(open) = host.before.take() {
+            host.output.guest_open(open);
         }
         if !host.batch.is_empty() {
             host.output.write(&host.batch);
         }
-        if opened == Some(false) {
-            host.output.guest_open(false);
+        for open in host.after.drain(..) {
+            host.output.guest_open(open);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::thread;
 use super::*;
 use crate::ProtocolError;
 use crate::driver::{
-    BUFFERS, Driver, EVENT_INDEX, INDIRECT, NEEDS_RESET, PATIENCE, Random, common, eventually,
+    BUFFERS, Driver, EVENT_INDEX, INDIRECT, NEEDS_RESET, PATIENCE, RAM, Random, common, eventually,
 };
 
 const CONTROL_RX: u16 = 2;
@@ -507,24 +507,33 @@ fn buffers_too_small_for_their_purpose_break_the_device() {
 fn rings_full_of_garbage_are_survived() {
     let mut guest = Guest::new();
     let mut random = Random(0x5eed_c025);
+    let (mut served, mut broken) = (0, 0);
     for _ in 0..200 {
         guest.driver.start(3 | INDIRECT | EVENT_INDEX);
-        for byte in 0..0x200 {
-            let value = random.below(8) as u8 * (byte % 2) as u8;
-            guest.driver.memory.write(BUFFERS + byte, &[value]).unwrap();
+        for message in 0..64 {
+            // Port, event and value.
+            let [port, event, value] = [5, 9, 3].map(|end| random.below(end) as u8);
+            let bytes = [port, 0, 0, 0, event, 0, value, 0];
+            guest
+                .driver
+                .memory
+                .write(BUFFERS + 8 * message, &bytes)
+                .unwrap();
         }
         for queue in 0..8 {
             let ring = guest.driver.rings[queue];
             for index in 0..ring.size {
-                let wild = random.below(64) == 0;
-                let gpa = if wild {
-                    random.next()
-                } else {
-                    BUFFERS + random.below(0x1000)
+                // Mostly a buffer of the queue's own direction.
+                let mut bent = |usual: u64, other: [u64; 4]| match random.below(4000) {
+                    pick @ 0..4 => other[pick as usize],
+                    _ => usual,
                 };
-                let length = [8, 64, 0, 1, 4096, random.next() as u32][random.below(6) as usize];
-                let flags = [0, 0, 1, 2, 2, 3, 4, 0][random.below(8) as usize];
-                let next = random.below(u64::from(ring.size) + 1) as u16;
+                let write = if queue % 2 == 0 { 2 } else { 0 };
+                let usual = BUFFERS + 8 * u64::from(index);
+                let gpa = bent(usual, [0, ring.desc, RAM - 8, u64::MAX]);
+                let length = bent(64, [0, 1, 7, 0xffff_fff0]) as u32;
+                let flags = bent(write, [1, 3, 4, 0xffff]) as u16;
+                let next = bent(u64::from(index), [0, 9, 31, 0x80]) as u16;
                 guest
                     .driver
                     .set_descriptor(ring.desc, index, (gpa, length), (flags, next));
@@ -537,7 +546,16 @@ fn rings_full_of_garbage_are_survived() {
             guest.handle.input(random.below(4) as usize, &[7; 100]);
             guest.handle.resize(random.next() as u16, 3);
         }
+        assert!(guest.handle.drain(PATIENCE));
+        served += (0..8)
+            .map(|queue| usize::from(guest.driver.used_index(queue)))
+            .sum::<usize>();
+        broken += usize::from(guest.driver.status() & NEEDS_RESET != 0);
     }
+    assert!(
+        served > 1000 && (30..170).contains(&broken),
+        "{served} {broken}"
+    );
     guest.driver.start(3);
     guest.offer_message_room();
     guest.say(2, event::PORT_READY, 1);
