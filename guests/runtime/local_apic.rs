@@ -20,6 +20,8 @@ pub mod register {
     pub const COMMAND_LOW: u32 = 0x30;
     pub const COMMAND_HIGH: u32 = 0x31;
     pub const TIMER: u32 = 0x32;
+    pub const LINT0: u32 = 0x35;
+    pub const LINT1: u32 = 0x36;
     pub const INITIAL_COUNT: u32 = 0x38;
     pub const CURRENT_COUNT: u32 = 0x39;
     pub const DIVIDE: u32 = 0x3E;
@@ -39,16 +41,29 @@ const X2APIC_ENABLE: u64 = 1 << 10;
 
 static X2APIC: AtomicBool = AtomicBool::new(false);
 
-/// Turns the APIC on in software, with the given spurious vector.
-pub fn enable(spurious_vector: u8) {
+/// The vector of spurious interrupts.
+pub const SPURIOUS_VECTOR: u8 = 0xFF;
+
+/// Turns the APIC on in virtual wire mode: the PIC's interrupts pass through it (SDM vol. 3A
+/// 12.1; firmware leaves it like this, but there was no firmware).
+pub(crate) fn enable() {
+    const HAS_APIC: u32 = 1 << 9;
+    const EXTERNAL_INTERRUPT: u32 = 7 << 8;
+    const NMI: u32 = 4 << 8;
+    if cpu::cpuid(1, 0).edx & HAS_APIC == 0 {
+        return;
+    }
     cpu::write_msr(
         msr::APIC_BASE,
         cpu::read_msr(msr::APIC_BASE) | GLOBAL_ENABLE,
     );
     write(
         register::SPURIOUS_VECTOR,
-        1 << 8 | u32::from(spurious_vector),
+        1 << 8 | u32::from(SPURIOUS_VECTOR),
     );
+    write(register::TASK_PRIORITY, 0);
+    write(register::LINT0, EXTERNAL_INTERRUPT);
+    write(register::LINT1, NMI);
 }
 
 pub fn has_x2apic() -> bool {

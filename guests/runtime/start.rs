@@ -8,7 +8,7 @@
 use core::arch::global_asm;
 
 use crate::boot_info::{self, BootProtocol};
-use crate::{interrupts, pic, segments, serial};
+use crate::{interrupts, local_apic, pic, segments, serial};
 
 /// The page tables that map the first 4 GiB one to one with 2 MiB pages, filled in below.
 /// 4 GiB because the local APIC is at 0xFEE0_0000.
@@ -145,6 +145,7 @@ extern "C" fn start(protocol: u32, info: u32) -> ! {
     segments::load();
     interrupts::load();
     pic::remap();
+    local_apic::enable();
     boot_info::remember(
         match protocol {
             1 => BootProtocol::Pvh,

@@ -133,7 +133,7 @@ fn permission_matrix() {
     println!("rights of ring 0 / ring 3 by the page's bits (u user, w writable, n no-execute)");
     print!("wp smep smap ac ");
     for bits in 0..8 {
-        print!(" {}", page_name(bits));
+        print!(" {:>7}", page_name(bits));
     }
     println!();
     let (old_cr0, old_cr4) = (cpu::read_cr0(), cpu::read_cr4());
@@ -167,9 +167,7 @@ fn page_flags(bits: u32) -> u64 {
 }
 
 fn page_name(bits: u32) -> &'static str {
-    [
-        "---    ", "--n    ", "-w-    ", "-wn    ", "u--    ", "u-n    ", "uw-    ", "uwn    ",
-    ][bits as usize]
+    ["---", "--n", "-w-", "-wn", "u--", "u-n", "uw-", "uwn"][bits as usize]
 }
 
 /// A right that one level withholds is withheld (SDM vol. 3A 5.6).
