@@ -6,6 +6,7 @@
 //! descriptors, memory slots or interrupt routes in it, so an engine can be anything that moves a
 //! [`CpuState`] forward.
 
+pub mod probe;
 mod signals;
 
 use std::sync::Arc;
