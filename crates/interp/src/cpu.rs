@@ -447,7 +447,7 @@ pub fn ticks(nanoseconds: u64, hz: u64) -> u64 {
 
 /// Whether `size` bytes at `offset` are inside a segment's limit; offsets wrap at the segment's
 /// address size, and a wrapped access is outside.
-fn within_limit(segment: &Segment, offset: u64, size: u64) -> bool {
+pub(crate) fn within_limit(segment: &Segment, offset: u64, size: u64) -> bool {
     let last = offset + (size - 1);
     let expand_down =
         !segment.has(access::CODE) && segment.has(access::S) && segment.has(access::EXPAND_DOWN);

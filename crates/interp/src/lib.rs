@@ -24,6 +24,14 @@ mod hints;
 mod entropy;
 mod control;
 mod clock;
+mod descriptor_tables;
+mod events;
+mod flag_control;
+mod frame;
+mod iret;
+mod segments;
+mod task;
+mod transfer;
 mod debug;
 mod flags;
 mod mmu;
@@ -93,5 +101,7 @@ impl Vcpu for Interpreter {
     }
 }
 
+#[cfg(test)]
+mod oracle;
 #[cfg(test)]
 mod testing;
