@@ -14,9 +14,11 @@ pub mod cr0 {
 }
 
 pub mod cr4 {
+    pub const TSD: u64 = 1 << 2;
     pub const DE: u64 = 1 << 3;
     pub const PGE: u64 = 1 << 7;
     pub const UMIP: u64 = 1 << 11;
+    pub const FSGSBASE: u64 = 1 << 16;
     pub const SMEP: u64 = 1 << 20;
     pub const SMAP: u64 = 1 << 21;
 }

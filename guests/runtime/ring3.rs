@@ -2,6 +2,7 @@
 
 use core::arch::naked_asm;
 
+use crate::cpu;
 use crate::interrupts::{Fault, catch};
 use crate::segments::{USER_CODE, USER_DATA};
 
@@ -30,6 +31,25 @@ impl Start {
             argument,
         }
     }
+}
+
+/// Lets ring 3 use the first GiB of memory: code and stacks of the program included.
+pub fn open_memory() {
+    const USER: u64 = 1 << 2;
+    const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
+    let pml4 = (cpu::read_cr3() & ADDRESS) as *mut u64;
+    // SAFETY: the tables are the start-up code's, identity-mapped, and in use: each change only
+    // adds a permission.
+    unsafe {
+        let pointers = (*pml4 & ADDRESS) as *mut u64;
+        let directory = (*pointers & ADDRESS) as *mut u64;
+        *pml4 |= USER;
+        *pointers |= USER;
+        for index in 0..512 {
+            *directory.add(index) |= USER;
+        }
+    }
+    cpu::write_cr3(cpu::read_cr3());
 }
 
 /// Runs ring 3 code. It cannot end but by an exception or an INT.

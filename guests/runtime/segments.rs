@@ -31,7 +31,9 @@ struct IstStack([u8; IST_STACK_SIZE]);
 static mut IST_STACKS: [IstStack; 4] = [const { IstStack([0; IST_STACK_SIZE]) }; 4];
 
 /// The 64-bit TSS, SDM vol. 3A figure 9-11, as 32-bit words because its fields are not aligned.
-static mut TSS: [u32; 26] = [0; 26];
+/// Behind it the I/O permission bits of ports 0 to 255, and the byte of ones that must follow.
+static mut TSS: [u32; 26 + 9] = [0; 26 + 9];
+const TSS_LIMIT: u32 = 104 + 32;
 
 #[repr(C, align(8))]
 struct Gdt([u64; SLOTS]);
@@ -65,9 +67,12 @@ pub fn load() {
         let bottom = (&raw const IST_STACKS) as u64 + (index * IST_STACK_SIZE) as u64;
         set_tss_address(7 + 2 * usize::from(slot), bottom + IST_STACK_SIZE as u64);
     }
-    set_tss_word(25, 104 << 16); // no I/O permission map: its offset is the limit's
+    set_tss_word(25, 104 << 16); // where the I/O permission bits begin
+    for word in 26..35 {
+        set_tss_word(word, u32::MAX);
+    }
     let tss = (&raw const TSS) as u64;
-    let [low, high] = system_descriptor(tss, 103, 0x89);
+    let [low, high] = system_descriptor(tss, TSS_LIMIT, 0x89);
     set_descriptor(TASK, low);
     set_descriptor(TASK + 8, high);
     let pointer = TablePointer {
@@ -154,12 +159,21 @@ pub fn set_ist(slot: u8, top: u64) {
     set_tss_address(7 + 2 * usize::from(slot), top);
 }
 
+/// Lets code without I/O privilege use `port` (0 to 255), or not.
+pub fn permit_port(port: u8, permitted: bool) {
+    let word = 26 + usize::from(port / 32);
+    // SAFETY: inside the TSS; one CPU.
+    let old = unsafe { ((&raw const TSS) as *const u32).add(word).read_volatile() };
+    let bit = 1 << (port % 32);
+    set_tss_word(word, if permitted { old & !bit } else { old | bit });
+}
+
 fn set_tss_address(word: usize, address: u64) {
     set_tss_word(word, address as u32);
     set_tss_word(word + 1, (address >> 32) as u32);
 }
 
 fn set_tss_word(word: usize, value: u32) {
-    // SAFETY: the words named here are below 26; one CPU.
+    // SAFETY: the words named here are inside the TSS; one CPU.
     unsafe { ((&raw mut TSS) as *mut u32).add(word).write_volatile(value) }
 }
