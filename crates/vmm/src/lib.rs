@@ -1,1 +1,49 @@
-//! To be written.
+//! A machine from a configuration: builds it, runs its virtual processors, pauses it, resets it.
+//!
+//! [`Machine::start`] takes a [`MachineConfig`], which is plain data, and [`Hooks`], which say where
+//! the guest's output goes. [`Machine::wait`] says how the machine ended.
+//!
+//! # Threads
+//! Every virtual processor has a thread, and so have the timers, the serial port's output, every
+//! virtio device, and the supervisor, which resets the machine and ends it. All of them sleep when
+//! there is nothing to do: an idle guest costs no host CPU time.
+//!
+//! # Several processors on the interpreter
+//! The interpreter does not yet see another processor's self-modifying code, so several processors
+//! take turns: one runs at a time, for a slice of about a millisecond if others wait, and a halted one
+//! gives its turn away at once. See [`EngineKind::Interp`].
+//!
+//! # Locks
+//! In the order PCI configuration → function → device → chipset → everything else. What is locked
+//! under the chipset's lock (signals, mailboxes, queues of output) locks nothing further, and no lock
+//! is held while the host writes output.
+#![forbid(unsafe_code)]
+
+mod config;
+mod engines;
+mod error;
+mod machine;
+mod outcome;
+mod serial;
+
+pub use config::{
+    Content, DiskConfig, EngineChoice, MachineConfig, ModuleConfig, OnReset, OnTripleFault,
+};
+pub use engines::{Choice, EngineReport, choose, engines};
+pub use error::MachineError;
+pub use machine::{Hooks, Machine, MachineHandle, Pause, Port, PortHandle};
+pub use outcome::{Counters, Failure, Outcome, ProcessorCounters, TripleFault};
+pub use serial::SerialHandle;
+pub use trapgate_boot::{BootError, Protocol};
+pub use trapgate_chipset::ResetCause;
+pub use trapgate_engine::probe::{self, EngineKind, Host};
+pub use trapgate_virtio::{DiskError, PortOutput};
+pub use trapgate_x86::profile::Level;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks, whether or not a thread panicked while it held the lock: the guest may then see a confused
+/// device, which is better than losing the whole machine.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
