@@ -127,16 +127,12 @@ fn fetch_with(
     let target = work.join("packages");
     let mut attempt = get_packages(&apt, &target, progress);
     if root && worth_an_update(&attempt) {
-        attempt = apt
-            .update(progress)
-            .and_then(|()| get_packages(&apt, &target, progress));
+        attempt = update_and_get(&apt, &target, progress);
     }
     if worth_an_update(&attempt) {
         need_space(work, LISTS_NEED)?;
         apt.use_own_lists(&work.join("apt"))?;
-        attempt = apt
-            .update(progress)
-            .and_then(|()| get_packages(&apt, &target, progress));
+        attempt = update_and_get(&apt, &target, progress);
     }
     let (kernel, files) = attempt?;
 
@@ -155,6 +151,23 @@ fn worth_an_update<T>(attempt: &Result<T, ImageError>) -> bool {
         attempt,
         Err(ImageError::Command { .. } | ImageError::NoSuchPackage { .. })
     )
+}
+
+/// Another attempt with newer lists. An update that couldn't reach a mirror is no error to apt, but then it is the
+/// reason why packages are unknown.
+fn update_and_get(
+    apt: &Apt,
+    target: &Path,
+    progress: &mut dyn Progress,
+) -> Result<(Package, Vec<PathBuf>), ImageError> {
+    let warning = apt.update(progress)?;
+    match (get_packages(apt, target, progress), warning) {
+        (Err(ImageError::NoSuchPackage { .. }), Some(detail)) => Err(ImageError::Command {
+            command: "apt-get update".into(),
+            detail,
+        }),
+        (result, _) => result,
+    }
 }
 
 /// Moves the fetched packages to their place in the cache.
@@ -417,7 +430,8 @@ impl Apt {
             .collect()
     }
 
-    fn update(&self, progress: &mut dyn Progress) -> Result<(), ImageError> {
+    /// Fetches lists. Returns what apt complains of though it does not fail.
+    fn update(&self, progress: &mut dyn Progress) -> Result<Option<String>, ImageError> {
         let own = self.work.join("apt/state/lists");
         let mut poll = || {
             progress.report(
@@ -426,16 +440,17 @@ impl Apt {
                 None,
             )
         };
-        self.run(&["update".to_owned()], &self.work, &mut poll)
+        let output = self.run(&["update".to_owned()], &self.work, &mut poll)?;
+        Ok(complaint(&output, "W: Failed to fetch "))
     }
 
-    /// Runs apt-get in a directory, and calls `poll` a few times a second meanwhile.
+    /// Runs apt-get in a directory, and calls `poll` a few times a second meanwhile. Returns what it printed.
     fn run(
         &self,
         arguments: &[String],
         directory: &Path,
         poll: &mut dyn FnMut(),
-    ) -> Result<(), ImageError> {
+    ) -> Result<String, ImageError> {
         let failed = |detail: String| ImageError::Command {
             command: format!("apt-get {}", arguments.join(" ")),
             detail,
@@ -460,26 +475,25 @@ impl Apt {
                 None => std::thread::sleep(Duration::from_millis(50)),
             }
         };
+        let text = String::from_utf8_lossy(&fs::read(&log).unwrap_or_default()).into_owned();
         if status.success() {
-            return Ok(());
+            return Ok(text);
         }
-        let text = fs::read(&log).unwrap_or_default();
         Err(failed(
-            complaint(&String::from_utf8_lossy(&text))
-                .unwrap_or_else(|| format!("it ended with {status}")),
+            complaint(&text, "E: ").unwrap_or_else(|| format!("it ended with {status}")),
         ))
     }
 }
 
-/// The lines of apt's output that say what went wrong; the last few, since it repeats itself.
-fn complaint(output: &str) -> Option<String> {
+/// The lines of apt's output that begin with `mark`: what went wrong. The last few, since it repeats itself.
+fn complaint(output: &str, mark: &str) -> Option<String> {
     let mut lines: Vec<&str> = output
         .lines()
-        .filter_map(|l| l.strip_prefix("E: "))
+        .filter_map(|l| l.strip_prefix(mark))
         .map(str::trim)
         .collect();
     lines.dedup();
-    let last = lines.len().saturating_sub(3);
+    let last = lines.len().saturating_sub(2);
     (!lines.is_empty()).then(|| lines[last..].join("; "))
 }
 
@@ -636,10 +650,10 @@ mod tests {
     fn of_what_apt_says_only_the_complaint_is_passed_on() {
         let output = "Reading lists...\nW: a warning\nE: Failed to fetch x  404  Not Found\nE: Unable to fetch some\n";
         assert_eq!(
-            complaint(output).unwrap(),
+            complaint(output, "E: ").unwrap(),
             "Failed to fetch x  404  Not Found; Unable to fetch some"
         );
-        assert_eq!(complaint("all went well\n"), None);
+        assert_eq!(complaint("all went well\n", "E: "), None);
     }
 
     /// A cache, and stand-ins for apt's programs that work on files in a directory:
@@ -798,6 +812,35 @@ mod tests {
 
         assert_eq!(error.to_string(), "`apt-get update` failed: no route");
         assert!(error.fix().contains("--kernel"));
+    }
+
+    #[test]
+    fn an_update_that_reached_nothing_is_the_reason_why_packages_are_unknown() {
+        let stage = Stage::new();
+        fs::write(stage.directory.path().join("lists.newown"), "").unwrap();
+        fs::write(
+            stage.directory.path().join("warning"),
+            "W: Failed to fetch x  Temporary failure resolving 'y'",
+        )
+        .unwrap();
+
+        let error = stage.fetch(false).err().unwrap();
+
+        assert_eq!(
+            error.to_string(),
+            "`apt-get update` failed: x  Temporary failure resolving 'y'"
+        );
+    }
+
+    #[test]
+    fn complete_lists_without_a_kernel_are_another_matter() {
+        let stage = Stage::new();
+        fs::write(stage.directory.path().join("lists.newown"), "").unwrap();
+
+        assert!(matches!(
+            stage.fetch(false),
+            Err(ImageError::NoSuchPackage { .. })
+        ));
     }
 
     #[test]

@@ -254,6 +254,7 @@ pub(crate) fn test_package(path: &Path, member: &str, files: &[(&str, &[u8])]) {
             encoder.write_all(&plain).unwrap();
             encoder.finish().unwrap()
         }
+        "data.tar.xz" => crate::modules::test_xz(&plain),
         "data.tar.zst" => ruzstd::encoding::compress_to_vec(
             plain.as_slice(),
             ruzstd::encoding::CompressionLevel::Fastest,
@@ -325,7 +326,7 @@ mod tests {
 
     #[test]
     fn all_ways_to_pack_are_unpacked() {
-        for member in ["data.tar", "data.tar.gz", "data.tar.zst"] {
+        for member in ["data.tar", "data.tar.gz", "data.tar.zst", "data.tar.xz"] {
             let directory = tempfile::tempdir().unwrap();
             let path = package(directory.path(), member);
 
@@ -370,9 +371,15 @@ mod tests {
     #[test]
     fn a_package_cut_off_anywhere_is_damaged() {
         let directory = tempfile::tempdir().unwrap();
-        let whole = std::fs::read(package(directory.path(), "data.tar.gz")).unwrap();
         let path = directory.path().join("cut.deb");
-        for length in (0..whole.len() - 1).step_by(23) {
+        let packed = ["data.tar.gz", "data.tar.xz", "data.tar.zst"]
+            .map(|m| std::fs::read(package(directory.path(), m)).unwrap());
+        let cuts = packed.iter().flat_map(|whole| {
+            (0..whole.len() - 1)
+                .step_by(23)
+                .map(move |length| (whole, length))
+        });
+        for (whole, length) in cuts {
             std::fs::write(&path, &whole[..length]).unwrap();
 
             let result = parts(std::slice::from_ref(&path), origin(), &mut |_, _, _| ());

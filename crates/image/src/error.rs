@@ -102,9 +102,6 @@ impl ImageError {
     pub fn fix(&self) -> String {
         match self {
             Self::NoCacheDir => "set XDG_CACHE_HOME to a directory that you may write to".into(),
-            Self::Cache { source, .. } if source.kind() == io::ErrorKind::NotFound => {
-                "run it again; something removed files from the cache meanwhile".into()
-            }
             Self::Cache { .. } => "make the directory writable, or set XDG_CACHE_HOME to one that is".into(),
             Self::NoSpace { .. } => "free some space, or set XDG_CACHE_HOME to a directory on another disk".into(),
             Self::NoPackageManager | Self::NoSuchPackage { .. } | Self::NoHostKernel { .. } => {

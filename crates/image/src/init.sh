@@ -24,12 +24,12 @@ find_port() {
 }
 
 # Ports appear in the background, after messages between the driver and the VMM. Waits for the
-# command $@ to succeed, for 10 seconds of guest time or some more at most.
+# command $@ to succeed, for 5 seconds or some more at most.
 await() {
     tries=0
     until "$@"; do
         tries=$((tries + 1))
-        [ $tries -lt 500 ] || return 1
+        [ $tries -lt 250 ] || return 1
         sleep 0.02
     done
 }

@@ -191,6 +191,16 @@ fn module_info(data: &[u8]) -> Result<Vec<(&str, &str)>, String> {
         .collect())
 }
 
+/// Packs bytes as `xz` does.
+#[cfg(test)]
+pub(crate) fn test_xz(data: &[u8]) -> Vec<u8> {
+    use std::io::Write;
+    let options = lzma_rust2::XzOptions::with_preset(0);
+    let mut writer = lzma_rust2::XzWriter::new(Vec::new(), options).unwrap();
+    writer.write_all(data).unwrap();
+    writer.finish().unwrap()
+}
+
 /// A module with nothing but a section `.modinfo`, for tests.
 #[cfg(test)]
 pub(crate) fn test_module(depends: &str, aliases: &[&str]) -> Vec<u8> {
@@ -330,6 +340,7 @@ mod tests {
         for (path, packed) in [
             ("kernel/m.ko.gz", gz.finish().unwrap()),
             ("kernel/m.ko.zst", zst),
+            ("kernel/m.ko.xz", test_xz(&plain)),
         ] {
             let mut set = ModuleSet::default();
             set.insert(path, &packed).unwrap();
