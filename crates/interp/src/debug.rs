@@ -198,3 +198,159 @@ impl Cpu {
         self.breakpoints_hit |= hit;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use trapgate_x86::registers::gpr;
+
+    use super::*;
+    use crate::testing::{GP0, UD, execute, fault, long_cpu, protected_cpu, set_cpl};
+
+    const DB: (Vector, Option<u32>) = (Vector::DB, None);
+
+    /// MOV DRn, RAX.
+    fn write_dr(number: u8) -> [u8; 3] {
+        [0x0f, 0x23, 0xc0 | number << 3]
+    }
+
+    /// MOV RAX, DRn.
+    fn read_dr(number: u8) -> [u8; 3] {
+        [0x0f, 0x21, 0xc0 | number << 3]
+    }
+
+    /// A watching processor: breakpoint 2 has the R/W and LEN fields of `field`.
+    fn watching_cpu(address: u64, field: u64) -> Cpu {
+        let (mut cpu, _) = long_cpu();
+        cpu.sys.dr[2] = address;
+        cpu.sys.dr7 = dr::DR7_ONE | 1 << 5 | field << 24;
+        cpu.update_mode();
+        cpu
+    }
+
+    #[test]
+    fn registers_keep_what_they_have_bits_for() {
+        let (mut cpu, _) = long_cpu();
+        let cases = [
+            (0, 0x8000_0000_0000_1234, 0x8000_0000_0000_1234),
+            (3, u64::MAX, u64::MAX),
+            (6, 0, 0xffff_0ff0),
+            (6, 0xffff_ffff, 0xffff_efff),
+            (7, 0, 0x400),
+            (7, 0xffff_dfff, 0xffff_07ff),
+        ];
+        for (number, written, kept) in cases {
+            cpu.regs.gpr[gpr::RAX] = written;
+            execute(&mut cpu, &write_dr(number)).unwrap();
+            cpu.regs.gpr[gpr::RAX] = 0;
+            execute(&mut cpu, &read_dr(number)).unwrap();
+            assert_eq!(cpu.regs.gpr[gpr::RAX], kept, "DR{number}");
+        }
+        cpu.regs.gpr[gpr::RAX] = 1 << 32;
+        assert_eq!(fault(&mut cpu, &write_dr(6)), GP0);
+        assert_eq!(fault(&mut cpu, &write_dr(7)), GP0);
+        // With REX.R the number is 8.
+        assert_eq!(fault(&mut cpu, &[0x44, 0x0f, 0x23, 0xc0]), UD);
+    }
+
+    #[test]
+    fn outside_64bit_mode_only_half_a_register_moves() {
+        let (mut cpu, _) = protected_cpu();
+        cpu.regs.gpr[gpr::RAX] = 0xffff_ffff_0000_1000;
+        execute(&mut cpu, &write_dr(0)).unwrap();
+        assert_eq!(cpu.sys.dr[0], 0x1000);
+    }
+
+    #[test]
+    fn dr4_and_dr5_are_aliases_without_debugging_extensions() {
+        let (mut cpu, _) = long_cpu();
+        cpu.sys.dr6 = dr::DR6_ONES | 5;
+        execute(&mut cpu, &read_dr(4)).unwrap();
+        assert_eq!(cpu.regs.gpr[gpr::RAX], dr::DR6_ONES | 5);
+        cpu.sys.cr4 |= cr4::DE;
+        assert_eq!(fault(&mut cpu, &read_dr(4)), UD);
+        assert_eq!(fault(&mut cpu, &write_dr(5)), UD);
+    }
+
+    #[test]
+    fn general_detect_catches_every_access() {
+        let (mut cpu, _) = long_cpu();
+        cpu.sys.dr7 |= dr::DR7_GD;
+        assert_eq!(fault(&mut cpu, &read_dr(0)), DB);
+        assert_eq!(cpu.sys.dr6, dr::DR6_ONES | dr::DR6_BD);
+        assert_eq!(fault(&mut cpu, &write_dr(7)), DB);
+        set_cpl(&mut cpu, 3);
+        assert_eq!(fault(&mut cpu, &read_dr(0)), GP0);
+    }
+
+    #[test]
+    fn data_breakpoints_hit_what_overlaps_them() {
+        // R/W and LEN, address, then: linear, size, access, hit.
+        const WRITE_2: u64 = 0b0101;
+        const ACCESS_4: u64 = 0b1111;
+        const ACCESS_8: u64 = 0b1011;
+        const EXECUTE: u64 = 0b0000;
+        let cases = [
+            (WRITE_2, 0x1001, 0x1000, 1, Access::Write, true),
+            (WRITE_2, 0x1000, 0x1001, 1, Access::Write, true),
+            (WRITE_2, 0x1000, 0x1002, 1, Access::Write, false),
+            (WRITE_2, 0x1000, 0xffc, 4, Access::Write, false),
+            (WRITE_2, 0x1000, 0xffd, 4, Access::Write, true),
+            (WRITE_2, 0x1000, 0x1000, 2, Access::Read, false),
+            (ACCESS_4, 0x1000, 0x1003, 1, Access::Read, true),
+            (ACCESS_4, 0x1000, 0x1003, 8, Access::Write, true),
+            (ACCESS_4, 0x1000, 0x1004, 8, Access::Write, false),
+            (ACCESS_8, 0x1004, 0x1000, 1, Access::Read, true),
+            (ACCESS_8, 0x1004, 0x1000, 1, Access::Execute, false),
+            (EXECUTE, 0x1000, 0x1000, 1, Access::Read, false),
+        ];
+        for (field, address, linear, size, access, hit) in cases {
+            let mut cpu = watching_cpu(address, field);
+            cpu.view = View::Checked;
+            cpu.check_debug_and_alignment(linear, size, access).unwrap();
+            let expected = if hit { 1 << 2 } else { 0 };
+            assert_eq!(
+                cpu.take_breakpoints(),
+                expected,
+                "{linear:#x}+{size} {access:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn loads_and_stores_are_watched() {
+        let mut cpu = watching_cpu(0x8000, 0b1111);
+        cpu.regs.gpr[gpr::RSI] = 0x8002;
+        execute(&mut cpu, &[0x8a, 0x06]).unwrap();
+        assert_eq!(cpu.take_breakpoints(), 1 << 2, "MOV AL, [RSI]");
+        execute(&mut cpu, &[0x88, 0x46, 0x02]).unwrap();
+        assert_eq!(cpu.take_breakpoints(), 0, "MOV [RSI+2], AL");
+    }
+
+    #[test]
+    fn instruction_breakpoints_match_the_first_byte_exactly() {
+        let cpu = watching_cpu(0x1003, 0b0000);
+        assert_eq!(cpu.instruction_breakpoints(0x1003), 1 << 2);
+        assert_eq!(cpu.instruction_breakpoints(0x1002), 0);
+        let disabled = watching_cpu(0x1003, 0b0001);
+        assert_eq!(disabled.instruction_breakpoints(0x1003), 0);
+    }
+
+    #[test]
+    fn misaligned_accesses_fault_where_user_code_asked_for_it() {
+        let (mut cpu, _) = long_cpu();
+        cpu.regs.gpr[gpr::RSI] = 0x8001;
+        cpu.sys.cr0 |= cr0::AM;
+        cpu.set_rflags(rflags::AC);
+        cpu.update_mode();
+        // MOV AX, [RSI]
+        let load: &[u8] = &[0x66, 0x8b, 0x06];
+        execute(&mut cpu, load).unwrap();
+        set_cpl(&mut cpu, 3);
+        assert_eq!(fault(&mut cpu, load), (Vector::AC, Some(0)));
+        cpu.set_rflags(0);
+        execute(&mut cpu, load).unwrap();
+        cpu.set_rflags(rflags::AC);
+        cpu.regs.gpr[gpr::RSI] = 0x8002;
+        execute(&mut cpu, load).unwrap();
+    }
+}

@@ -38,3 +38,33 @@ fn random() -> Option<u64> {
     let count = getrandom(&mut bytes, GetRandomFlags::NONBLOCK).ok()?;
     (count == bytes.len()).then(|| u64::from_le_bytes(bytes))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{execute, long_cpu};
+
+    #[test]
+    fn random_numbers_fill_their_register_and_set_only_carry() {
+        let (mut cpu, _) = long_cpu();
+        // RDRAND and RDSEED of BX, EBX, RBX, and which bits of RBX they change.
+        let cases: [(&[u8], u64); 4] = [
+            (&[0x66, 0x0f, 0xc7, 0xf3], 0xffff),
+            (&[0x0f, 0xc7, 0xf3], 0xffff_ffff),
+            (&[0x48, 0x0f, 0xc7, 0xf3], u64::MAX),
+            (&[0x48, 0x0f, 0xc7, 0xfb], u64::MAX),
+        ];
+        for (bytes, mask) in cases {
+            let mut changed = 0;
+            for _ in 0..64 {
+                cpu.regs.gpr[3] = 0;
+                cpu.set_rflags(rflags::ARITHMETIC);
+                execute(&mut cpu, bytes).unwrap();
+                assert_eq!(cpu.flags.get(), rflags::CF);
+                changed |= cpu.regs.gpr[3];
+            }
+            // Each bit is zero 64 times in a row once in 2^64 tries.
+            assert_eq!(changed, mask);
+        }
+    }
+}

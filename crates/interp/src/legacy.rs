@@ -115,3 +115,139 @@ fn op_xlat(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.set_reg(AL, value);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{execute, fault, protected_cpu};
+
+    const AAA: u8 = 0x37;
+    const AAS: u8 = 0x3f;
+    const DAA: u8 = 0x27;
+    const DAS: u8 = 0x2f;
+    /// ADD AL, BL and SUB AL, BL.
+    const ADD: &[u8] = &[0x00, 0xd8];
+    const SUB: &[u8] = &[0x28, 0xd8];
+
+    fn packed(number: u64) -> u64 {
+        number / 10 << 4 | number % 10
+    }
+
+    /// Runs `first` on AX = `ax` and BL = `bl`, then the one-byte instruction; gives AX and CF.
+    fn adjusted(first: &[u8], ax: u64, bl: u64, adjust: u8) -> (u64, bool) {
+        let (mut cpu, _) = protected_cpu();
+        cpu.regs.gpr[gpr::RAX] = ax;
+        cpu.regs.gpr[gpr::RBX] = bl;
+        execute(&mut cpu, first).unwrap();
+        execute(&mut cpu, &[adjust]).unwrap();
+        (cpu.regs.gpr[gpr::RAX], cpu.flags.carry())
+    }
+
+    #[test]
+    fn packed_digits_add_and_subtract_as_decimals() {
+        for a in (0..100).step_by(7) {
+            for b in 0..100 {
+                let (sum, carry) = adjusted(ADD, packed(a), packed(b), DAA);
+                assert_eq!(
+                    (sum, carry),
+                    (packed((a + b) % 100), a + b > 99),
+                    "{a} + {b}"
+                );
+                let (difference, borrow) = adjusted(SUB, packed(a), packed(b), DAS);
+                let expected = packed((100 + a - b) % 100);
+                assert_eq!((difference, borrow), (expected, a < b), "{a} - {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn unpacked_digits_add_and_subtract_as_decimals() {
+        for a in 0..10 {
+            for b in 0..10 {
+                let (sum, carry) = adjusted(ADD, 0x0200 | a, b, AAA);
+                let expected = (2 + (a + b) / 10) << 8 | (a + b) % 10;
+                assert_eq!((sum, carry), (expected, a + b > 9), "{a} + {b}");
+                let (difference, borrow) = adjusted(SUB, 0x0200 | a, b, AAS);
+                let ah = if a < b { 1 } else { 2 };
+                let expected = ah << 8 | (10 + a - b) % 10;
+                assert_eq!((difference, borrow), (expected, a < b), "{a} - {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn adjustments_of_no_digits_follow_the_pseudo_code() {
+        // Instruction, AL, CF, AF, then AL, CF, AF (SDM vol. 2A, DAA and DAS).
+        let cases = [
+            (DAA, 0x9a, false, false, 0x00, true, true),
+            (DAA, 0xff, false, false, 0x65, true, true),
+            (DAA, 0x00, true, false, 0x60, true, false),
+            (DAA, 0x00, false, true, 0x06, false, true),
+            (DAS, 0x00, false, true, 0xfa, true, true),
+            (DAS, 0x0a, false, false, 0x04, false, true),
+            (DAS, 0xff, false, false, 0x99, true, true),
+        ];
+        for (opcode, al, cf, af, result, carry, auxiliary) in cases {
+            let (mut cpu, _) = protected_cpu();
+            cpu.regs.gpr[gpr::RAX] = al;
+            let bit = |set, flag| if set { flag } else { 0 };
+            cpu.set_rflags(bit(cf, rflags::CF) | bit(af, rflags::AF));
+            execute(&mut cpu, &[opcode]).unwrap();
+            let flags = (cpu.flags.carry(), cpu.flags.auxiliary());
+            let got = (cpu.regs.gpr[gpr::RAX], flags);
+            assert_eq!(got, (result, (carry, auxiliary)), "{opcode:#x} {al:#x}");
+            assert_eq!(cpu.flags.zero(), result == 0);
+            assert_eq!(cpu.flags.sign(), result >= 0x80);
+        }
+    }
+
+    #[test]
+    fn aam_and_aad_split_and_join_digits_of_any_base() {
+        let (mut cpu, _) = protected_cpu();
+        cpu.regs.gpr[gpr::RAX] = 0xff63;
+        execute(&mut cpu, &[0xd4, 10]).unwrap();
+        assert_eq!(cpu.regs.gpr[gpr::RAX], 0x0909);
+        execute(&mut cpu, &[0xd5, 16]).unwrap();
+        assert_eq!(cpu.regs.gpr[gpr::RAX], 0x0099);
+        assert_eq!(fault(&mut cpu, &[0xd4, 0]), (Vector::DE, None));
+        assert_eq!(cpu.regs.gpr[gpr::RAX], 0x0099);
+    }
+
+    #[test]
+    fn salc_spreads_the_carry() {
+        let (mut cpu, _) = protected_cpu();
+        cpu.set_rflags(rflags::CF);
+        execute(&mut cpu, &[0xd6]).unwrap();
+        assert_eq!(cpu.regs.gpr[gpr::RAX], 0xff);
+    }
+
+    #[test]
+    fn xlat_wraps_at_the_address_size_and_heeds_the_segment() {
+        let (mut cpu, _) = protected_cpu();
+        cpu.memory.write(0x0102, &[0xab]).unwrap();
+        cpu.memory.write(0x5102, &[0xcd]).unwrap();
+        cpu.regs.gpr[gpr::RBX] = 0x1_ff05;
+        cpu.regs.gpr[gpr::RAX] = 0xfd;
+        // 16-bit: 0xff05 + 0xfd = 0x0002.
+        cpu.memory.write(0x0002, &[0x77]).unwrap();
+        execute(&mut cpu, &[0x67, 0xd7]).unwrap();
+        assert_eq!(cpu.regs.gpr[gpr::RAX], 0x77);
+        cpu.regs.gpr[gpr::RBX] = 0x100 - 0x75;
+        execute(&mut cpu, &[0xd7]).unwrap();
+        assert_eq!(cpu.regs.gpr[gpr::RAX], 0xab);
+        cpu.sys.segments[trapgate_x86::registers::sreg::FS].base = 0x5000;
+        cpu.regs.gpr[gpr::RBX] = 0x102 - 0xab;
+        execute(&mut cpu, &[0x64, 0xd7]).unwrap();
+        assert_eq!(cpu.regs.gpr[gpr::RAX], 0xcd);
+    }
+
+    #[test]
+    fn xlat_works_in_64bit_mode() {
+        let (mut cpu, _) = crate::testing::long_cpu();
+        cpu.memory.write(0x8010, &[0x42]).unwrap();
+        cpu.regs.gpr[gpr::RBX] = 0x8000;
+        cpu.regs.gpr[gpr::RAX] = 0x10;
+        execute(&mut cpu, &[0xd7]).unwrap();
+        assert_eq!(cpu.regs.gpr[gpr::RAX], 0x42);
+    }
+}

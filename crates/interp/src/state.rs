@@ -206,3 +206,170 @@ fn check_code_segment(code: &Segment, efer: u64, rip: u64) -> Result<(), StateEr
         },
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use trapgate_x86::registers::{MXCSR_MASK, dr, xcr0};
+    use trapgate_x86::state::Mtrrs;
+    use trapgate_x86::{Activity, Exception, InterruptShadow, XsaveImage};
+
+    use super::*;
+    use crate::testing::{long_cpu, reset_cpu};
+
+    /// A state of a 64-bit program in which no field has its reset value.
+    fn busy_state() -> CpuState {
+        let (mut cpu, _) = long_cpu();
+        let state = cpu.export();
+        let mut image = [0; trapgate_x86::state::XSAVE_BYTES];
+        for (index, byte) in image.iter_mut().enumerate() {
+            *byte = index as u8 | 1;
+        }
+        // Control and status word, tags, opcode; MXCSR and mask; tails of the x87 registers;
+        // what follows the XMM registers; the header.
+        image[..8].copy_from_slice(&[0x7f, 0x02, 0x41, 0x38, 0x81, 0, 0x23, 0x05]);
+        image[24..28].copy_from_slice(&0x9fc0u32.to_le_bytes());
+        image[28..32].copy_from_slice(&MXCSR_MASK.to_le_bytes());
+        for register in 0..8 {
+            image[32 + 16 * register + 10..][..6].fill(0);
+        }
+        image[416..576].fill(0);
+        image[512] = 7;
+        let segment = |number: u16| Segment {
+            selector: number * 8,
+            base: u64::from(number) << 12,
+            limit: 0xf_ffff - u32::from(number),
+            access: access::P | access::S | u32::from(number) % 2,
+        };
+        let mut segments = [3, 4, 5, 6, 7, 8].map(segment);
+        segments[sreg::CS] = state.system.segments[sreg::CS];
+        CpuState {
+            gpr: std::array::from_fn(|index| 0x1111_1111_1111_1111 * index as u64 + 3),
+            rip: 0xffff_8000_1234_5678,
+            rflags: rflags::ONE | rflags::ARITHMETIC | rflags::IF | rflags::AC | rflags::NT,
+            xsave: XsaveImage(Box::new(image)),
+            pending: Some(Exception::page_fault(0x1234, 5)),
+            system: SystemState {
+                segments,
+                ldtr: segment(20),
+                tr: segment(21),
+                gdtr: TableRegister {
+                    base: 0x1000,
+                    limit: 0x7f,
+                },
+                idtr: TableRegister {
+                    base: 0x2000,
+                    limit: 0xfff,
+                },
+                cr0: state.system.cr0 | cr0::AM,
+                cr2: 0x22,
+                cr3: 0x33_3005,
+                cr4: state.system.cr4 | cr4::PCIDE | cr4::OSXSAVE,
+                xcr0: 7,
+                pdptes: [1, 2, 3, 4],
+                dr: [5, 6, 7, 8],
+                dr6: dr::DR6_ONES | 1,
+                dr7: dr::DR7_ONE | 0xff,
+                efer: state.system.efer,
+                star: 9,
+                lstar: 10,
+                cstar: 11,
+                sfmask: 12,
+                kernel_gs_base: 13,
+                sysenter_cs: 14,
+                sysenter_esp: 15,
+                sysenter_eip: 16,
+                tsc_aux: 17,
+                tsc_offset: 18,
+                tsc_adjust: 19,
+                pat: 0x0001_0406_0007_0406,
+                misc_enable: 0,
+                spec_ctrl: 1,
+                mcg_status: 4,
+                mtrrs: Mtrrs {
+                    default_type: 0xc06,
+                    fixed: [20; 11],
+                    variable: [(21, 22); 8],
+                },
+                paravirtual: ParavirtualMsrs {
+                    system_time: 0x5001,
+                    wall_clock: 0x6000,
+                },
+                shadow: InterruptShadow::Sti,
+                nmi_blocked: true,
+                nmi_pending: true,
+                activity: Activity::Halted,
+            },
+        }
+    }
+
+    #[test]
+    fn state_put_in_is_the_state_taken_out() {
+        let (mut cpu, world) = reset_cpu();
+        for state in [busy_state(), CpuState::default(), busy_state()] {
+            cpu.import(&state).unwrap();
+            let got = cpu.export();
+            assert!(got.xsave.0 == state.xsave.0, "x87, SSE and AVX state");
+            assert_eq!(got, state);
+        }
+        assert_eq!(world.with(|told| told.tsc_offset), 18);
+        assert!(cpu.is_64bit(), "the mode was worked out");
+    }
+
+    #[test]
+    fn components_that_an_image_lacks_are_initial() {
+        let (mut cpu, _) = reset_cpu();
+        let mut state = busy_state();
+        state.xsave.0[512] = xcr0::SSE as u8;
+        cpu.import(&state).unwrap();
+        assert_eq!(cpu.regs.x87.control_word(), 0x37f);
+        assert_eq!(cpu.regs.vector[5].0[16..], [0; 16]);
+        assert_eq!(cpu.regs.vector[5].0[..16], state.xsave.0[240..256]);
+        assert_eq!(cpu.regs.mxcsr, 0x9fc0);
+    }
+
+    #[test]
+    fn states_that_the_profile_does_not_admit_are_refused() {
+        type Change = fn(&mut CpuState);
+        let cases: &[(&str, Change)] = &[
+            ("CR4", |s| s.system.cr4 |= cr4::LA57),
+            ("CR4", |s| s.system.cr4 |= 1 << 33),
+            ("CR3", |s| s.system.cr3 |= 1 << 40),
+            ("CR0", |s| s.system.cr0 |= 1 << 32),
+            ("CR0", |s| s.system.cr0 |= cr0::NW),
+            ("CR0", |s| s.system.cr0 &= !cr0::PE),
+            ("IA32_EFER", |s| s.system.efer &= !efer::LMA),
+            ("IA32_EFER", |s| s.system.efer |= 1 << 14),
+            ("IA32_EFER", |s| s.system.cr4 &= !cr4::PAE),
+            ("XCR0", |s| s.system.xcr0 |= 1 << 9),
+            ("XCR0", |s| s.system.xcr0 = 5),
+            ("XSTATE_BV or MXCSR", |s| s.xsave.0[512] |= 8),
+            ("XSTATE_BV or MXCSR", |s| s.xsave.0[520] = 1),
+            ("XSTATE_BV or MXCSR", |s| s.xsave.0[26] = 1),
+            ("RFLAGS", |s| s.rflags = 0),
+            ("RFLAGS", |s| s.rflags |= 1 << 15),
+            ("RIP", |s| s.rip = 1 << 47),
+            ("DR6", |s| s.system.dr6 = 0),
+            ("DR7", |s| s.system.dr7 |= 1 << 12),
+            ("IA32_PAT", |s| s.system.pat = 3),
+            ("LSTAR", |s| s.system.lstar = 1 << 47),
+            ("KERNEL_GS_BASE", |s| s.system.kernel_gs_base = 1 << 63),
+            ("segment base", |s| {
+                s.system.segments[sreg::GS].base = 1 << 47
+            }),
+            ("GDTR or IDTR", |s| s.system.idtr.base = 1 << 47),
+            ("segment access rights", |s| s.system.tr.access = 1 << 8),
+            ("TSC_AUX", |s| s.system.tsc_aux = 1 << 32),
+        ];
+        let (mut cpu, _) = reset_cpu();
+        let before = cpu.export();
+        for (number, (name, change)) in cases.iter().enumerate() {
+            let mut state = busy_state();
+            change(&mut state);
+            let Err(StateError::Register { register, .. }) = cpu.import(&state) else {
+                panic!("case {number}, {name}, was let in");
+            };
+            assert_eq!(register, *name, "case {number}");
+            assert_eq!(cpu.export(), before);
+        }
+    }
+}

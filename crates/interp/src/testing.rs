@@ -3,16 +3,15 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use iced_x86::{Decoder, DecoderOptions, Instruction};
 use trapgate_engine::{Refused, World};
 use trapgate_memory::{GuestMemory, RamRange};
 use trapgate_x86::descriptor::access;
 use trapgate_x86::profile::Level;
 use trapgate_x86::registers::{cr0, cr4, efer, sreg};
-use trapgate_x86::{CpuProfile, Segment};
+use trapgate_x86::{CpuProfile, Segment, Vector};
 
-use crate::cpu::Cpu;
-use crate::op::{AddressForm, Handler, NO_REGISTER, Op};
+use crate::cpu::{Cpu, Step, Stop};
+use crate::decode::decode;
 
 /// Bytes of memory, from address 0.
 pub(crate) const MEMORY: u64 = 16 << 20;
@@ -171,27 +170,28 @@ pub(crate) fn set_cpl(cpu: &mut Cpu, cpl: u8) {
     cpu.update_mode();
 }
 
-/// Decodes one instruction.
-pub(crate) fn decode(bits: u32, bytes: &[u8]) -> Instruction {
-    Decoder::with_ip(bits, bytes, 0x8000, DecoderOptions::NONE).decode()
+/// Decodes and executes one instruction, as the run loop does.
+pub(crate) fn execute(cpu: &mut Cpu, bytes: &[u8]) -> Step {
+    let Ok(decoded) = decode(cpu, bytes) else {
+        panic!("{bytes:02x?} is not one instruction");
+    };
+    let op = decoded.ops[0];
+    cpu.end_block = false;
+    cpu.rip = cpu.rip.wrapping_add(u64::from(op.length));
+    let step = (op.handler)(cpu, &op);
+    if step == Err(Stop::Fault) {
+        cpu.rip = cpu.rip.wrapping_sub(u64::from(op.length));
+    }
+    step
 }
 
-/// An op with nothing in it; its memory operand, if any, is at `[base]`.
-pub(crate) fn bare_op(handler: Handler) -> Op {
-    Op {
-        handler,
-        dst: 0,
-        src: 0,
-        base: NO_REGISTER,
-        index: NO_REGISTER,
-        scale: 0,
-        segment: sreg::DS as u8,
-        length: 2,
-        form: AddressForm::None,
-        displacement: 0,
-        attributes: 3 << 6 | 3 << 4,
-        code: 0,
-        extra: 0,
-        immediate: 0,
-    }
+/// Executes one instruction that raises an exception; gives its vector and error code.
+pub(crate) fn fault(cpu: &mut Cpu, bytes: &[u8]) -> (Vector, Option<u32>) {
+    assert_eq!(execute(cpu, bytes), Err(Stop::Fault), "{bytes:02x?}");
+    (cpu.exception.vector, cpu.exception.error_code)
 }
+
+/// #GP(0), as [`fault`] gives it.
+pub(crate) const GP0: (Vector, Option<u32>) = (Vector::GP, Some(0));
+/// #UD, as [`fault`] gives it.
+pub(crate) const UD: (Vector, Option<u32>) = (Vector::UD, None);
