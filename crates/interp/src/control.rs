@@ -139,12 +139,6 @@ impl Cpu {
         cr0 & cr0::PG != 0 && cr4 & cr4::PAE != 0 && self.sys.efer & efer::LME == 0
     }
 
-    /// Forgets all cached translations and fetches.
-    fn flush_translations(&mut self) {
-        self.tlb.flush_all();
-        self.fetch_epoch = self.fetch_epoch.wrapping_add(1);
-    }
-
     /// MOV to CR0, and LMSW.
     fn write_cr0(&mut self, value: u64) -> Step {
         if value >> 32 != 0 {

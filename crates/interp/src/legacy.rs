@@ -130,7 +130,7 @@ mod tests {
     const SUB: &[u8] = &[0x28, 0xd8];
 
     fn packed(number: u64) -> u64 {
-        number / 10 << 4 | number % 10
+        number / 10 * 16 + number % 10
     }
 
     /// Runs `first` on AX = `ax` and BL = `bl`, then the one-byte instruction; gives AX and CF.
@@ -165,11 +165,11 @@ mod tests {
         for a in 0..10 {
             for b in 0..10 {
                 let (sum, carry) = adjusted(ADD, 0x0200 | a, b, AAA);
-                let expected = (2 + (a + b) / 10) << 8 | (a + b) % 10;
+                let expected = (2 + (a + b) / 10) * 256 + (a + b) % 10;
                 assert_eq!((sum, carry), (expected, a + b > 9), "{a} + {b}");
                 let (difference, borrow) = adjusted(SUB, 0x0200 | a, b, AAS);
                 let ah = if a < b { 1 } else { 2 };
-                let expected = ah << 8 | (10 + a - b) % 10;
+                let expected = ah * 256 + (10 + a - b) % 10;
                 assert_eq!((difference, borrow), (expected, a < b), "{a} - {b}");
             }
         }

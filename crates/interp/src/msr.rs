@@ -171,7 +171,7 @@ impl Cpu {
             IA32_FEATURE_CONTROL => FEATURE_CONTROL_LOCKED,
             IA32_ARCH_CAPABILITIES => ARCH_CAPABILITIES,
             // The maximum ratio without turbo, in steps of 100 MHz.
-            MSR_PLATFORM_INFO => (self.profile.tsc_hz / 100_000_000 & 0xff) << 8,
+            MSR_PLATFORM_INFO => (self.profile.tsc_hz / 100_000_000).min(0xff) << 8,
             // No machine check banks; no branch records.
             IA32_P5_MC_ADDR | IA32_P5_MC_TYPE | IA32_PLATFORM_ID | IA32_MCG_CAP | IA32_DEBUGCTL => {
                 0
@@ -200,7 +200,10 @@ impl Cpu {
                 if self.world.write_apic_msr(index, value).is_err() {
                     return self.gp0();
                 }
-                self.look_for_interrupts();
+                // The deadline timer signals by itself; this write is the most frequent of all.
+                if index != IA32_TSC_DEADLINE {
+                    self.look_for_interrupts();
+                }
             }
             EFER => return self.write_efer(value),
             STAR => sys.star = value,
@@ -529,7 +532,7 @@ mod tests {
         } else {
             delta << shift
         };
-        let scaled = (u128::from(delta) * u128::from(word(24)) >> 32) as u64;
+        let scaled = ((u128::from(delta) * u128::from(word(24))) >> 32) as u64;
         (quad(16) + scaled, word(0))
     }
 

@@ -86,7 +86,7 @@ impl Cpu {
             cr3,
             cr4,
             xcr0,
-            // Loaded unchecked only if not present; a walk ignores reserved bits of the others.
+            // Reserved bits lead a walk outside memory at worst.
             pdptes: _,
             dr: _,
             dr6,
@@ -238,7 +238,7 @@ mod tests {
             selector: number * 8,
             base: u64::from(number) << 12,
             limit: 0xf_ffff - u32::from(number),
-            access: access::P | access::S | u32::from(number) % 2,
+            access: access::P | access::S | u32::from(number % 2),
         };
         let mut segments = [3, 4, 5, 6, 7, 8].map(segment);
         segments[sreg::CS] = state.system.segments[sreg::CS];
