@@ -149,8 +149,8 @@ fn debug() {
     cpu::write_dr7(0x402 | 2 << 16);
     cpu::write_dr6(0);
     show("i/o breakpoint", out_0x80, 0);
-    cpu::write_dr7(0x400 | 1 << 13);
     cpu::write_dr6(0);
+    cpu::write_dr7(0x400 | 1 << 13);
     // The exception clears the general-detect bit before its handler runs.
     show(
         "debug registers while general detect is on",
