@@ -124,10 +124,8 @@ fn rustc(root: &Path, target: &str) -> Command {
 fn link_arguments(root: &Path, target: &str) -> Vec<String> {
     let mut arguments = vec![
         "-Cstrip=debuginfo".to_owned(),
-        format!(
-            "-Clink-arg=-Wl,-T,{}",
-            root.join("runtime/image.ld").display()
-        ),
+        "-Clink-arg=-T".to_owned(),
+        format!("-Clink-arg={}", root.join("runtime/image.ld").display()),
     ];
     if target.ends_with("-musl") {
         // Else the start-up objects that come with the target are linked in.
