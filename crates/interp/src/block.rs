@@ -170,9 +170,9 @@ impl Blocks {
             return cpu.gp0();
         }
         let view = cpu.plain_view;
-        let page = linear & !(PAGE_SIZE - 1);
-        Ok(match cpu.piece(page, Access::Execute, view)?.place {
-            Place::Ram { host, .. } => Some(host),
+        // Not the page's start: a page fault shows the address.
+        Ok(match cpu.piece(linear, Access::Execute, view)?.place {
+            Place::Ram { host, .. } => Some(host.page_start()),
             Place::Device => None,
         })
     }

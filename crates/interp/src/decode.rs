@@ -51,13 +51,17 @@ pub(crate) fn decode(cpu: &mut Cpu, bytes: &[u8]) -> Result<Decoded, DecodeError
         decoder.decode_out(&mut instruction);
         let end = decoder.position();
         if instruction.is_invalid() {
-            if bytes.len() - length < MAX_INSTRUCTION
-                && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes
-            {
+            let cut = decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
+            if cut && bytes.len() - length < MAX_INSTRUCTION {
                 // It goes on beyond the bytes there are.
                 break;
             }
-            ops.push(invalid());
+            // The decoder gives up after 15 bytes, which is too long whatever it is.
+            ops.push(if end - length >= MAX_INSTRUCTION {
+                too_long()
+            } else {
+                invalid()
+            });
             length = end;
             break;
         }
@@ -81,6 +85,18 @@ pub(crate) fn decode(cpu: &mut Cpu, bytes: &[u8]) -> Result<Decoded, DecodeError
 
 fn op_undefined(cpu: &mut Cpu, _: &Op) -> Step {
     cpu.ud()
+}
+
+fn op_too_long(cpu: &mut Cpu, _: &Op) -> Step {
+    cpu.gp0()
+}
+
+/// Raises #GP(0): more than 15 bytes (SDM vol. 3A, 7.15, #GP).
+fn too_long() -> Op {
+    Op {
+        handler: op_too_long,
+        ..invalid()
+    }
 }
 
 /// Raises #UD. It has no length: RIP stays where it is.

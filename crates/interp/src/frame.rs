@@ -135,6 +135,12 @@ impl Cpu {
                     host.offset(index as u64 * 8).store_u64(value);
                 }
             } else {
+                // One push after the other, so that a page fault shows the address of the first
+                // that has no page.
+                for index in 1..=values.len() as u64 {
+                    let push = self.advance(linear, total - index * size);
+                    self.probe_as(push, size, Access::Write, stack.view)?;
+                }
                 let mut bytes = [0; LARGEST];
                 let width = size as usize;
                 for (place, &value) in bytes.chunks_exact_mut(width).zip(values.iter().rev()) {

@@ -170,6 +170,8 @@ impl Interpreter {
         let next = cpu.rip;
         let step = (op.handler)(cpu, &op);
         if step == Err(Stop::Fault) {
+            // What a faulting instruction touched is not reported; it will touch it again.
+            cpu.take_breakpoints();
             if resumed {
                 cpu.system_flags |= rflags::RF;
             }

@@ -66,6 +66,12 @@ impl HostAddress {
         Self(self.0.wrapping_add(bytes as usize))
     }
 
+    /// The address of the page that holds this one; guest pages lie at host page boundaries.
+    #[inline(always)]
+    pub fn page_start(self) -> Self {
+        Self(self.0.map_addr(|address| address & !(crate::PAGE_SIZE as usize - 1)))
+    }
+
     /// The address as a pointer.
     #[inline(always)]
     pub fn as_ptr(self) -> *mut u8 {
