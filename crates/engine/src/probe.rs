@@ -29,6 +29,11 @@ impl EngineKind {
             Self::Interp => "interp",
         }
     }
+
+    /// Whether the processors of one machine must not run at the same time.
+    pub const fn takes_turns(self) -> bool {
+        matches!(self, Self::Interp)
+    }
 }
 
 impl std::fmt::Display for EngineKind {

@@ -69,7 +69,10 @@ impl HostAddress {
     /// The address of the page that holds this one; guest pages lie at host page boundaries.
     #[inline(always)]
     pub fn page_start(self) -> Self {
-        Self(self.0.map_addr(|address| address & !(crate::PAGE_SIZE as usize - 1)))
+        Self(
+            self.0
+                .map_addr(|address| address & !(crate::PAGE_SIZE as usize - 1)),
+        )
     }
 
     /// The address as a pointer.

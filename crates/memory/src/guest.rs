@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
 use vm_memory::mmap::MmapRegionBuilder;
@@ -94,6 +94,7 @@ pub struct GuestMemory {
     space: GuestSpace,
     mapped: Vec<Mapped>,
     traces: Arc<Traces>,
+    file: File,
 }
 
 impl GuestMemory {
@@ -149,6 +150,7 @@ impl GuestMemory {
             space,
             mapped,
             traces,
+            file,
         })
     }
 
@@ -203,6 +205,25 @@ impl GuestMemory {
             .map_or(TraceFlags::NONE, |page| self.traces.get(page))
     }
 
+    /// Makes all of it zeros, as new: the host gets its pages back. Whoever traces a page hears that
+    /// it was written. The caller sees to it that nobody uses the memory meanwhile.
+    pub fn zero(&self) -> Result<(), MemoryError> {
+        for range in &self.mapped {
+            let hole = discard(&self.file, range.file_offset, range.length);
+            hole.map_err(|source| MemoryError::Reserve {
+                bytes: self.size(),
+                source,
+            })?;
+            for gpa in (range.start..range.start + range.length).step_by(PAGE_SIZE as usize) {
+                let page = ((range.file_offset + gpa - range.start) / PAGE_SIZE) as usize;
+                if !self.traces.get(page).is_empty() {
+                    self.traces.report(page, gpa, PAGE_SIZE);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Copies guest memory out.
     pub fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), MemoryError> {
         self.space
@@ -246,6 +267,19 @@ fn memory_file(bytes: u64) -> io::Result<File> {
     let file = unsafe { File::from_raw_fd(descriptor) };
     file.set_len(bytes)?;
     Ok(file)
+}
+
+/// Punches a hole into the memory file: its bytes are zeros and take no space.
+#[allow(unsafe_code)]
+fn discard(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: the descriptor is open as long as `file` is borrowed; the call touches no memory of ours
+    // but guest RAM, to which nothing in the process has references.
+    let result = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as i64, length as i64) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -345,6 +379,27 @@ mod tests {
         memory.write(0x1000, &[2]).unwrap();
         assert_eq!(*heard.0.lock().unwrap(), [(0x1000, 1)]);
         assert!(memory.flags(0x1000).is_empty());
+    }
+
+    #[test]
+    fn zeroed_memory_is_as_new_and_traced_pages_hear_of_it() {
+        let memory = two_ranges();
+        let heard = Arc::new(Heard::default());
+        memory
+            .traces()
+            .listen(TraceFlags::CODE, Arc::clone(&heard) as _);
+        memory.write(0x1000, &[1, 2, 3]).unwrap();
+        memory.write(0x10_3ffc, &[4; 4]).unwrap();
+        let page = memory.page_index(0x10_3000).unwrap();
+        memory.traces().set(page, TraceFlags::CODE);
+
+        memory.zero().unwrap();
+
+        let mut bytes = [9; 4];
+        memory.read(0x1000, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 4]);
+        assert_eq!(memory.host(0x10_3ffc).unwrap().load_u32(), 0);
+        assert_eq!(*heard.0.lock().unwrap(), [(0x10_3000, PAGE_SIZE)]);
     }
 
     #[test]

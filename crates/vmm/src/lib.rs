@@ -19,12 +19,20 @@
 //! is held while the host writes output.
 #![forbid(unsafe_code)]
 
+mod board;
+mod clock;
 mod config;
+mod crew;
 mod engines;
 mod error;
 mod machine;
 mod outcome;
+mod pc;
+mod processor;
 mod serial;
+mod supervisor;
+mod turns;
+mod world;
 
 pub use config::{
     Content, DiskConfig, EngineChoice, MachineConfig, ModuleConfig, OnReset, OnTripleFault,
@@ -32,10 +40,10 @@ pub use config::{
 pub use engines::{Choice, EngineReport, choose, engines};
 pub use error::MachineError;
 pub use machine::{Hooks, Machine, MachineHandle, Pause, Port, PortHandle};
-pub use outcome::{Counters, Failure, Outcome, ProcessorCounters, TripleFault};
+pub use outcome::{Counters, Failure, Outcome, ProcessorCounters, ResetCause, TripleFault};
 pub use serial::SerialHandle;
 pub use trapgate_boot::{BootError, Protocol};
-pub use trapgate_chipset::ResetCause;
+pub use trapgate_chipset::ResetCause as ChipsetReset;
 pub use trapgate_engine::probe::{self, EngineKind, Host};
 pub use trapgate_virtio::{DiskError, PortOutput};
 pub use trapgate_x86::profile::Level;

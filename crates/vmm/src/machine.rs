@@ -1,12 +1,34 @@
 //! The machine as its owner sees it.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use trapgate_boot::Protocol;
+use trapgate_engine::probe::Host;
+use trapgate_engine::{Vcpu, World};
+use trapgate_memory::GuestMemory;
+use trapgate_pci::Bus;
 use trapgate_virtio::{ConsoleHandle, PortOutput};
-use trapgate_x86::CpuState;
+use trapgate_x86::{CpuProfile, CpuState};
 
-use crate::{Choice, Counters, MachineConfig, MachineError, Outcome, SerialHandle};
+use crate::board::Board;
+use crate::clock::{Clock, time_of_day};
+use crate::crew::{Crew, Message};
+use crate::pc::{self, Consoles};
+use crate::processor::{Processor, Tally};
+use crate::serial::SerialOutput;
+use crate::supervisor::{Agenda, Brake, Ending, Supervisor, start_processors};
+use crate::turns::Turns;
+use crate::world::PcWorld;
+use crate::{
+    Choice, Counters, MachineConfig, MachineError, Outcome, SerialHandle, choose, engines,
+};
+
+/// Ports of one console device.
+const MOST_PORTS: usize = 31;
 
 /// A named port of the virtio console (under Linux `/sys/class/virtio-ports/*/name`).
 pub struct Port {
@@ -70,115 +92,352 @@ impl PortHandle {
 }
 
 /// A running machine. Dropping it stops it.
-pub struct Machine {}
+pub struct Machine {
+    engine: Choice,
+    protocol: Protocol,
+    kernel_version: Option<String>,
+    board: Arc<Board>,
+    crew: Arc<Crew>,
+    agenda: Arc<Agenda>,
+    brake: Arc<Brake>,
+    consoles: Arc<Consoles>,
+    ending: Arc<Ending>,
+    tallies: Vec<Arc<Tally>>,
+    resets: Arc<AtomicU64>,
+    supervisor: Option<JoinHandle<()>>,
+}
 
 /// What other threads, such as a signal handler's, can do with a machine. It may outlive the machine
 /// and then does nothing.
 #[derive(Clone)]
-pub struct MachineHandle {}
+pub struct MachineHandle {
+    board: Arc<Board>,
+    agenda: Arc<Agenda>,
+}
 
 impl MachineHandle {
     /// Stops the machine as if its power cord were pulled; [`Machine::wait`] gives [`Outcome::Stopped`].
     pub fn stop(&self) {
-        todo!()
+        self.agenda.stop();
     }
 
     /// Presses the ACPI power button, which asks the guest to shut down.
     pub fn power_button(&self) {
-        todo!()
+        self.board
+            .operate(|chipset, now| chipset.press_power_button(now));
     }
 }
+
+/// Makes processor `index` of `count`.
+pub(crate) type MakeVcpu<'a> =
+    &'a dyn Fn(Arc<GuestMemory>, Box<dyn World>, CpuProfile, u32, u32) -> Box<dyn Vcpu>;
 
 impl Machine {
     /// Builds a machine and lets it run.
     ///
     /// # Errors
     /// Any [`MachineError`]; [`MachineError::fix`] says what to do about it.
-    pub fn start(_config: MachineConfig, _hooks: Hooks) -> Result<Self, MachineError> {
-        todo!()
+    pub fn start(config: MachineConfig, hooks: Hooks) -> Result<Self, MachineError> {
+        config.validate()?;
+        let choice = choose(config.engine, &Host::probe())?;
+        let kind = choice.kind;
+        Self::start_on(
+            config,
+            hooks,
+            choice,
+            &|memory, world, profile, index, count| {
+                engines::make(kind, memory, world, profile, index, count)
+            },
+        )
+    }
+
+    /// As [`Self::start`], with processors that `make` gives.
+    pub(crate) fn start_on(
+        config: MachineConfig,
+        mut hooks: Hooks,
+        engine: Choice,
+        make: MakeVcpu<'_>,
+    ) -> Result<Self, MachineError> {
+        config.validate()?;
+        if hooks.ports.len() > MOST_PORTS {
+            return Err(MachineError::Ports {
+                ports: hooks.ports.len(),
+            });
+        }
+        // What a person can get wrong comes first, before there are threads.
+        let disks = pc::open_disks(&config)?;
+        let memory = pc::memory(&config)?;
+        let entry = pc::load_kernel(&config, &memory)?;
+        let (protocol, kernel_version) = (entry.protocol, entry.version.clone());
+
+        let count = config.cpus as usize;
+        let crew = Arc::new(Crew::new(count));
+        let agenda = Arc::new(Agenda::default());
+        let serial = Arc::new(SerialOutput::default());
+        let epoch = config.epoch.unwrap_or_else(time_of_day);
+        let board = Arc::new(Board::new(
+            pc::chipset(&config, epoch)?,
+            Clock::new(epoch),
+            Arc::clone(&crew),
+            Arc::clone(&agenda),
+            Arc::clone(&serial),
+        ));
+        let bus = Arc::new(Bus::new());
+        let consoles = pc::add_devices(&config, disks, &mut hooks, &bus, &board, &memory)?;
+        let consoles = Arc::new(consoles);
+
+        let profile = CpuProfile::new(config.level, config.tsc_hz);
+        let vcpus: Vec<Box<dyn Vcpu>> = (0..count)
+            .map(|cpu| {
+                let world = PcWorld {
+                    board: Arc::clone(&board),
+                    bus: Arc::clone(&bus),
+                    cpu,
+                };
+                let (index, count) = (cpu as u32, config.cpus);
+                make(
+                    Arc::clone(&memory),
+                    Box::new(world),
+                    profile.clone(),
+                    index,
+                    count,
+                )
+            })
+            .collect();
+        let signals: Vec<_> = vcpus.iter().map(|vcpu| vcpu.signals()).collect();
+        crew.set_signals(signals.clone());
+        let turns =
+            (count > 1 && engine.kind.takes_turns()).then(|| Arc::new(Turns::new(signals.clone())));
+        let tallies: Vec<Arc<Tally>> = (0..count).map(|_| Arc::default()).collect();
+
+        // From here on threads must be ended if one does not start.
+        let mut threads = Threads {
+            handles: Vec::new(),
+            crew: Arc::clone(&crew),
+            board: Arc::clone(&board),
+            serial: Arc::clone(&serial),
+        };
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let processor = Processor {
+                index,
+                vcpu,
+                signals: Arc::clone(&signals[index]),
+                board: Arc::clone(&board),
+                crew: Arc::clone(&crew),
+                turns: turns.clone(),
+                tally: Arc::clone(&tallies[index]),
+            };
+            threads.start("a processor", format!("cpu-{index}"), || processor.run())?;
+        }
+        let timer = Arc::clone(&board);
+        threads.start("timers", "timers".to_owned(), move || timer.run_timer())?;
+        let output = Arc::clone(&serial);
+        let mut sink = hooks.serial;
+        thread::Builder::new()
+            .name("serial-out".to_owned())
+            .spawn(move || output.run(&mut *sink))
+            .map_err(pc::thread("serial output"))?;
+
+        // The process confines itself here (DESIGN.md, idea 4): every file is open and every thread
+        // but the supervisor's is started, and no instruction of the guest has run.
+
+        start_processors(&config, &crew, entry);
+        let brake = Arc::new(Brake::new(
+            Arc::clone(&crew),
+            Arc::clone(&bus),
+            Arc::clone(&board),
+        ));
+        let ending = Arc::new(Ending::default());
+        let resets = Arc::new(AtomicU64::new(0));
+        let supervisor = Supervisor {
+            config,
+            memory,
+            board: Arc::clone(&board),
+            bus,
+            crew: Arc::clone(&crew),
+            agenda: Arc::clone(&agenda),
+            brake: Arc::clone(&brake),
+            serial,
+            consoles: Arc::clone(&consoles),
+            ending: Arc::clone(&ending),
+            resets: Arc::clone(&resets),
+            threads,
+        };
+        let supervisor = thread::Builder::new()
+            .name("supervisor".to_owned())
+            .spawn(move || supervisor.run())
+            .map_err(pc::thread("the supervisor"))?;
+        brake.release();
+        Ok(Self {
+            engine,
+            protocol,
+            kernel_version,
+            board,
+            crew,
+            agenda,
+            brake,
+            consoles,
+            ending,
+            tallies,
+            resets,
+            supervisor: Some(supervisor),
+        })
     }
 
     /// Waits until the machine has ended and everything that the guest wrote until then has been given
     /// to the hooks (or their owners have not taken it for two seconds). Once ended it gives the same
     /// answer again.
     pub fn wait(&self) -> &Outcome {
-        todo!()
+        self.ending.wait()
     }
 
     /// Like [`Self::wait`] for at most `limit`; `None` if the machine then still runs.
-    pub fn wait_for(&self, _limit: Duration) -> Option<&Outcome> {
-        todo!()
+    pub fn wait_for(&self, limit: Duration) -> Option<&Outcome> {
+        self.ending.wait_for(limit)
     }
 
     /// A handle for other threads.
     pub fn handle(&self) -> MachineHandle {
-        todo!()
+        MachineHandle {
+            board: Arc::clone(&self.board),
+            agenda: Arc::clone(&self.agenda),
+        }
     }
 
     /// Stops the machine as if its power cord were pulled; [`Self::wait`] gives [`Outcome::Stopped`].
     pub fn stop(&self) {
-        todo!()
+        self.handle().stop();
     }
 
     /// Presses the ACPI power button, which asks the guest to shut down.
     pub fn power_button(&self) {
-        todo!()
+        self.handle().power_button();
     }
 
     /// Stands the machine still, its clock too, until the guard is dropped.
     pub fn pause(&self) -> Pause<'_> {
-        todo!()
+        self.brake.engage();
+        Pause { machine: self }
     }
 
     /// The engine, and why it was taken.
     pub fn engine(&self) -> &Choice {
-        todo!()
+        &self.engine
     }
 
     /// The way into the kernel that was taken.
     pub fn protocol(&self) -> Protocol {
-        todo!()
+        self.protocol
     }
 
     /// What the kernel calls itself, if it says so where it can be found without running it.
     pub fn kernel_version(&self) -> Option<&str> {
-        todo!()
+        self.kernel_version.as_deref()
     }
 
     /// The terminal, if [`Hooks::terminal`] was given.
     pub fn terminal(&self) -> Option<PortHandle> {
-        todo!()
+        let console = self.consoles.terminal.clone()?;
+        Some(PortHandle { console, port: 0 })
     }
 
     /// The port of this name.
-    pub fn port(&self, _name: &str) -> Option<PortHandle> {
-        todo!()
+    pub fn port(&self, name: &str) -> Option<PortHandle> {
+        let console = self.consoles.ports.clone()?;
+        let port = self.consoles.names.iter().position(|port| port == name)?;
+        Some(PortHandle { console, port })
     }
 
     /// COM1's input.
     pub fn serial(&self) -> SerialHandle {
-        todo!()
+        SerialHandle {
+            board: Arc::clone(&self.board),
+        }
     }
 
     /// What it did until now.
     pub fn counters(&self) -> Counters {
-        todo!()
+        Counters {
+            processors: self.tallies.iter().map(|tally| tally.read()).collect(),
+            clock: self.board.clock.now(),
+            resets: self.resets.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.agenda.stop();
+        if let Some(supervisor) = self.supervisor.take() {
+            // Its panic would be a defect that has been printed.
+            let _ = supervisor.join();
+        }
+    }
+}
+
+/// The threads of a machine's processors and timers. They end with this.
+pub(crate) struct Threads {
+    handles: Vec<JoinHandle<()>>,
+    crew: Arc<Crew>,
+    board: Arc<Board>,
+    serial: Arc<SerialOutput>,
+}
+
+impl Threads {
+    fn start(
+        &mut self,
+        what: &'static str,
+        name: String,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<(), MachineError> {
+        let handle = thread::Builder::new()
+            .name(name)
+            .spawn(body)
+            .map_err(pc::thread(what))?;
+        self.handles.push(handle);
+        Ok(())
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.crew.finish();
+        self.board.end();
+        for handle in self.handles.drain(..) {
+            // A panic has been reported as an event.
+            let _ = handle.join();
+        }
+        // The thread of the serial port's output is not joined: it may wait for the host for ever.
+        self.serial.close();
     }
 }
 
 /// The machine stands still as long as this lives. Several may; the last one to go lets it run.
 pub struct Pause<'a> {
-    _machine: &'a Machine,
+    machine: &'a Machine,
 }
 
 impl Pause<'_> {
-    /// The state of each processor.
+    /// The state of each processor; none once the machine has ended.
     pub fn processors(&self) -> Vec<CpuState> {
-        todo!()
+        let (answer, answers) = mpsc::channel();
+        for cpu in 0..self.machine.tallies.len() {
+            self.machine.crew.post(cpu, Message::Report(answer.clone()));
+        }
+        drop(answer);
+        let mut states: Vec<(usize, CpuState)> = answers.iter().collect();
+        states.sort_by_key(|(cpu, _)| *cpu);
+        states.into_iter().map(|(_, state)| state).collect()
     }
 
     /// What the machine did until now, exactly.
     pub fn counters(&self) -> Counters {
-        todo!()
+        self.machine.counters()
+    }
+}
+
+impl Drop for Pause<'_> {
+    fn drop(&mut self) {
+        self.machine.brake.release();
     }
 }

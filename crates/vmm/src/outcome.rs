@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use trapgate_chipset::ResetCause;
 use trapgate_x86::CpuState;
 use trapgate_x86::registers::{cr0, efer};
 
@@ -24,6 +23,17 @@ pub enum Outcome {
     /// It could not go on: it could not be loaded again after a reset, or a thread of ours died,
     /// which is a defect of trapgate.
     Failed(Failure),
+}
+
+/// How the guest reset the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetCause {
+    /// Through the chipset.
+    Chipset(trapgate_chipset::ResetCause),
+    /// By an INIT signal to the boot processor.
+    Init,
+    /// By a triple fault.
+    TripleFault,
 }
 
 /// Why a machine could not go on.

@@ -1,0 +1,125 @@
+//! The one clock that everything in a machine reads.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// Set in [`Clock::word`] while the clock stands still.
+const PAUSED: u64 = 1 << 63;
+
+/// VM time: nanoseconds since the machine was started or reset, without those in which it was
+/// paused; and the time of day at VM time zero.
+///
+/// A pause does not move the time of day with it: the guest's wall clock is late afterwards by as long
+/// as the pause took, as it is after a computer slept.
+#[derive(Debug)]
+pub(crate) struct Clock {
+    base: Instant,
+    /// With [`PAUSED`]: the time at which the clock stands. Without: what is taken from the
+    /// nanoseconds since `base` to give the time. One word, so that a reader sees both parts of it
+    /// or neither.
+    word: AtomicU64,
+    epoch: AtomicU64,
+}
+
+impl Clock {
+    /// A clock that stands at 0. `epoch` is in nanoseconds since 1970-01-01 UTC.
+    pub(crate) fn new(epoch: u64) -> Self {
+        Self {
+            base: Instant::now(),
+            word: AtomicU64::new(PAUSED),
+            epoch: AtomicU64::new(epoch),
+        }
+    }
+
+    fn host(&self) -> u64 {
+        // 2^63 ns are 292 years.
+        self.base.elapsed().as_nanos() as u64
+    }
+
+    /// Nanoseconds of VM time.
+    pub(crate) fn now(&self) -> u64 {
+        let word = self.word.load(Ordering::Acquire);
+        if word & PAUSED != 0 {
+            word & !PAUSED
+        } else {
+            self.host().saturating_sub(word)
+        }
+    }
+
+    /// Time of day at VM time 0, nanoseconds since 1970-01-01 UTC.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Relaxed)
+    }
+
+    /// Stops the clock. Only one thread at a time may call this, [`Self::resume`] and
+    /// [`Self::restart`].
+    pub(crate) fn pause(&self) {
+        let now = self.now();
+        self.word.store(now | PAUSED, Ordering::Release);
+    }
+
+    /// Lets the clock go on where it stands.
+    pub(crate) fn resume(&self) {
+        let now = self.now();
+        self.word
+            .store(self.host().saturating_sub(now), Ordering::Release);
+    }
+
+    /// Puts a clock that is paused to 0.
+    pub(crate) fn restart(&self, epoch: u64) {
+        self.epoch.store(epoch, Ordering::Relaxed);
+        self.word.store(PAUSED, Ordering::Release);
+    }
+}
+
+/// The host's time of day, nanoseconds since 1970-01-01 UTC.
+pub(crate) fn time_of_day() -> u64 {
+    // A host clock before 1970 is as good as none.
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::sleep;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn clock_starts_at_zero_and_stands_still_until_it_is_let_go() {
+        let clock = Clock::new(7);
+        sleep(Duration::from_millis(2));
+        assert_eq!((clock.now(), clock.epoch()), (0, 7));
+    }
+
+    #[test]
+    fn pause_takes_no_time_on_the_clock() {
+        let clock = Clock::new(0);
+        clock.resume();
+        clock.pause();
+        let before = clock.now();
+        sleep(Duration::from_millis(20));
+        assert_eq!(clock.now(), before);
+        clock.resume();
+        // Had the pause counted, it would be at least 20 ms.
+        let after = clock.now();
+        assert!(after >= before);
+        clock.pause();
+        sleep(Duration::from_millis(2));
+        clock.resume();
+        assert!(clock.now() >= after);
+    }
+
+    #[test]
+    fn restart_begins_again_at_zero() {
+        let clock = Clock::new(0);
+        clock.resume();
+        sleep(Duration::from_millis(2));
+        clock.pause();
+        assert!(clock.now() >= 2_000_000);
+        clock.restart(99);
+        assert_eq!((clock.now(), clock.epoch()), (0, 99));
+    }
+}

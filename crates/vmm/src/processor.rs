@@ -1,0 +1,154 @@
+//! The thread of a processor.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use trapgate_engine::{Exit, Signal, Signals, StateError, Vcpu};
+use trapgate_x86::{Activity, CpuState};
+
+use crate::board::Board;
+use crate::crew::{Crew, Message, Next};
+use crate::outcome::{ProcessorCounters, ResetCause, TripleFault};
+use crate::supervisor::Event;
+use crate::turns::Turns;
+
+/// What a processor did, for others to read. Brought up to date at every exit.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    instructions: AtomicU64,
+    halts: AtomicU64,
+    kicks: AtomicU64,
+}
+
+impl Tally {
+    pub(crate) fn read(&self) -> ProcessorCounters {
+        ProcessorCounters {
+            instructions: self.instructions.load(Ordering::Relaxed),
+            halts: self.halts.load(Ordering::Relaxed),
+            kicks: self.kicks.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// A processor and what its thread needs.
+pub(crate) struct Processor {
+    pub(crate) index: usize,
+    pub(crate) vcpu: Box<dyn Vcpu>,
+    pub(crate) signals: Arc<Signals>,
+    pub(crate) board: Arc<Board>,
+    pub(crate) crew: Arc<Crew>,
+    /// Where several processors may not run at once.
+    pub(crate) turns: Option<Arc<Turns>>,
+    pub(crate) tally: Arc<Tally>,
+}
+
+impl Processor {
+    /// The body of the thread.
+    pub(crate) fn run(mut self) {
+        // A panic is a defect of ours. The machine has to end then, since a processor that is gone
+        // looks to a guest, and to its owner, as if it hung.
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.work()));
+        if let Err(panic) = outcome {
+            let message = panic
+                .downcast_ref::<String>()
+                .cloned()
+                .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+                .unwrap_or_else(|| "it panicked".to_owned());
+            self.board.report(Event::Died {
+                cpu: self.index,
+                message,
+            });
+        }
+        self.crew.finished(self.index);
+    }
+
+    fn work(&mut self) {
+        loop {
+            match self.crew.next(self.index) {
+                Next::Finish => return,
+                Next::Message(message) => self.obey(message),
+                Next::Run => self.enter(),
+            }
+        }
+    }
+
+    fn enter(&mut self) {
+        let exit = {
+            let _turn = self.turns.as_deref().map(|turns| turns.take(self.index));
+            self.vcpu.run()
+        };
+        let Tally {
+            instructions,
+            halts,
+            kicks,
+        } = &*self.tally;
+        instructions.store(self.vcpu.instructions(), Ordering::Relaxed);
+        match exit {
+            Exit::Halted => {
+                halts.fetch_add(1, Ordering::Relaxed);
+                self.signals.sleep(None);
+            }
+            Exit::Kicked | Exit::Debug => {
+                kicks.fetch_add(1, Ordering::Relaxed);
+            }
+            Exit::ShutDown => {
+                let state = self.vcpu.state();
+                self.board.report(Event::TripleFault(Box::new(TripleFault {
+                    cpu: self.index,
+                    state,
+                })));
+            }
+        }
+    }
+
+    fn obey(&mut self, message: Message) {
+        match message {
+            // The boot processor would go on at the reset vector, in firmware, which is not there.
+            // What firmware makes of it is a reset.
+            Message::Init if self.index == 0 => {
+                self.board.report(Event::Reset(ResetCause::Init));
+            }
+            Message::Init => {
+                let state = self.vcpu.state().init(false);
+                self.change(&state);
+            }
+            Message::StartUp(vector) => {
+                let mut state = self.vcpu.state();
+                if state.system.activity == Activity::WaitForSipi {
+                    state.start_up(vector);
+                    self.change(&state);
+                }
+            }
+            Message::Start(state) => {
+                for signal in [Signal::Interrupt, Signal::Nmi] {
+                    self.signals.take(signal);
+                }
+                self.change(&state);
+            }
+            Message::Report(answer) => {
+                // Whoever asked may have gone.
+                let _ = answer.send((self.index, self.vcpu.state()));
+            }
+        }
+    }
+
+    fn change(&mut self, state: &CpuState) {
+        if let Err(StateError::Register { register, value }) = self.vcpu.set_state(state) {
+            self.board.report(Event::Died {
+                cpu: self.index,
+                message: format!("its engine refused {register} = {value:#x}"),
+            });
+            return;
+        }
+        // Memory may be another's than the one that translations were made of, and an interrupt that
+        // was signalled to the old state may still wait.
+        self.signals.raise(Signal::Flush);
+        if self
+            .board
+            .operate(|chipset, _| chipset.interrupt_pending(self.index))
+        {
+            self.signals.raise(Signal::Interrupt);
+        }
+    }
+}
