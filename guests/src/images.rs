@@ -138,3 +138,17 @@ fn images_name_no_directory_of_the_build_machine() {
         );
     }
 }
+
+/// A guest that died early must not pass for one that said all it had to say.
+#[test]
+fn expected_outputs_end_with_the_guests_last_line() {
+    let expected: Vec<_> = all()
+        .iter()
+        .filter_map(|program| Some((program.name, program.expected?)))
+        .collect();
+    assert!(expected.len() >= 7, "every program but hello");
+    for (name, text) in expected {
+        assert_eq!(text.lines().last(), Some(format!("{name}: done").as_str()));
+        assert!(!text.contains(['\r', '\t']), "{name}");
+    }
+}

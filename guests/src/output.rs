@@ -31,7 +31,7 @@ impl fmt::Display for Mismatch {
 impl std::error::Error for Mismatch {}
 
 /// Compares the serial `output` of `program` with what every correct CPU prints, line by line.
-/// Carriage returns and lines that begin with `note:` do not count. `Ok` for a program whose
+/// Carriage returns and lines that begin with `note:` or `bench ` (timings) do not count. `Ok` for a program whose
 /// output is not always the same.
 ///
 /// # Errors
@@ -48,7 +48,7 @@ fn compare(expected: &str, output: &str) -> Result<(), Mismatch> {
     let mut printed = output
         .lines()
         .enumerate()
-        .filter(|(_, line)| !line.starts_with("note:"));
+        .filter(|(_, line)| !line.starts_with("note:") && !line.starts_with("bench "));
     let mut last = 0;
     loop {
         let (line, printed) = match printed.next() {
@@ -75,9 +75,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn carriage_returns_and_notes_do_not_count() {
+    fn carriage_returns_notes_and_timings_do_not_count() {
         assert_eq!(
-            compare("a\nb\n", "a\r\nnote: on this machine\r\nb\r\n"),
+            compare(
+                "a\nb\n",
+                "a\r\nnote: on this machine\r\nbench x ns=7\r\nb\r\n"
+            ),
             Ok(())
         );
     }

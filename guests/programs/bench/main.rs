@@ -1,10 +1,10 @@
 //! Loops of a known number of instructions, timed by the guest itself.
 //!
-//! Each line reads `bench NAME instructions=N ns=M mips=R result=X`: N counts every instruction of
-//! the loop, a repeated string instruction as one. The result is a checksum of what the loop
-//! computed: the same on every CPU, whatever it takes to get there.
+//! Each line reads `bench NAME instructions=N ns=M mips=R`: N counts every instruction of the loop,
+//! a repeated string instruction as one. Before it stands what the loop computed, which is the
+//! same on every CPU.
 //!
-//! The command line `scale=K` makes every loop K times as long.
+//! The command line `scale=K` makes every loop but the last K times as long (other results, then).
 #![no_std]
 #![no_main]
 
@@ -101,7 +101,10 @@ static mut MEMORY: Memory = Memory([0; MEMORY_SIZE]);
 
 fn bench() {
     let frequency = time::tsc_frequency();
-    println!("tsc: {} Hz, from {}", frequency.hertz, frequency.source);
+    println!(
+        "note: tsc {} Hz, from {}",
+        frequency.hertz, frequency.source
+    );
     let scale = scale();
     let memory = (&raw mut MEMORY) as *mut u8;
     fill(memory);
@@ -112,12 +115,8 @@ fn bench() {
         // SAFETY: the loops stay inside MEMORY, whose size they know.
         let result = unsafe { (bench.run)(count, memory) };
         let elapsed = time::nanoseconds(cpu::read_tsc() - start, &frequency);
-        report(
-            bench.name,
-            bench.round * count + bench.rest,
-            elapsed,
-            result,
-        );
+        println!("result {} {result:#x}", bench.name);
+        report(bench.name, bench.round * count + bench.rest, elapsed);
         instructions += bench.round * count + bench.rest;
         ns += elapsed;
     }
@@ -126,8 +125,10 @@ fn bench() {
     // SAFETY: as above.
     let (primes, rounds) = unsafe { (sieve(SIEVE_LIMIT, memory), sieve_rounds()) };
     let elapsed = time::nanoseconds(cpu::read_tsc() - start, &frequency);
-    report("sieve", rounds, elapsed, primes);
-    report("all", instructions + rounds, ns + elapsed, 0);
+    println!("result sieve {primes:#x}");
+    report("sieve", rounds, elapsed);
+    report("all", instructions + rounds, ns + elapsed);
+    println!("bench: done");
 }
 
 /// Gives the first 256 KiB contents, so that the checksums say something.
@@ -142,9 +143,9 @@ fn fill(memory: *mut u8) {
     }
 }
 
-fn report(name: &str, instructions: u64, ns: u64, result: u64) {
+fn report(name: &str, instructions: u64, ns: u64) {
     let mips = instructions * 1000 / ns.max(1);
-    println!("bench {name} instructions={instructions} ns={ns} mips={mips} result={result:#x}");
+    println!("bench {name} instructions={instructions} ns={ns} mips={mips}");
 }
 
 fn scale() -> u64 {

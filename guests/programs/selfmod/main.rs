@@ -1,7 +1,7 @@
 //! Code that changes under the CPU's feet, and string instructions that stop halfway.
 //!
 //! A processor sees its own stores in the code it executes next, at the latest after a jump (SDM
-//! vol. 3A 11.1.3: a taken branch or a serializing instruction stands between the store and the
+//! vol. 3A 10.1.3: a taken branch or a serializing instruction stands between the store and the
 //! new code); those of the family that x86-64 starts with see them at once, and a few lines here
 //! say so (`at once`).
 #![no_std]

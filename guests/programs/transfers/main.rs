@@ -383,7 +383,7 @@ fn returns() {
     show_cs("iret to ring 3", user_code::interrupt_return, USER_CODE);
 }
 
-/// SDM vol. 2A LAR and LSL, vol. 2B VERR and VERW. `-` where the zero flag says no.
+/// SDM vol. 2A LAR and LSL, vol. 2C VERR and VERW. `-` where the zero flag says no.
 fn what_selectors_tell() {
     let selectors = [
         ("null", 0),
