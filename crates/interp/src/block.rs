@@ -10,41 +10,61 @@ use trapgate_x86::paging::is_canonical;
 use trapgate_x86::registers::sreg;
 
 use crate::cpu::{CodeSize, Cpu, Stop};
-use crate::decode::{DecodeError, Decoded, MAX_INSTRUCTION, decode};
-use crate::mmu::Place;
+use crate::decode::{DecodeError, Decoded, MAX_INSTRUCTION, decode, undefined};
 use crate::op::Op;
 use crate::tlb::Access;
 
-/// Places in the direct-mapped table in front of the map.
+/// Entries of the direct-mapped table in front of the map.
 const TABLE: usize = 1 << 14;
 
 /// Ops after which all blocks are thrown away: 32 bytes each, 16 MiB.
 const MAX_OPS: usize = 512 * 1024;
 
-/// A run of instructions that ends with a transfer of control, or before the page's end, or with
+/// What a block is known by: the host address of its first byte, and the code size in the two top
+/// bits, which no host address has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key(u64);
+
+impl Key {
+    const NONE: Self = Self(u64::MAX);
+
+    #[inline(always)]
+    fn new(host: HostAddress, code_size: CodeSize) -> Self {
+        Self(host.as_ptr() as u64 | (code_size as u64) << 62)
+    }
+
+    #[inline(always)]
+    fn slot(self) -> usize {
+        (self.0 ^ (self.0 >> 14)) as usize % TABLE
+    }
+}
+
+/// A run of ops in [`Blocks::ops`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    start: u32,
+    count: u16,
+    /// The block may run wherever it is found: 64-bit code on one page.
+    unconditional: bool,
+}
+
+/// Where an instruction that is not kept is put.
+const PASSING: Place = Place {
+    start: 0,
+    count: 1,
+    unconditional: false,
+};
+
+/// A run of instructions that ends with a transfer of control, or before the page's end, or is
 /// one instruction that crosses it.
-pub(crate) struct Block {
-    pub(crate) ops: Box<[Op]>,
-    key: Key,
+#[derive(Clone, Copy)]
+struct Block {
+    place: Place,
     /// Bytes from the first instruction to the end of the last.
     length: u16,
     /// For an instruction that crosses its page's end: where the next page was then.
     second: Option<HostAddress>,
 }
-
-/// Host address of the first byte, and the code size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Key(u64, CodeSize);
-
-impl Key {
-    #[inline(always)]
-    fn slot(self) -> usize {
-        let mixed = self.0 ^ (self.0 >> 15) ^ ((self.1 as u64) << 13);
-        mixed as usize % TABLE
-    }
-}
-
-const NO_KEY: Key = Key(0, CodeSize::Bits16);
 
 /// The page that instructions were last fetched from.
 #[derive(Clone, Copy)]
@@ -57,36 +77,37 @@ struct FetchPage {
 
 /// All blocks of one vCPU.
 pub(crate) struct Blocks {
-    table: Box<[(Key, u32)]>,
-    map: HashMap<Key, u32>,
-    blocks: Vec<Option<Block>>,
-    free: Vec<u32>,
+    table: Box<[(Key, Place)]>,
+    map: HashMap<Key, Block>,
+    /// All ops of all blocks, one block after the other; those of blocks that were thrown away
+    /// stay until everything is.
+    ops: Vec<Op>,
     /// Blocks with code on each page, by guest-physical page number.
-    pages: HashMap<u64, Vec<u32>>,
-    ops: usize,
-    /// The page that instructions were last fetched from.
+    pages: HashMap<u64, Vec<Key>>,
     page: Option<FetchPage>,
-    /// For code that can't be kept, because it does not lie in RAM or is larger than the segment.
-    passing: Option<Block>,
 }
 
 impl Blocks {
     pub(crate) fn new() -> Self {
         Self {
-            table: vec![(NO_KEY, 0); TABLE].into_boxed_slice(),
+            table: vec![(Key::NONE, PASSING); TABLE].into_boxed_slice(),
             map: HashMap::new(),
-            blocks: Vec::new(),
-            free: Vec::new(),
+            ops: vec![undefined()],
             pages: HashMap::new(),
-            ops: 0,
             page: None,
-            passing: None,
         }
+    }
+
+    /// The ops at a place that [`Self::lookup`] gave.
+    #[inline(always)]
+    pub(crate) fn ops(&self, place: Place) -> &[Op] {
+        let start = place.start as usize;
+        &self.ops[start..start + usize::from(place.count)]
     }
 
     /// The block at CS:RIP, decoded now if need be. `Err` after a fault of the fetch.
     #[inline]
-    pub(crate) fn lookup(&mut self, cpu: &mut Cpu) -> Result<&Block, Stop> {
+    pub(crate) fn lookup(&mut self, cpu: &mut Cpu) -> Result<Place, Stop> {
         let linear = if cpu.is_64bit() {
             cpu.rip
         } else {
@@ -95,37 +116,31 @@ impl Blocks {
         let page = linear & !(PAGE_SIZE - 1);
         let host = match self.page {
             Some(last) if last.linear == page && last.epoch == cpu.fetch_epoch => last.host,
-            _ => match self.fetch_page(cpu, linear)? {
-                Some(host) => {
-                    self.page = Some(FetchPage {
-                        linear: page,
-                        host,
-                        epoch: cpu.fetch_epoch,
-                    });
-                    host
-                }
+            _ => match self.enter_page(cpu, linear)? {
+                Some(host) => host,
                 None => return self.decode_passing(cpu, linear),
             },
         };
         let host = host.offset(linear % PAGE_SIZE);
-        let key = Key(host.as_ptr() as u64, cpu.code_size);
-        let (found, number) = self.table[key.slot()];
-        if found == key {
-            // The table's numbers are those of living blocks: `remove` clears them.
-            let index = number as usize;
-            if self.fits(cpu, index, linear)? {
-                return self.get(index);
-            }
+        let key = Key::new(host, cpu.code_size);
+        let (found, place) = self.table[key.slot()];
+        if found == key && place.unconditional {
+            return Ok(place);
         }
         self.find_or_decode(cpu, linear, key, host)
     }
 
-    #[inline(always)]
-    fn get(&self, index: usize) -> Result<&Block, Stop> {
-        match &self.blocks[index] {
-            Some(block) => Ok(block),
-            None => unreachable!("numbers are those of living blocks"),
+    /// Notes the page that is executed from now on.
+    fn enter_page(&mut self, cpu: &mut Cpu, linear: u64) -> Result<Option<HostAddress>, Stop> {
+        let host = self.fetch_page(cpu, linear)?;
+        if let Some(host) = host {
+            self.page = Some(FetchPage {
+                linear: linear & !(PAGE_SIZE - 1),
+                host,
+                epoch: cpu.fetch_epoch,
+            });
         }
+        Ok(host)
     }
 
     /// Linear address of CS:EIP outside 64-bit mode, after the limit check.
@@ -140,17 +155,7 @@ impl Blocks {
 
     /// Whether a block may run as it was decoded: its second page is still there, and it ends
     /// inside the code segment.
-    #[inline(always)]
-    fn fits(&self, cpu: &mut Cpu, index: usize, linear: u64) -> Result<bool, Stop> {
-        let block = self.get(index)?;
-        if block.second.is_none() && cpu.is_64bit() {
-            return Ok(true);
-        }
-        self.fits_slowly(cpu, index, linear)
-    }
-
-    fn fits_slowly(&self, cpu: &mut Cpu, index: usize, linear: u64) -> Result<bool, Stop> {
-        let block = self.get(index)?;
+    fn fits(&self, cpu: &mut Cpu, block: &Block, linear: u64) -> Result<bool, Stop> {
         if !cpu.is_64bit() && !inside_limit(cpu, block.length.into()) {
             return Ok(false);
         }
@@ -171,9 +176,10 @@ impl Blocks {
         }
         let view = cpu.plain_view;
         // Not the page's start: a page fault shows the address.
-        Ok(match cpu.piece(linear, Access::Execute, view)?.place {
-            Place::Ram { host, .. } => Some(host.page_start()),
-            Place::Device => None,
+        let piece = cpu.piece(linear, Access::Execute, view)?;
+        Ok(match piece.place {
+            crate::mmu::Place::Ram { host, .. } => Some(host.page_start()),
+            crate::mmu::Place::Device => None,
         })
     }
 
@@ -184,20 +190,17 @@ impl Blocks {
         linear: u64,
         key: Key,
         host: HostAddress,
-    ) -> Result<&Block, Stop> {
-        if let Some(&number) = self.map.get(&key) {
-            let index = number as usize;
-            if self.fits(cpu, index, linear)? {
-                self.table[key.slot()] = (key, number);
-                return self.get(index);
+    ) -> Result<Place, Stop> {
+        if let Some(&block) = self.map.get(&key) {
+            if self.fits(cpu, &block, linear)? {
+                self.table[key.slot()] = (key, block.place);
+                return Ok(block.place);
             }
-            if cpu.is_64bit() {
-                self.remove(number);
-            } else {
+            if !cpu.is_64bit() {
                 return self.decode_passing(cpu, linear);
             }
         }
-        if self.ops > MAX_OPS {
+        if self.ops.len() > MAX_OPS {
             self.clear(cpu);
         }
         let view = cpu.plain_view;
@@ -210,7 +213,7 @@ impl Blocks {
         host.read(&mut bytes[..available]);
         match decode(cpu, &bytes[..available]) {
             Ok(decoded) if cpu.is_64bit() || inside_limit(cpu, decoded.length) => {
-                Ok(self.insert(cpu, key, decoded, gpa, None))
+                Ok(self.insert(cpu, key, &decoded, gpa, None))
             }
             Err(DecodeError::TableFull) => {
                 self.clear(cpu);
@@ -231,7 +234,7 @@ impl Blocks {
         key: Key,
         host: HostAddress,
         gpa: u64,
-    ) -> Result<&Block, Stop> {
+    ) -> Result<Place, Stop> {
         let next = cpu.advance(linear & !(PAGE_SIZE - 1), PAGE_SIZE);
         let Some(second) = self.fetch_page(cpu, next)? else {
             return self.decode_passing(cpu, linear);
@@ -244,24 +247,27 @@ impl Blocks {
         host.read(&mut bytes[..available]);
         second.read(&mut bytes[available..]);
         match decode(cpu, &bytes) {
-            Ok(mut decoded) if inside_limit_or_long(cpu, &decoded) => {
+            Ok(mut decoded) => {
                 // Only the instruction that crosses, so that each block has one page or is one
                 // instruction.
                 decoded.ops.truncate(1);
                 decoded.length = usize::from(decoded.ops[0].length).max(1);
-                Ok(self.insert(cpu, key, decoded, gpa, Some((second, second_gpa))))
+                if !cpu.is_64bit() && !inside_limit(cpu, decoded.length) {
+                    return self.decode_passing(cpu, linear);
+                }
+                Ok(self.insert(cpu, key, &decoded, gpa, Some((second, second_gpa))))
             }
             Err(DecodeError::TableFull) => {
                 self.clear(cpu);
                 self.decode_crossing(cpu, linear, key, host, gpa)
             }
-            _ => self.decode_passing(cpu, linear),
+            Err(DecodeError::TooShort) => self.decode_passing(cpu, linear),
         }
     }
 
     /// Decodes one instruction that is not kept.
     #[cold]
-    fn decode_passing(&mut self, cpu: &mut Cpu, linear: u64) -> Result<&Block, Stop> {
+    fn decode_passing(&mut self, cpu: &mut Cpu, linear: u64) -> Result<Place, Stop> {
         let mut bytes = [0; MAX_INSTRUCTION];
         let limit = if cpu.is_64bit() {
             MAX_INSTRUCTION as u64
@@ -270,36 +276,26 @@ impl Blocks {
             (u64::from(code.limit) + 1 - cpu.rip).min(MAX_INSTRUCTION as u64)
         };
         let view = cpu.plain_view;
-        let mut decoded = Err(DecodeError::TooShort);
-        let mut have = 0;
-        while have < limit {
+        for have in 0..limit {
             // Byte by byte: only what the instruction needs may fault.
             let at = cpu.advance(linear, have);
             let piece = cpu.piece(at, Access::Execute, view)?;
-            let place = have as usize;
-            cpu.read_piece(piece, &mut bytes[place..=place]);
-            have += 1;
-            decoded = decode(cpu, &bytes[..have as usize]);
-            match decoded {
+            let end = have as usize + 1;
+            cpu.read_piece(piece, &mut bytes[end - 1..end]);
+            match decode(cpu, &bytes[..end]) {
                 Err(DecodeError::TooShort) => {}
                 Err(DecodeError::TableFull) => {
                     self.clear(cpu);
                     return self.decode_passing(cpu, linear);
                 }
-                Ok(_) => break,
+                Ok(decoded) => {
+                    self.ops[PASSING.start as usize] = decoded.ops[0];
+                    return Ok(PASSING);
+                }
             }
         }
-        let Ok(mut decoded) = decoded else {
-            // The code segment ends inside the instruction, or it is longer than any.
-            return cpu.gp0();
-        };
-        decoded.ops.truncate(1);
-        Ok(self.passing.insert(Block {
-            ops: decoded.ops.into_boxed_slice(),
-            key: NO_KEY,
-            length: 0,
-            second: None,
-        }))
+        // The code segment ends inside the instruction.
+        cpu.gp0()
     }
 
     /// Marks a page as one whose writes concern decoded code.
@@ -309,9 +305,9 @@ impl Blocks {
         };
         let before = cpu.memory.traces().set(page, TraceFlags::CODE);
         if !before.contains(TraceFlags::CODE)
-            && let Some(host) = cpu.memory.host(gpa & !(PAGE_SIZE - 1))
+            && let Some(host) = cpu.memory.host(gpa)
         {
-            cpu.tlb.revoke_write(host);
+            cpu.tlb.revoke_write(host.page_start());
         }
     }
 
@@ -319,54 +315,47 @@ impl Blocks {
         &mut self,
         cpu: &mut Cpu,
         key: Key,
-        decoded: Decoded,
+        decoded: &Decoded,
         gpa: u64,
         second: Option<(HostAddress, u64)>,
-    ) -> &Block {
+    ) -> Place {
         let in_first = (PAGE_SIZE - gpa % PAGE_SIZE).min(decoded.length as u64);
         cpu.code.add(gpa, in_first);
-        let number = self.free.pop().unwrap_or_else(|| {
-            self.blocks.push(None);
-            self.blocks.len() as u32 - 1
-        });
-        self.pages.entry(gpa / PAGE_SIZE).or_default().push(number);
+        self.pages.entry(gpa / PAGE_SIZE).or_default().push(key);
         if let Some((_, second_gpa)) = second {
             cpu.code.add(second_gpa, decoded.length as u64 - in_first);
-            self.pages
-                .entry(second_gpa / PAGE_SIZE)
-                .or_default()
-                .push(number);
+            let keys = self.pages.entry(second_gpa / PAGE_SIZE).or_default();
+            keys.push(key);
         }
-        self.ops += decoded.ops.len();
-        self.map.insert(key, number);
-        self.table[key.slot()] = (key, number);
-        self.blocks[number as usize].insert(Block {
-            ops: decoded.ops.into_boxed_slice(),
-            key,
+        let place = Place {
+            start: self.ops.len() as u32,
+            count: decoded.ops.len() as u16,
+            unconditional: second.is_none() && cpu.is_64bit(),
+        };
+        self.ops.extend_from_slice(&decoded.ops);
+        self.table[key.slot()] = (key, place);
+        let block = Block {
+            place,
             length: decoded.length as u16,
             second: second.map(|(host, _)| host),
-        })
+        };
+        self.map.insert(key, block);
+        place
     }
 
-    fn remove(&mut self, number: u32) {
-        let Some(block) = self.blocks[number as usize].take() else {
-            return;
-        };
-        self.ops -= block.ops.len();
-        self.map.remove(&block.key);
-        let slot = block.key.slot();
-        if self.table[slot].0 == block.key {
-            self.table[slot] = (NO_KEY, 0);
+    fn remove(&mut self, key: Key) {
+        self.map.remove(&key);
+        let entry = &mut self.table[key.slot()];
+        if entry.0 == key {
+            entry.0 = Key::NONE;
         }
-        self.free.push(number);
     }
 
     /// Throws away the blocks whose code was written over.
     pub(crate) fn drop_stale(&mut self, cpu: &mut Cpu) {
         for page in cpu.code.take_stale() {
-            for number in self.pages.remove(&page).unwrap_or_default() {
-                // A number may be another page's block by now: throwing that away costs only time.
-                self.remove(number);
+            for key in self.pages.remove(&page).unwrap_or_default() {
+                self.remove(key);
             }
             self.untrace(cpu, page);
         }
@@ -377,13 +366,10 @@ impl Blocks {
         for page in cpu.code.clear() {
             self.untrace(cpu, page);
         }
-        self.table.fill((NO_KEY, 0));
+        self.table.fill((Key::NONE, PASSING));
         self.map.clear();
-        self.blocks.clear();
-        self.free.clear();
+        self.ops.truncate(1);
         self.pages.clear();
-        self.ops = 0;
-        self.passing = None;
         cpu.thunks.clear();
     }
 
@@ -402,8 +388,4 @@ impl Blocks {
 fn inside_limit(cpu: &Cpu, length: usize) -> bool {
     let limit = u64::from(cpu.sys.segments[sreg::CS].limit);
     cpu.rip + length.max(1) as u64 - 1 <= limit
-}
-
-fn inside_limit_or_long(cpu: &Cpu, decoded: &Decoded) -> bool {
-    cpu.is_64bit() || inside_limit(cpu, decoded.length)
 }

@@ -60,7 +60,7 @@ pub(crate) fn decode(cpu: &mut Cpu, bytes: &[u8]) -> Result<Decoded, DecodeError
             ops.push(if end - length >= MAX_INSTRUCTION {
                 too_long()
             } else {
-                invalid()
+                undefined()
             });
             length = end;
             break;
@@ -95,12 +95,12 @@ fn op_too_long(cpu: &mut Cpu, _: &Op) -> Step {
 fn too_long() -> Op {
     Op {
         handler: op_too_long,
-        ..invalid()
+        ..undefined()
     }
 }
 
 /// Raises #UD. It has no length: RIP stays where it is.
-fn invalid() -> Op {
+pub(crate) fn undefined() -> Op {
     Op {
         handler: op_undefined,
         dst: 0,
@@ -121,7 +121,7 @@ fn invalid() -> Op {
 
 /// Fills in what does not depend on who executes the instruction.
 fn prepare(instruction: &Instruction) -> Op {
-    let mut op = invalid();
+    let mut op = undefined();
     op.length = instruction.len() as u8;
     if instruction.has_rep_prefix() {
         op.attributes |= attribute::REP;

@@ -125,21 +125,26 @@ impl Interpreter {
     #[inline]
     fn execute_block(&mut self) -> Result<(), Stop> {
         let cpu = &mut self.cpu;
-        let block = self.blocks.lookup(cpu)?;
+        let place = self.blocks.lookup(cpu)?;
+        let ops = self.blocks.ops(place);
         cpu.end_block = false;
-        for (index, op) in block.ops.iter().enumerate() {
-            cpu.rip = cpu.rip.wrapping_add(u64::from(op.length));
+        // Kept here, not in memory: only a block's last instruction goes anywhere else.
+        let mut rip = cpu.rip;
+        for (index, op) in ops.iter().enumerate() {
+            let start = rip;
+            rip = rip.wrapping_add(u64::from(op.length));
+            cpu.rip = rip;
             let step = (op.handler)(cpu, op);
             if step.is_err() || cpu.end_block {
                 cpu.instructions += index as u64 + 1;
                 if step == Err(Stop::Fault) {
                     cpu.instructions -= 1;
-                    cpu.rip = cpu.rip.wrapping_sub(u64::from(op.length));
+                    cpu.rip = start;
                 }
                 return step;
             }
         }
-        cpu.instructions += block.ops.len() as u64;
+        cpu.instructions += ops.len() as u64;
         Ok(())
     }
 
@@ -162,8 +167,8 @@ impl Interpreter {
         }
         let single_step = cpu.system_flags & rflags::TF != 0;
         let start = cpu.rip;
-        let block = self.blocks.lookup(cpu)?;
-        let op = block.ops[0];
+        let place = self.blocks.lookup(cpu)?;
+        let op = self.blocks.ops(place)[0];
         cpu.system_flags &= !rflags::RF;
         cpu.end_block = false;
         cpu.rip = cpu.rip.wrapping_add(u64::from(op.length));
