@@ -1,0 +1,325 @@
+//! The command line.
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use trapgate_vmm::{DiskConfig, EngineChoice, EngineKind};
+
+use crate::{disk_argument, size, status};
+
+/// The whole command line.
+#[derive(Debug, Parser)]
+#[command(
+    name = "trapgate",
+    version,
+    about = "Runs virtual machines, with or without virtualization hardware",
+    long_about = "Runs virtual machines on any x86-64 Linux host, with or without virtualization hardware, \
+                  without root and without a daemon.",
+    after_help = EXAMPLES,
+    after_long_help = EXAMPLES,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    max_term_width = 100
+)]
+pub(crate) struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) action: Action,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  trapgate run                   boots Linux to a shell; the first run fetches a kernel
+  trapgate run -- uname -a       runs one command in a fresh Linux, and prints what it prints
+  trapgate run builtin           boots a tiny guest that needs no download
+  trapgate doctor                says what this host offers, and what it lacks
+
+`trapgate run --help` says more.";
+
+/// What trapgate can do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Action {
+    /// Boot a machine: to a shell, or to run one command
+    Run(RunArguments),
+    /// Say what this host offers, and what each missing thing costs
+    Doctor(DoctorArguments),
+}
+
+/// Arguments of `trapgate run`.
+#[derive(Args, Debug)]
+#[command(
+    long_about = "Boots a machine and connects this terminal to it.\n\n\
+        With no IMAGE it boots your distribution's own Linux kernel, fetched once with your package manager, \
+        to a shell. With a COMMAND it runs just that: what it prints and its exit status become trapgate's, \
+        and its input is trapgate's input.\n\n\
+        In an interactive session the key Ctrl-] leaves at once, as if the power cord were pulled.",
+    after_help = "See `trapgate run --help` for examples and exit statuses.",
+    after_long_help = run_help()
+)]
+pub(crate) struct RunArguments {
+    /// What to boot: `linux` (the default), `builtin`, or a kernel's file
+    #[arg(
+        value_name = "IMAGE",
+        long_help = "What to boot:\n  \
+            linux    your distribution's kernel with a small userland (the default)\n  \
+            builtin  a tiny guest that comes with trapgate: it says hello, computes, and powers off\n  \
+            FILE     a kernel, as with --kernel"
+    )]
+    pub(crate) image: Option<OsString>,
+
+    /// Boot this kernel: bzImage (vmlinuz), ELF (vmlinux), or multiboot
+    #[arg(
+        long,
+        value_name = "FILE",
+        long_help = "Boot this kernel: a Linux bzImage (vmlinuz), an ELF file with a PVH note such as vmlinux, \
+            or a multiboot 1 kernel. Its console is the serial port, ttyS0."
+    )]
+    pub(crate) kernel: Option<PathBuf>,
+
+    /// Give the kernel this initial RAM disk
+    #[arg(
+        long,
+        value_name = "FILE",
+        long_help = "Give the kernel this initial RAM disk (initramfs). Without --kernel it takes the place of \
+            trapgate's own beside the stock kernel; the console is then the serial port, ttyS0."
+    )]
+    pub(crate) initrd: Option<PathBuf>,
+
+    /// Kernel command line
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        long_help = "The kernel's command line. With the stock kernel it is added to trapgate's own, and the last \
+            word on a matter wins. With a kernel of yours it is all that the kernel gets; without it a Linux kernel \
+            gets `console=ttyS0 panic=-1`."
+    )]
+    pub(crate) cmdline: Option<String>,
+
+    /// Number of virtual processors
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) cpus: u32,
+
+    /// Memory of the guest, such as 512M or 2G
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "512M",
+        value_parser = size::parse,
+        long_help = "Memory of the guest, such as 512M or 2G (units are powers of 1024). \
+            What the guest does not touch costs nothing."
+    )]
+    pub(crate) memory: u64,
+
+    /// Attach a disk: a raw image or a block device; `,ro` makes it read-only
+    #[arg(
+        long = "disk",
+        value_name = "path=FILE[,ro]",
+        value_parser = DiskParser,
+        long_help = "Attach a disk: a raw image or a block device. With `,ro` the guest can't write to it. \
+            May be repeated; the guest sees /dev/vda, /dev/vdb, and so on. A comma in a name is written twice."
+    )]
+    pub(crate) disks: Vec<DiskConfig>,
+
+    /// What runs the guest's instructions
+    #[arg(long, value_enum, value_name = "ENGINE", default_value_t = Engine::Auto)]
+    pub(crate) engine: Engine,
+
+    /// Print nothing of trapgate's own but errors
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+
+    /// Show what the guest's kernel says, on standard error
+    #[arg(long, short, conflicts_with = "quiet")]
+    pub(crate) verbose: bool,
+
+    /// Run this in the guest in place of a shell
+    #[arg(
+        last = true,
+        value_name = "COMMAND",
+        long_help = "Run this in the guest in place of a shell, and end with its exit status. It is a program and \
+            its arguments; for pipes and variables use a shell: `-- sh -c 'ls | wc -l'`."
+    )]
+    pub(crate) command: Vec<OsString>,
+}
+
+fn run_help() -> String {
+    format!(
+        "\
+Examples:
+  trapgate run                                         a shell in a fresh Linux; poweroff or Ctrl-] ends it
+  trapgate run -- sh -c 'cat /proc/cpuinfo; exit 7'    prints it, and exits 7
+  echo hello | trapgate run -- wc -c                   input goes to the command
+  trapgate run --disk path=disk.img                    /dev/vda in the guest is disk.img
+  trapgate run --cpus 2 --memory 1G                    a larger machine
+  trapgate run --kernel bzImage --initrd initrd.img    a kernel of your own, on the serial port
+
+{}",
+        status::HELP
+    )
+}
+
+/// Arguments of `trapgate doctor`.
+#[derive(Args, Debug)]
+pub(crate) struct DoctorArguments {
+    /// Print JSON, for programs
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Engine {
+    /// The fastest one that this host and this version have
+    Auto,
+    /// The interpreter: runs everywhere
+    Interp,
+    /// The CPU's virtualization hardware, by way of /dev/kvm
+    Kvm,
+    /// The binary translator
+    Jit,
+}
+
+impl Engine {
+    /// In the words of the machine's configuration.
+    pub(crate) fn choice(self) -> EngineChoice {
+        match self {
+            Self::Auto => EngineChoice::Auto,
+            Self::Interp => EngineChoice::Only(EngineKind::Interp),
+            Self::Kvm => EngineChoice::Only(EngineKind::Kvm),
+            Self::Jit => EngineChoice::Only(EngineKind::Jit),
+        }
+    }
+}
+
+/// Makes [`disk_argument::parse`] known to clap, which has no short way for file names that need not be text.
+#[derive(Clone)]
+struct DiskParser;
+
+impl TypedValueParser for DiskParser {
+    type Value = DiskConfig;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        argument: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<DiskConfig, clap::Error> {
+        OsStringValueParser::new()
+            .try_map(|text| disk_argument::parse(&text))
+            .parse_ref(command, argument, value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn run(arguments: &[&str]) -> RunArguments {
+        let all = ["trapgate", "run"].iter().chain(arguments);
+        match Arguments::try_parse_from(all).unwrap().action {
+            Action::Run(run) => run,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn refused(arguments: &[&str]) -> clap::Error {
+        let all = ["trapgate"].iter().chain(arguments);
+        Arguments::try_parse_from(all).unwrap_err()
+    }
+
+    #[test]
+    fn description_of_the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_make_a_small_machine() {
+        let run = run(&[]);
+        assert_eq!((run.cpus, run.memory), (1, 512 << 20));
+        assert_eq!(run.engine, Engine::Auto);
+        assert!(run.image.is_none() && run.command.is_empty() && run.disks.is_empty());
+    }
+
+    #[test]
+    fn command_is_all_that_follows_two_hyphens() {
+        let run = run(&["--memory", "1G", "--", "ls", "-l", "--memory", "--", "x"]);
+        assert_eq!(run.command, ["ls", "-l", "--memory", "--", "x"]);
+        assert_eq!(run.memory, 1 << 30);
+        assert!(run.image.is_none());
+    }
+
+    #[test]
+    fn image_and_command_are_told_apart() {
+        let run = run(&["builtin", "--", "ls"]);
+        assert_eq!(run.image.as_deref(), Some(OsStr::new("builtin")));
+        assert_eq!(run.command, ["ls"]);
+    }
+
+    #[test]
+    fn disks_keep_their_order() {
+        let run = run(&["--disk", "path=b,ro", "--disk", "a"]);
+        let disks: Vec<_> = run
+            .disks
+            .iter()
+            .map(|d| (d.path.to_str().unwrap(), d.read_only))
+            .collect();
+        assert_eq!(disks, [("b", true), ("a", false)]);
+    }
+
+    #[test]
+    fn kernel_command_line_may_start_with_a_hyphen() {
+        assert_eq!(run(&["--cmdline", "-- init"]).cmdline.unwrap(), "-- init");
+    }
+
+    #[test]
+    fn engines_are_named_as_the_machine_names_them() {
+        for engine in Engine::value_variants() {
+            let name = engine.to_possible_value().unwrap().get_name().to_owned();
+            assert_eq!(engine.choice(), name.parse().unwrap(), "{name}");
+        }
+    }
+
+    #[test]
+    fn wrong_values_are_refused_with_their_reason() {
+        for (arguments, complaint) in [
+            (&["run", "--memory", "512"][..], "did you mean 512M"),
+            (&["run", "--memory", "lots"], "number"),
+            (&["run", "--cpus", "0"], "0"),
+            (&["run", "--cpus", "two"], "two"),
+            (&["run", "--disk", "a,rw"], "`rw`"),
+            (&["run", "--engine", "tcg"], "interp"),
+            (&["run", "--quiet", "--verbose"], "cannot be used with"),
+        ] {
+            let error = refused(arguments).to_string();
+            assert!(error.contains(complaint), "{arguments:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn misspelt_flags_and_commands_get_a_suggestion() {
+        for (arguments, suggestion) in [
+            (&["run", "--memroy", "1G"][..], "--memory"),
+            (&["run", "--dsk", "a"], "--disk"),
+            (&["docter"], "doctor"),
+        ] {
+            let error = refused(arguments).to_string();
+            assert!(error.contains(suggestion), "{arguments:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn help_has_examples_and_statuses() {
+        let error = refused(&["run", "--help"]);
+        assert_eq!(error.kind(), ErrorKind::DisplayHelp);
+        let text = error.to_string();
+        for part in ["Examples:", "Exit status:", "Ctrl-]", "--disk", "123"] {
+            assert!(text.contains(part), "{part} is not in\n{text}");
+        }
+    }
+}

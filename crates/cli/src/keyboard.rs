@@ -1,0 +1,164 @@
+//! Our standard input, on its way to the guest.
+
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{Errno, read};
+use rustix::stdio::stdin;
+use trapgate_vmm::{PortHandle, SerialHandle};
+
+use crate::failure::Failure;
+use crate::run::Event;
+
+/// Ctrl-], which leaves.
+const ESCAPE: u8 = 0x1d;
+/// Ctrl-D, which is how a person ends input on a terminal.
+const END_OF_TRANSMISSION: u8 = 0x04;
+
+/// Where the guest takes input.
+#[derive(Clone)]
+pub(crate) enum Sink {
+    Serial(SerialHandle),
+    Port(PortHandle),
+}
+
+impl Sink {
+    /// Gives it all to the guest; `false` if the machine ended before.
+    fn put(&self, data: &[u8]) -> bool {
+        match self {
+            Self::Serial(serial) => serial.input_all(data),
+            Self::Port(port) => port.input_all(data),
+        }
+    }
+
+    fn end(&self) {
+        match self {
+            // A serial port has no end; this is what comes closest. A guest that leaves it full won't read it.
+            Self::Serial(serial) => drop(serial.input(&[END_OF_TRANSMISSION])),
+            Self::Port(port) => port.close_input(),
+        }
+    }
+}
+
+/// Standard input, and the machine that gets it at the moment: a machine that restarts is another.
+#[derive(Clone, Default)]
+pub(crate) struct Keyboard(Arc<(Mutex<State>, Condvar)>);
+
+#[derive(Default)]
+struct State {
+    sink: Option<Sink>,
+    /// Counts connections, so that one that broke is told from one that was made since.
+    connections: u64,
+    /// Input waits for [`Keyboard::release`].
+    held: bool,
+    ended: bool,
+}
+
+impl Keyboard {
+    /// Lets input wait for [`Self::release`]. For a serial port, which loses what comes before the guest
+    /// has set it up: a person sees when that is, a file doesn't.
+    pub(crate) fn hold(&self) {
+        let (state, _) = &*self.0;
+        state.lock().unwrap_or_else(PoisonError::into_inner).held = true;
+    }
+
+    /// Lets input flow.
+    pub(crate) fn release(&self) {
+        let (state, changed) = &*self.0;
+        state.lock().unwrap_or_else(PoisonError::into_inner).held = false;
+        changed.notify_all();
+    }
+
+    /// From now on the guest takes input here.
+    pub(crate) fn connect(&self, sink: Sink) {
+        let (state, changed) = &*self.0;
+        let ended = {
+            let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.sink = Some(sink.clone());
+            state.connections += 1;
+            changed.notify_all();
+            state.ended
+        };
+        if ended {
+            sink.end();
+        }
+    }
+
+    /// The machine is gone; input waits for the next.
+    pub(crate) fn disconnect(&self) {
+        let (state, _) = &*self.0;
+        state.lock().unwrap_or_else(PoisonError::into_inner).sink = None;
+    }
+
+    fn deliver(&self, data: &[u8]) {
+        let (state, changed) = &*self.0;
+        let mut tried = 0;
+        loop {
+            let sink = {
+                let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+                while state.held || state.sink.is_none() || state.connections == tried {
+                    state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+                tried = state.connections;
+                state.sink.clone()
+            };
+            if sink.is_some_and(|sink| sink.put(data)) {
+                return;
+            }
+        }
+    }
+
+    fn end(&self) {
+        let (state, changed) = &*self.0;
+        let sink = {
+            let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            while state.held {
+                state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            state.ended = true;
+            state.sink.clone()
+        };
+        if let Some(sink) = sink {
+            sink.end();
+        }
+    }
+
+    /// Starts to read standard input, to its end. With `escape` Ctrl-] in it is ours.
+    pub(crate) fn start(&self, escape: bool, events: Sender<Event>) -> Result<(), Failure> {
+        let keyboard = self.clone();
+        let pump = move || {
+            let mut buffer = vec![0; 16 << 10];
+            loop {
+                match read(stdin(), &mut buffer) {
+                    Ok(0) => break,
+                    Ok(count) => {
+                        let bytes = &buffer[..count];
+                        let escaped = bytes.iter().position(|byte| escape && *byte == ESCAPE);
+                        let bytes = &bytes[..escaped.unwrap_or(count)];
+                        if escaped.is_some() {
+                            // First: the guest may not take any more of what stands before it.
+                            let _ = events.send(Event::Leave);
+                        }
+                        if !bytes.is_empty() {
+                            keyboard.deliver(bytes);
+                        }
+                    }
+                    Err(Errno::INTR) => {}
+                    Err(Errno::AGAIN) => {
+                        let descriptor = stdin();
+                        let _ = poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], None);
+                    }
+                    // There is no input (it may be closed), or the terminal has gone.
+                    Err(_) => break,
+                }
+            }
+            keyboard.end();
+        };
+        std::thread::Builder::new()
+            .name("keyboard".to_owned())
+            .spawn(pump)
+            .map(drop)
+            .map_err(|error| Failure::defect(format!("cannot start a thread: {error}")))
+    }
+}

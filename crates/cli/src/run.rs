@@ -1,0 +1,688 @@
+//! `trapgate run`: a machine from its start to its end, with our terminal or our streams connected to it.
+
+use std::collections::HashSet;
+use std::ffi::OsString;
+use std::io;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use trapgate_image::{STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session, session_archive};
+use trapgate_virtio::Disk;
+use trapgate_vmm::{
+    Choice, DiskConfig, Hooks, Host, Machine, MachineConfig, OnReset, Outcome, Port, PortOutput,
+    choose,
+};
+
+use crate::arguments::RunArguments;
+use crate::failure::Failure;
+use crate::guest::{Guest, Source, read_initrd};
+use crate::keyboard::{Keyboard, Sink};
+use crate::output::{HostOutput, Stream};
+use crate::progress::Progress;
+use crate::serial_log::SerialLog;
+use crate::stock::{Fetched, Stock, fetch};
+use crate::{signals, status, terminal};
+
+/// How long the guest may take to write its disks and power off after the command has ended.
+const POWER_OFF: Duration = Duration::from_secs(120);
+/// Lines of the kernel's that are shown when it failed.
+const EXCERPT: usize = 25;
+
+/// What happens outside of the main thread and matters to it.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// The image is there, or can't be had.
+    Fetched(Fetched),
+    /// A signal that ends us.
+    Signal(i32),
+    /// The window may have another size.
+    Resized,
+    /// The person pressed Ctrl-].
+    Leave,
+    /// The guest's first program runs.
+    Init,
+    /// The command or shell in the guest ended.
+    Status(u8),
+    /// The guest's init found no virtio-console.
+    NoConsole,
+    /// Our standard output takes no more.
+    OutputFailed(io::Error),
+    /// The machine has ended.
+    Ended,
+}
+
+/// Where the person meets the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Console {
+    /// On the serial port: guests that do not run our init.
+    Serial,
+    /// On a terminal of the guest, `/dev/hvc0`.
+    Terminal,
+    /// Three streams, binary clean.
+    Streams,
+}
+
+impl Console {
+    fn of(source: &Source, run: &RunArguments) -> Self {
+        let input = terminal::stdin_is_terminal();
+        match (source.has_init(), run.command.is_empty()) {
+            (false, _) => Self::Serial,
+            // As ssh does: a shell on a terminal is interactive, and one that reads a file is not. A command's
+            // output may be wanted byte for byte, so it gets a terminal only if nobody could tell.
+            (true, true) if input => Self::Terminal,
+            (true, false) if input && terminal::stdout_is_terminal() => Self::Terminal,
+            (true, _) => Self::Streams,
+        }
+    }
+
+    /// Whether a person's keys go to the guest one by one.
+    fn is_interactive(self) -> bool {
+        self != Self::Streams && terminal::stdin_is_terminal()
+    }
+}
+
+/// Runs a machine, and gives our exit status.
+///
+/// # Errors
+/// What went wrong, for a person.
+pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
+    let (events, inbox) = channel();
+    signals::watch(events.clone())?;
+
+    // Whatever can be found wrong is found before a kernel is fetched or a terminal is changed.
+    let source = Source::of(arguments)?;
+    let choice = choose(arguments.engine.choice(), &Host::probe())
+        .map_err(|error| Failure::machine("the guest", &error))?;
+    let mut config = MachineConfig {
+        cpus: arguments.cpus,
+        memory_bytes: arguments.memory,
+        disks: arguments.disks.clone(),
+        engine: arguments.engine.choice(),
+        on_reset: OnReset::End,
+        ..MachineConfig::default()
+    };
+    config
+        .validate()
+        .map_err(|error| Failure::machine("the guest", &error))?;
+    source.check_memory(arguments.memory)?;
+    check_disks(&arguments.disks)?;
+
+    let console = Console::of(&source, arguments);
+    let progress = Progress::new(arguments.quiet);
+    let loaded = load(arguments, &source, console, &events, &inbox, &progress);
+    let guest = match loaded {
+        Ok(Loaded::Guest(guest)) => guest,
+        Ok(Loaded::Interrupted(signal)) => {
+            progress.clear();
+            return Ok(interrupted(signal));
+        }
+        Err(failure) => {
+            progress.clear();
+            return Err(failure);
+        }
+    };
+    config.kernel = guest.kernel;
+    config.initrds = guest.initrds;
+    config.command_line = guest.command_line;
+
+    let scene = Scene {
+        console,
+        interactive: console.is_interactive(),
+        has_command: !arguments.command.is_empty(),
+        quiet: arguments.quiet,
+        verbose: arguments.verbose,
+        name: guest.name,
+        choice,
+        events,
+        progress,
+        keyboard: Keyboard::default(),
+        log: Arc::default(),
+    };
+    let result = scene.play(&config, &inbox);
+    scene.progress.clear();
+    terminal::restore();
+    result
+}
+
+fn check_disks(disks: &[DiskConfig]) -> Result<(), Failure> {
+    let mut files = HashSet::new();
+    for disk in disks {
+        // Opens it and closes it again: the machine will open it for itself.
+        Disk::open(&disk.path, disk.read_only)
+            .map_err(|error| Failure::disk(&disk.path, &error))?;
+        let file = disk.path.canonicalize().unwrap_or(disk.path.clone());
+        if !files.insert(file) {
+            return Err(Failure::new(
+                status::USAGE,
+                format!("the disk `{}` was given twice", disk.path.display()),
+            )
+            .fix("leave one of them out"));
+        }
+    }
+    Ok(())
+}
+
+enum Loaded {
+    Guest(Guest),
+    Interrupted(i32),
+}
+
+fn load(
+    arguments: &RunArguments,
+    source: &Source,
+    console: Console,
+    events: &Sender<Event>,
+    inbox: &Receiver<Event>,
+    progress: &Progress,
+) -> Result<Loaded, Failure> {
+    let initrd = match source {
+        Source::Builtin => return Ok(Loaded::Guest(Guest::builtin(arguments))),
+        Source::Kernel { kernel, initrd } => {
+            return Guest::from_files(arguments, kernel, initrd.as_deref()).map(Loaded::Guest);
+        }
+        Source::Stock { initrd } => initrd.as_deref(),
+    };
+    // Both before the kernel, which may take minutes.
+    let own = initrd.map(read_initrd).transpose()?;
+    let session =
+        session_archive(&session(arguments, console)).map_err(|error| Failure::image(&error))?;
+    let image = match fetch(events, inbox, progress)? {
+        Stock::Image(image) => image,
+        Stock::Interrupted(signal) => return Ok(Loaded::Interrupted(signal)),
+    };
+    let initrds = match own {
+        Some(own) => vec![own],
+        None => vec![read_initrd(&image.initramfs)?, session.into()],
+    };
+    Guest::stock(arguments, &image.kernel_version, &image.kernel, initrds).map(Loaded::Guest)
+}
+
+/// What init is to run.
+fn session(arguments: &RunArguments, console: Console) -> Session {
+    let mut command = arguments.command.clone();
+    let mut env = Vec::new();
+    if console == Console::Terminal {
+        let term = std::env::var_os("TERM").filter(|term| !term.is_empty());
+        env.extend(term.map(|term| ("TERM".to_owned(), term)));
+        if let Some((columns, rows)) = terminal::size() {
+            env.push(("COLUMNS".to_owned(), OsString::from(columns.to_string())));
+            env.push(("LINES".to_owned(), OsString::from(rows.to_string())));
+        }
+    } else if command.is_empty() {
+        command.push("sh".into());
+    }
+    Session {
+        command,
+        env,
+        terminal: console == Console::Terminal,
+    }
+}
+
+fn interrupted(signal: i32) -> u8 {
+    terminal::say(&format!("trapgate: {}", signals::name(signal)));
+    signals::exit_status(signal)
+}
+
+/// Everything around the machine that outlives it when it restarts.
+struct Scene {
+    console: Console,
+    interactive: bool,
+    has_command: bool,
+    quiet: bool,
+    verbose: bool,
+    name: String,
+    choice: Choice,
+    events: Sender<Event>,
+    progress: Progress,
+    keyboard: Keyboard,
+    log: Arc<Mutex<SerialLog>>,
+}
+
+/// Whether there is to be another machine.
+enum Next {
+    Restart,
+    End(u8),
+}
+
+impl Scene {
+    fn play(&self, config: &MachineConfig, inbox: &Receiver<Event>) -> Result<u8, Failure> {
+        let has_disks = config.disks.iter().any(|disk| !disk.read_only);
+        if self.console != Console::Terminal {
+            if self.console == Console::Serial && !self.interactive {
+                self.keyboard.hold();
+            }
+            self.keyboard.start(self.interactive, self.events.clone())?;
+        }
+        let mut first = true;
+        loop {
+            if self.console == Console::Serial {
+                self.progress.clear();
+                if first {
+                    self.announce(None);
+                    self.take_keyboard()?;
+                }
+            } else if first {
+                self.progress.boot(&self.name);
+            }
+            let run = self.once(config, inbox, has_disks, first)?;
+            match run {
+                Next::End(status) => return Ok(status),
+                Next::Restart => {
+                    self.keyboard.disconnect();
+                    self.lock_log().restarted();
+                    if !self.quiet {
+                        terminal::say("trapgate: the guest restarts");
+                    }
+                    first = false;
+                }
+            }
+        }
+    }
+
+    /// Runs one machine to its end.
+    fn once(
+        &self,
+        config: &MachineConfig,
+        inbox: &Receiver<Event>,
+        has_disks: bool,
+        first: bool,
+    ) -> Result<Next, Failure> {
+        let started = Instant::now();
+        let name = match self.console {
+            Console::Serial => self.name.clone(),
+            _ => "the stock kernel".to_owned(),
+        };
+        let machine = Machine::start(config.clone(), self.hooks())
+            .map_err(|error| Failure::machine(&name, &error))?;
+        let machine = Arc::new(machine);
+        self.connect(&machine);
+        let waiter = {
+            let (machine, events) = (Arc::clone(&machine), self.events.clone());
+            std::thread::Builder::new()
+                .name("wait".to_owned())
+                .spawn(move || {
+                    machine.wait();
+                    let _ = events.send(Event::Ended);
+                })
+                .map_err(|error| Failure::defect(format!("cannot start a thread: {error}")))?
+        };
+
+        let verdict = self.watch(&machine, inbox, started, has_disks, first);
+        machine.stop();
+        machine.wait();
+        // It has the machine too, and with it the locks of the disks.
+        let _ = waiter.join();
+        match verdict? {
+            Verdict::Status(status) => Ok(Next::End(status)),
+            Verdict::Ended { init } => self.judge(machine.wait(), init),
+        }
+    }
+
+    /// Follows a machine until we know how the run ends.
+    fn watch(
+        &self,
+        machine: &Machine,
+        inbox: &Receiver<Event>,
+        started: Instant,
+        has_disks: bool,
+        first: bool,
+    ) -> Result<Verdict, Failure> {
+        let mut init = false;
+        let mut result: Option<(u8, Instant)> = None;
+        loop {
+            let event = match result {
+                None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some((_, deadline)) => {
+                    inbox.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+                }
+            };
+            match event {
+                Ok(Event::Init) => {
+                    init = true;
+                    if first {
+                        self.progress.clear();
+                        self.announce(Some(started.elapsed()));
+                        if self.console == Console::Terminal {
+                            self.take_keyboard()?;
+                            self.keyboard.start(self.interactive, self.events.clone())?;
+                        }
+                    }
+                    self.resize(machine);
+                }
+                Ok(Event::Resized) => self.resize(machine),
+                Ok(Event::Status(status)) => {
+                    if !has_disks {
+                        return Ok(Verdict::Status(status));
+                    }
+                    // What it wrote to disks is to be on them.
+                    result.get_or_insert((status, Instant::now() + POWER_OFF));
+                }
+                Ok(Event::Ended) => {
+                    return Ok(match result {
+                        Some((status, _)) => Verdict::Status(status),
+                        None => Verdict::Ended { init },
+                    });
+                }
+                Ok(Event::Signal(signal)) => {
+                    machine.stop();
+                    terminal::restore();
+                    self.progress.clear();
+                    return Ok(Verdict::Status(interrupted(signal)));
+                }
+                Ok(Event::Leave) => {
+                    machine.stop();
+                    terminal::say("");
+                    terminal::restore();
+                    if !self.quiet {
+                        terminal::say("trapgate: left; the machine is off");
+                    }
+                    let status = if self.has_command {
+                        130
+                    } else {
+                        status::SUCCESS
+                    };
+                    return Ok(Verdict::Status(status));
+                }
+                Ok(Event::OutputFailed(error)) => return output_failed(error),
+                Ok(Event::NoConsole) => return Err(self.no_console()),
+                Ok(Event::Fetched(_)) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    let status = result.map_or(status::SUCCESS, |(status, _)| status);
+                    terminal::say(
+                        "trapgate: the guest did not power off in time; what it wrote last may not be on its disks",
+                    );
+                    return Ok(Verdict::Status(status));
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Failure::defect("the event channel broke"));
+                }
+            }
+        }
+    }
+
+    /// What the end of a machine means.
+    fn judge(&self, outcome: &Outcome, init: bool) -> Result<Next, Failure> {
+        let panic = self.lock_log().panic().map(str::to_owned);
+        let failed = |status: u8, message: String| {
+            let failure = Failure::new(status, message);
+            // On the serial port, and where the person asked for it, it was on the screen already.
+            if self.console == Console::Serial || self.verbose {
+                failure
+            } else {
+                failure.log(self.lock_log().excerpt(EXCERPT))
+            }
+        };
+        match outcome {
+            Outcome::Reset(_) if panic.is_some() => {
+                let reason = panic.unwrap_or_default();
+                let failure = failed(status::PANIC, "the guest's kernel panicked".to_owned())
+                    .cause(reason.clone());
+                Err(match advice(&reason) {
+                    Some(fix) => failure.fix(fix),
+                    None => failure,
+                })
+            }
+            Outcome::Reset(cause) if !init && self.console != Console::Serial => Err(failed(
+                status::CRASH,
+                "the guest reset itself before it was up".to_owned(),
+            )
+            .cause(format!("{cause:?}"))
+            .fix("run it again with `--verbose` to see how far its kernel came")),
+            Outcome::Reset(_) => Ok(Next::Restart),
+            Outcome::TripleFault(fault) => Err(failed(status::CRASH, fault.to_string())
+                .cause(fault.hint())
+                .fix("run it again with `--verbose` to see how far it came, or on another engine")),
+            Outcome::PoweredOff => Ok(Next::End(status::SUCCESS)),
+            // As a process would: the low byte.
+            Outcome::Exited(value) => Ok(Next::End((value & 0xff) as u8)),
+            // Only `watch` stops it, and then it has the verdict.
+            Outcome::Stopped => Ok(Next::End(status::SUCCESS)),
+            Outcome::Failed(trapgate_vmm::Failure::Restart(error)) => {
+                Err(Failure::machine(&self.name, error))
+            }
+            Outcome::Failed(failure) => Err(Failure::defect(failure.to_string())),
+        }
+    }
+
+    fn lock_log(&self) -> std::sync::MutexGuard<'_, SerialLog> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The one line that says what runs, and why so.
+    fn announce(&self, time: Option<Duration>) {
+        if self.quiet {
+            return;
+        }
+        let Choice { kind, reason } = &self.choice;
+        let mut line = format!("trapgate: {kind} ({reason}), {}", self.name);
+        if let Some(time) = time {
+            line += &format!(", init after {:.1} s", time.as_secs_f64());
+        }
+        if self.interactive {
+            line += "; Ctrl-] leaves";
+        }
+        terminal::say(&line);
+    }
+
+    fn take_keyboard(&self) -> Result<(), Failure> {
+        if !self.interactive {
+            return Ok(());
+        }
+        terminal::make_raw().map_err(|error| {
+            Failure::new(status::HOST, "cannot use this terminal")
+                .cause(error)
+                .fix("run it without a terminal: `trapgate run </dev/null`")
+        })
+    }
+
+    fn resize(&self, machine: &Machine) {
+        if let (Some(port), Some((columns, rows))) = (machine.terminal(), terminal::size()) {
+            port.resize(columns, rows);
+        }
+    }
+
+    /// Where the machine's output goes.
+    fn hooks(&self) -> Hooks {
+        let output = |stream| HostOutput::new(stream, self.events.clone(), self.progress.clone());
+        let port = |name: &str, output: Box<dyn PortOutput>| Port {
+            name: name.to_owned(),
+            output,
+        };
+        let mut hooks = Hooks {
+            serial: Box::new(self.serial_output()),
+            ..Hooks::default()
+        };
+        if self.console == Console::Serial {
+            return hooks;
+        }
+        hooks.ports.push(port(
+            STATUS_PORT,
+            Box::new(StatusPort {
+                line: Vec::new(),
+                events: self.events.clone(),
+            }),
+        ));
+        if self.console == Console::Terminal {
+            hooks.terminal = Some(Box::new(output(Stream::Output)));
+        } else {
+            hooks.ports.push(port(STDIN_PORT, Box::new(())));
+            hooks
+                .ports
+                .push(port(STDOUT_PORT, Box::new(output(Stream::Output))));
+            hooks
+                .ports
+                .push(port(STDERR_PORT, Box::new(output(Stream::Error))));
+        }
+        hooks
+    }
+
+    fn serial_output(&self) -> impl FnMut(&[u8]) + Send + 'static {
+        let stream = match self.console {
+            Console::Serial => Some(Stream::Output),
+            _ if self.verbose => Some(Stream::Error),
+            _ => None,
+        };
+        let mut shown = stream
+            .map(|stream| HostOutput::new(stream, self.events.clone(), self.progress.clone()));
+        let (log, events) = (Arc::clone(&self.log), self.events.clone());
+        let keyboard = self.keyboard.clone();
+        let mut told = false;
+        move |bytes: &[u8]| {
+            if let Some(output) = &mut shown {
+                output.put(bytes);
+            }
+            let mut log = log.lock().unwrap_or_else(PoisonError::into_inner);
+            if !log.spoken() {
+                keyboard.release();
+            }
+            log.push(bytes);
+            if log.status_seen() && !told {
+                told = true;
+                let _ = events.send(Event::NoConsole);
+            }
+        }
+    }
+
+    /// Gives the machine our input.
+    fn connect(&self, machine: &Machine) {
+        let sink = match self.console {
+            Console::Serial => Some(Sink::Serial(machine.serial())),
+            Console::Terminal => machine.terminal().map(Sink::Port),
+            Console::Streams => machine.port(STDIN_PORT).map(Sink::Port),
+        };
+        if let Some(sink) = sink {
+            self.keyboard.connect(sink);
+        }
+    }
+
+    fn no_console(&self) -> Failure {
+        Failure::new(status::INPUT, format!("{} can't be talked to", self.name))
+            .cause("it has no driver for the virtio-console, neither built in nor as a module")
+            .fix("use it with its own initrd, on the serial port: `--kernel FILE --initrd FILE`")
+    }
+}
+
+enum Verdict {
+    /// The run is over, with this status.
+    Status(u8),
+    /// The machine ended by itself.
+    Ended {
+        /// Whether its first program had run.
+        init: bool,
+    },
+}
+
+/// What may help against a panic.
+fn advice(reason: &str) -> Option<&'static str> {
+    let reason = reason.to_ascii_lowercase();
+    if reason.contains("unable to mount root") || reason.contains("no working init") {
+        Some(
+            "pass the initrd that belongs to this kernel (`--initrd`), or a disk and `--cmdline root=/dev/vda`",
+        )
+    } else if reason.contains("memory") {
+        Some("give the guest more memory: `--memory 1G`")
+    } else {
+        None
+    }
+}
+
+fn output_failed(error: io::Error) -> Result<Verdict, Failure> {
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        // As a program that SIGPIPE (13) ends.
+        return Ok(Verdict::Status(status::SIGNAL + 13));
+    }
+    Err(
+        Failure::new(status::HOST, "cannot write to standard output")
+            .cause(error)
+            .fix("make room there, or send the output elsewhere"),
+    )
+}
+
+/// Takes what the guest's init reports.
+struct StatusPort {
+    line: Vec<u8>,
+    events: Sender<Event>,
+}
+
+impl PortOutput for StatusPort {
+    fn write(&mut self, data: &[u8]) {
+        for &byte in data {
+            if byte != b'\n' {
+                // No line of init's is longer; a guest may write anything here.
+                if self.line.len() < 16 {
+                    self.line.push(byte);
+                }
+                continue;
+            }
+            let line = std::mem::take(&mut self.line);
+            let event = match line.as_slice() {
+                b"init" => Some(Event::Init),
+                digits => std::str::from_utf8(digits)
+                    .ok()
+                    .and_then(|digits| digits.parse().ok())
+                    .map(Event::Status),
+            };
+            if let Some(event) = event {
+                let _ = self.events.send(event);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status_events(data: &[&[u8]]) -> Vec<String> {
+        let (events, inbox) = channel();
+        let mut port = StatusPort {
+            line: Vec::new(),
+            events,
+        };
+        for piece in data {
+            port.write(piece);
+        }
+        inbox.try_iter().map(|event| format!("{event:?}")).collect()
+    }
+
+    #[test]
+    fn status_lines_arrive_in_any_pieces() {
+        assert_eq!(
+            status_events(&[b"in", b"it\n1", b"27\n"]),
+            ["Init", "Status(127)"]
+        );
+    }
+
+    #[test]
+    fn nonsense_of_the_guest_is_no_status() {
+        let long = [b'9'; 4096];
+        assert_eq!(
+            status_events(&[b"\n-1\n256\nhello\n\xff\n", &long, b"\n7\n"]),
+            ["Status(7)"]
+        );
+    }
+
+    #[test]
+    fn broken_pipe_ends_quietly_and_a_full_disk_does_not() {
+        let broken = output_failed(io::ErrorKind::BrokenPipe.into());
+        assert!(matches!(broken, Ok(Verdict::Status(141))));
+        let full = output_failed(io::ErrorKind::StorageFull.into())
+            .err()
+            .unwrap();
+        assert_eq!(full.status, status::HOST);
+    }
+
+    #[test]
+    fn disk_that_is_given_twice_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(512).unwrap();
+        let disk = DiskConfig {
+            path: file.path().into(),
+            read_only: true,
+        };
+        assert!(check_disks(std::slice::from_ref(&disk)).is_ok());
+        let failure = check_disks(&[disk.clone(), disk]).unwrap_err();
+        assert!(failure.to_string().contains("twice"), "{failure}");
+    }
+}
