@@ -97,7 +97,11 @@ impl Cpu {
             self.sys.cr2 = exception.address;
         }
         let mut flags = self.rflags();
-        if pushes_resume_flag(vector) {
+        // General detect is the one #DB fault that is not an instruction breakpoint.
+        let detected = vector == Vector::DB
+            && self.sys.dr7 & dr::DR7_GD != 0
+            && self.sys.dr6 & dr::DR6_BD != 0;
+        if detected || pushes_resume_flag(vector) {
             flags |= rflags::RF;
         }
         self.deliver(&Event {

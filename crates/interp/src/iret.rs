@@ -277,3 +277,6 @@ pub(crate) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
     };
     Some(sized(op, size, op_iret))
 }
+
+#[cfg(test)]
+mod tests;

@@ -54,6 +54,8 @@ use crate::cpu::Cpu;
 pub struct Interpreter {
     cpu: Cpu,
     blocks: Blocks,
+    /// The traces' epoch when this processor last ran.
+    traces: u64,
 }
 
 impl Interpreter {
@@ -71,16 +73,32 @@ impl Interpreter {
         Self {
             cpu,
             blocks: Blocks::new(),
+            traces: 0,
         }
+    }
+}
+
+impl Interpreter {
+    /// Other processors may have traced pages that this one still has writable translations of.
+    /// They take turns (one runs, the others are outside `run`), so it is enough to look here.
+    fn notice_traces(&mut self) {
+        let epoch = self.cpu.memory.traces().epoch();
+        if epoch != self.traces && self.cpu.count > 1 {
+            self.cpu.tlb.flush_all();
+            self.cpu.fetch_epoch = self.cpu.fetch_epoch.wrapping_add(1);
+        }
+        self.traces = epoch;
     }
 }
 
 impl Vcpu for Interpreter {
     fn run(&mut self) -> Exit {
+        self.notice_traces();
         self.run_until_exit()
     }
 
     fn step(&mut self) -> Exit {
+        self.notice_traces();
         self.run_one()
     }
 
@@ -103,5 +121,7 @@ impl Vcpu for Interpreter {
 
 #[cfg(test)]
 mod oracle;
+#[cfg(test)]
+mod system_testing;
 #[cfg(test)]
 mod testing;

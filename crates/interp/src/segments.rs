@@ -392,3 +392,6 @@ pub(crate) fn sized(op: &mut Op, bytes: u64, handler: Handler) -> Handler {
     op.set_operand_size(bytes);
     handler
 }
+
+#[cfg(test)]
+mod tests;
