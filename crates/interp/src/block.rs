@@ -303,6 +303,8 @@ impl Blocks {
         let Some(page) = cpu.memory.page_index(gpa) else {
             return;
         };
+        // In this order: see `TraceListener::wants`.
+        cpu.code.add(gpa, 1);
         let before = cpu.memory.traces().set(page, TraceFlags::CODE);
         if !before.contains(TraceFlags::CODE)
             && let Some(host) = cpu.memory.host(gpa)
@@ -357,30 +359,17 @@ impl Blocks {
             for key in self.pages.remove(&page).unwrap_or_default() {
                 self.remove(key);
             }
-            self.untrace(cpu, page);
         }
     }
 
     /// Throws all blocks away.
     pub(crate) fn clear(&mut self, cpu: &mut Cpu) {
-        for page in cpu.code.clear() {
-            self.untrace(cpu, page);
-        }
+        cpu.code.clear();
         self.table.fill((Key::NONE, PASSING));
         self.map.clear();
         self.ops.truncate(1);
         self.pages.clear();
         cpu.thunks.clear();
-    }
-
-    /// Lets writes to a page be fast again, unless another processor has code there too.
-    fn untrace(&self, cpu: &Cpu, page: u64) {
-        if cpu.count > 1 {
-            return;
-        }
-        if let Some(index) = cpu.memory.page_index(page * PAGE_SIZE) {
-            cpu.memory.traces().clear(index, TraceFlags::CODE);
-        }
     }
 }
 

@@ -42,13 +42,11 @@ impl CodePages {
         }
     }
 
-    /// Notes code at `length` bytes from `gpa`, in one page. Says whether it is the page's first.
-    pub(crate) fn add(&self, gpa: u64, length: u64) -> bool {
+    /// Notes code at `length` bytes from `gpa`, in one page.
+    pub(crate) fn add(&self, gpa: u64, length: u64) {
         let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
         let map = maps.pages.entry(gpa / PAGE_SIZE).or_default();
-        let first = *map == 0;
         *map |= bits(gpa % PAGE_SIZE, length);
-        first
     }
 
     /// Whether code was written over since [`Self::take_stale`].
@@ -57,25 +55,22 @@ impl CodePages {
         self.has_stale.load(Ordering::Acquire)
     }
 
-    /// Takes the pages (as page numbers) whose code was written over; they are forgotten here.
+    /// Takes the pages (as page numbers) whose code was written over.
     pub(crate) fn take_stale(&self) -> Vec<u64> {
         let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
         self.has_stale.store(false, Ordering::Release);
         let mut stale = std::mem::take(&mut maps.stale);
         stale.sort_unstable();
         stale.dedup();
-        for page in &stale {
-            maps.pages.remove(page);
-        }
         stale
     }
 
-    /// Forgets all code; gives the pages it was on.
-    pub(crate) fn clear(&self) -> Vec<u64> {
+    /// Forgets all code.
+    pub(crate) fn clear(&self) {
         let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
         self.has_stale.store(false, Ordering::Release);
         maps.stale.clear();
-        maps.pages.drain().map(|(page, _)| page).collect()
+        maps.pages.clear();
     }
 }
 
@@ -88,10 +83,16 @@ impl TraceListener for CodePages {
             .get(&page)
             .is_some_and(|map| map & bits(gpa % PAGE_SIZE, length) != 0);
         if hit {
+            maps.pages.remove(&page);
             maps.stale.push(page);
             self.has_stale.store(true, Ordering::Release);
             self.signals.raise(Signal::Flush);
         }
+    }
+
+    fn wants(&self, gpa: u64) -> bool {
+        let maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
+        maps.pages.contains_key(&(gpa / PAGE_SIZE))
     }
 }
 
@@ -102,8 +103,8 @@ mod tests {
     #[test]
     fn only_writes_over_code_make_a_page_stale() {
         let code = CodePages::new(Arc::new(Signals::default()));
-        assert!(code.add(0x1040, 0x21));
-        assert!(!code.add(0x1f00, 0x100));
+        code.add(0x1040, 0x21);
+        code.add(0x1f00, 0x100);
         code.written(0x1020, 0x20);
         code.written(0x1080, 0x10);
         assert!(!code.has_stale());

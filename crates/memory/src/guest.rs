@@ -296,6 +296,10 @@ mod tests {
         fn written(&self, gpa: u64, length: u64) {
             self.0.lock().unwrap().push((gpa, length));
         }
+
+        fn wants(&self, gpa: u64) -> bool {
+            gpa < 0x10_3000
+        }
     }
 
     fn two_ranges() -> GuestMemory {
@@ -365,6 +369,22 @@ mod tests {
             *heard.0.lock().unwrap(),
             [(0x10_1ff0, 0x10), (0x10_2000, 0x10)]
         );
+    }
+
+    #[test]
+    fn page_that_no_listener_wants_any_more_loses_its_flag() {
+        let memory = two_ranges();
+        let heard = Arc::new(Heard::default());
+        memory
+            .traces()
+            .listen(TraceFlags::CODE, Arc::clone(&heard) as _);
+        for gpa in [0x10_2000, 0x10_3000] {
+            let page = memory.page_index(gpa).unwrap();
+            memory.traces().set(page, TraceFlags::CODE);
+            memory.write(gpa, &[1]).unwrap();
+        }
+        assert_eq!(memory.flags(0x10_2000), TraceFlags::CODE);
+        assert_eq!(memory.flags(0x10_3000), TraceFlags::NONE);
     }
 
     #[test]

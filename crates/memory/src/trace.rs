@@ -1,7 +1,7 @@
 //! Trace flags: who wants to hear of a write to which page.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
@@ -36,12 +36,18 @@ pub trait TraceListener: Send + Sync {
     /// `length` bytes from guest-physical address `gpa` have been written; they lie in one page.
     /// Called after the write, on the thread that wrote.
     fn written(&self, gpa: u64, length: u64);
+
+    /// Whether the listener still wants to hear of writes to the page of `gpa`. When none does,
+    /// the page loses the flag. A listener that begins to want a page says so here first, then
+    /// sets the flag, then reads the page.
+    fn wants(&self, gpa: u64) -> bool;
 }
 
 /// The trace flags of all pages of a guest's RAM, indexed by the page's place in the RAM file
 /// (so holes in the physical address space cost nothing).
 pub struct Traces {
     pages: Box<[AtomicU8]>,
+    epoch: AtomicU64,
     listeners: RwLock<Vec<(TraceFlags, Arc<dyn TraceListener>)>>,
 }
 
@@ -57,6 +63,7 @@ impl Traces {
     pub(crate) fn new(pages: usize) -> Self {
         Self {
             pages: (0..pages).map(|_| AtomicU8::new(0)).collect(),
+            epoch: AtomicU64::new(0),
             listeners: RwLock::default(),
         }
     }
@@ -79,9 +86,20 @@ impl Traces {
 
     /// Sets `flags` on a page; returns those that it had.
     pub fn set(&self, page: usize, flags: TraceFlags) -> TraceFlags {
-        self.pages.get(page).map_or(TraceFlags::NONE, |page| {
-            TraceFlags(page.fetch_or(flags.0, Ordering::AcqRel))
-        })
+        let Some(page) = self.pages.get(page) else {
+            return TraceFlags::NONE;
+        };
+        let before = TraceFlags(page.fetch_or(flags.0, Ordering::AcqRel));
+        if !before.contains(flags) {
+            self.epoch.fetch_add(1, Ordering::AcqRel);
+        }
+        before
+    }
+
+    /// Changes whenever a page gets a flag that it did not have: whoever keeps translations that
+    /// bypass the traces must look the pages up again.
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
     }
 
     /// Clears `flags` on a page; returns those that it had.
@@ -95,7 +113,7 @@ impl Traces {
     /// The first write to a [`TraceFlags::CLEAN`] page takes that flag away.
     #[cold]
     pub fn report(&self, page: usize, gpa: u64, length: u64) {
-        let flags = self.clear(page, TraceFlags::CLEAN);
+        let mut flags = self.clear(page, TraceFlags::CLEAN);
         let listeners = self
             .listeners
             .read()
@@ -103,6 +121,20 @@ impl Traces {
         for (wanted, listener) in listeners.iter() {
             if wanted.0 & flags.0 != 0 {
                 listener.written(gpa, length);
+            }
+        }
+        flags.0 &= TraceFlags::CODE.0;
+        let wanted = || {
+            let interested = |(kind, listener): &(TraceFlags, Arc<dyn TraceListener>)| {
+                kind.0 & flags.0 != 0 && listener.wants(gpa)
+            };
+            listeners.iter().any(interested)
+        };
+        if !flags.is_empty() && !wanted() {
+            self.clear(page, flags);
+            // Someone may have begun to want it meanwhile and seen the flag still set.
+            if wanted() {
+                self.set(page, flags);
             }
         }
     }
