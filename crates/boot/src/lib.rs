@@ -36,8 +36,9 @@ mod payload;
 mod plan;
 mod platform;
 mod pvh;
-#[cfg(test)]
-mod samples;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod samples;
 mod smbios;
 
 pub use bzimage::BzImage;

@@ -1,11 +1,11 @@
-//! Kernels small enough to be written by hand, for the tests.
+//! Kernels small enough to be written by hand, for the tests and the fuzz target.
 
 use std::io::Write;
 
 use crate::bzimage::{XLF_KERNEL_64, field};
 
 /// A 64-bit boot image of protocol 2.15 that carries `payload`.
-pub(crate) fn image(payload: &[u8]) -> Vec<u8> {
+pub fn image(payload: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 2 * 512];
     let code_bytes = (0x300 + payload.len()).next_multiple_of(16);
     file[field::SETUP_SECTS] = 1;
@@ -33,21 +33,21 @@ pub(crate) fn image(payload: &[u8]) -> Vec<u8> {
     file
 }
 
-pub(crate) fn gzip(data: &[u8]) -> Vec<u8> {
+pub fn gzip(data: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     encoder.write_all(data).unwrap();
     encoder.finish().unwrap()
 }
 
 /// Where [`elf64`] and [`elf32`] want to lie.
-pub(crate) const ELF_START: u64 = 0x10_0000;
+pub const ELF_START: u64 = 0x10_0000;
 /// Bytes of each that come from the file.
-pub(crate) const ELF_FILE_BYTES: usize = 0x2000;
+pub const ELF_FILE_BYTES: usize = 0x2000;
 /// Bytes that each takes in memory.
-pub(crate) const ELF_MEMORY_BYTES: u64 = 0x5000;
+pub const ELF_MEMORY_BYTES: u64 = 0x5000;
 
 /// A note as it lies in the file.
-pub(crate) fn note(name: &[u8], kind: u32, description: &[u8]) -> Vec<u8> {
+pub fn note(name: &[u8], kind: u32, description: &[u8]) -> Vec<u8> {
     let mut note = Vec::new();
     for value in [name.len() as u32 + 1, description.len() as u32, kind] {
         note.extend(value.to_le_bytes());
@@ -60,13 +60,13 @@ pub(crate) fn note(name: &[u8], kind: u32, description: &[u8]) -> Vec<u8> {
 }
 
 /// The note of a PVH kernel.
-pub(crate) fn pvh_note(entry: u64) -> Vec<u8> {
+pub fn pvh_note(entry: u64) -> Vec<u8> {
     note(b"Xen", 18, &entry.to_le_bytes())
 }
 
 /// A 64-bit executable with one segment, linked at -2 GiB as Linux is, and entered at its start. `content` lies at
 /// the start of the segment's memory, `notes` in a segment of their own.
-pub(crate) fn elf64(machine: u16, content: &[u8], notes: &[u8]) -> Vec<u8> {
+pub fn elf64(machine: u16, content: &[u8], notes: &[u8]) -> Vec<u8> {
     const CONTENT: usize = 0x1000;
     let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0".to_vec();
     file.extend(machine.to_le_bytes());
@@ -106,7 +106,7 @@ pub(crate) fn elf64(machine: u16, content: &[u8], notes: &[u8]) -> Vec<u8> {
 }
 
 /// A 32-bit executable with one segment, linked at 3 GiB and entered there.
-pub(crate) fn elf32(content: &[u8]) -> Vec<u8> {
+pub fn elf32(content: &[u8]) -> Vec<u8> {
     const CONTENT: usize = 0x1000;
     let linked = 0xc000_0000 + ELF_START as u32;
     let mut file = b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x03\0".to_vec();
@@ -138,7 +138,7 @@ pub(crate) fn elf32(content: &[u8]) -> Vec<u8> {
 }
 
 /// A multiboot header with `flags`; `addresses` follow it.
-pub(crate) fn multiboot_header(flags: u32, addresses: &[u32]) -> Vec<u8> {
+pub fn multiboot_header(flags: u32, addresses: &[u32]) -> Vec<u8> {
     let magic = 0x1bad_b002u32;
     let checksum = 0u32.wrapping_sub(magic).wrapping_sub(flags);
     [&[magic, flags, checksum], addresses]
@@ -149,5 +149,5 @@ pub(crate) fn multiboot_header(flags: u32, addresses: &[u32]) -> Vec<u8> {
 }
 
 /// What makes a kernel be taken for Linux, amid other things.
-pub(crate) const BANNER: &[u8] =
+pub const BANNER: &[u8] =
     b"%s version %s\0Linux version %s\0Linux version 6.6.6-bare (someone) #1\n\0";
