@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use trapgate_engine::probe::{EngineKind, Host, Kvm};
+use trapgate_engine::probe::{EngineKind, Host};
 use trapgate_engine::{Vcpu, World};
 use trapgate_interp::Interpreter;
 use trapgate_memory::GuestMemory;
@@ -63,13 +63,7 @@ pub fn choose(choice: EngineChoice, host: &Host) -> Result<Choice, MachineError>
         },
         EngineChoice::Auto => Ok(Choice {
             kind: EngineKind::Interp,
-            reason: match host.kvm {
-                Kvm::Hardware(_) => "kvm and jit are not in this version".to_owned(),
-                _ => format!(
-                    "jit is not in this version, and kvm could not be used: {}",
-                    host.kvm
-                ),
-            },
+            reason: "the only one in this version".to_owned(),
         }),
     }
 }

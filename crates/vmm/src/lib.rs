@@ -34,6 +34,9 @@ mod supervisor;
 mod turns;
 mod world;
 
+#[cfg(test)]
+mod testing;
+
 pub use config::{
     Content, DiskConfig, EngineChoice, MachineConfig, ModuleConfig, OnReset, OnTripleFault,
 };

@@ -46,7 +46,7 @@ impl SerialOutput {
     }
 
     /// Gives everything to the sink, until [`Self::close`].
-    pub(crate) fn run(&self, sink: &mut (dyn FnMut(&[u8]) + Send)) {
+    pub(crate) fn run(&self, sink: &mut dyn FnMut(&[u8])) {
         let mut batch = Vec::new();
         loop {
             let mut queue = lock(&self.queue);

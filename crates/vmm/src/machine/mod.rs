@@ -441,3 +441,6 @@ impl Drop for Pause<'_> {
         self.machine.brake.release();
     }
 }
+
+#[cfg(test)]
+mod tests;
