@@ -1,0 +1,62 @@
+//! Running a machine to its end, and what it wrote.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use trapgate_vmm::{Machine, Outcome, PortOutput};
+
+/// Text that grows, and can be waited for.
+#[derive(Clone, Default)]
+pub struct Transcript(Arc<(Mutex<Vec<u8>>, Condvar)>);
+
+impl Transcript {
+    /// Adds output.
+    pub fn add(&self, bytes: &[u8]) {
+        self.0.0.lock().unwrap().extend_from_slice(bytes);
+        self.0.1.notify_all();
+    }
+
+    /// All of it.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.0.lock().unwrap()).into_owned()
+    }
+
+    /// Waits until it contains `text`.
+    pub fn wait_for(&self, text: &str) {
+        let guard = self.0.0.lock().unwrap();
+        let missing = |bytes: &mut Vec<u8>| !String::from_utf8_lossy(bytes).contains(text);
+        let (guard, timeout) = self.0.1.wait_timeout_while(guard, LIMIT, missing).unwrap();
+        assert!(
+            !timeout.timed_out(),
+            "`{text}` never came; what came:\n{}",
+            String::from_utf8_lossy(&guard)
+        );
+    }
+}
+
+impl PortOutput for Transcript {
+    fn write(&mut self, data: &[u8]) {
+        self.add(data);
+    }
+}
+
+/// Long enough that a guest that is not done by then never will be, even on a host that is busy.
+pub const LIMIT: Duration = Duration::from_secs(600);
+
+/// Waits for the end of a machine; `serial` is what it said until then.
+#[track_caller]
+pub fn end<'a>(machine: &'a Machine, serial: &Transcript) -> &'a Outcome {
+    if let Some(outcome) = machine.wait_for(LIMIT) {
+        return outcome;
+    }
+    let states = machine.pause().processors();
+    let at: Vec<_> = states
+        .iter()
+        .map(|state| (state.rip, state.system.activity))
+        .collect();
+    panic!(
+        "the guest does not end; its processors are at {at:x?}, its serial port said:\n{}",
+        serial.text()
+    );
+}

@@ -1,0 +1,101 @@
+//! Boots the guest programs of this repository on the interpreter.
+
+mod boot;
+
+use boot::{Transcript, end};
+use trapgate_vmm::{Content, Hooks, Machine, MachineConfig, Outcome, Protocol};
+
+fn start(name: &str, change: impl FnOnce(&mut MachineConfig)) -> (Machine, Transcript) {
+    let program = trapgate_guests::named(name).expect("there is such a program");
+    let serial = Transcript::default();
+    let mut config = MachineConfig {
+        kernel: Content::from(program.image),
+        ..MachineConfig::default()
+    };
+    change(&mut config);
+    let sink = serial.clone();
+    let hooks = Hooks {
+        serial: Box::new(move |bytes| sink.add(bytes)),
+        ..Hooks::default()
+    };
+    (Machine::start(config, hooks).unwrap(), serial)
+}
+
+/// Boots a program and compares what it prints with what every correct CPU prints.
+#[track_caller]
+fn check(name: &str) {
+    let (machine, serial) = start(name, |_| {});
+    let outcome = end(&machine, &serial);
+    let program = trapgate_guests::named(name).unwrap();
+    assert!(program.expected.is_some());
+    if let Err(mismatch) = trapgate_guests::check(program, &serial.text()) {
+        panic!("{mismatch}\n{}", serial.text());
+    }
+    assert!(matches!(outcome, Outcome::PoweredOff), "{outcome:?}");
+}
+
+macro_rules! programs {
+    ($($name:ident)*) => {
+        /// Programs with a known output, each of which is a test here.
+        const CHECKED: &[&str] = &[$(stringify!($name)),*];
+        $(#[test]
+        fn $name() {
+            check(stringify!($name));
+        })*
+    };
+}
+
+programs!(bench exceptions interrupts modes paging selfmod transfers);
+
+#[test]
+fn every_program_with_a_known_output_is_checked() {
+    let known: Vec<&str> = trapgate_guests::all()
+        .iter()
+        .filter(|program| program.expected.is_some())
+        .map(|program| program.name)
+        .collect();
+    assert_eq!(known, CHECKED);
+}
+
+#[test]
+fn builtin_guest_answers_a_person_and_powers_off() {
+    let (machine, serial) = start("hello", |config| {
+        config.command_line = "said by the test".to_owned();
+    });
+    assert_eq!(machine.protocol(), Protocol::Pvh);
+    serial.wait_for("> ");
+    assert!(machine.serial().input_all(b"6 * (3 + 4)\r"));
+
+    let outcome = end(&machine, &serial);
+
+    assert!(matches!(outcome, Outcome::PoweredOff), "{outcome:?}");
+    let text = serial.text();
+    for said in [
+        "hello from trapgate",
+        "memory: 255 MiB",
+        "command line: said by the test",
+        "42",
+        "goodbye",
+    ] {
+        assert!(text.contains(said), "no `{said}` in:\n{text}");
+    }
+}
+
+/// A guest that waits for input costs next to no host CPU time: its processor halts and stays so.
+#[test]
+fn guest_that_waits_is_halted() {
+    let (machine, serial) = start("hello", |_| {});
+    serial.wait_for("> ");
+    while !machine
+        .pause()
+        .processors()
+        .iter()
+        .all(|state| state.system.activity == trapgate_x86::Activity::Halted)
+    {
+        std::thread::yield_now();
+    }
+    let before = machine.counters().instructions();
+    assert!(machine.pause().counters().instructions() <= before + 1);
+    machine.stop();
+    assert!(matches!(end(&machine, &serial), Outcome::Stopped));
+}

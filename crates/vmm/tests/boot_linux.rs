@@ -1,0 +1,199 @@
+//! Boots the distribution's stock kernel on the interpreter, with the init of `trapgate_image`.
+//!
+//! Skipped, aloud, where the packages cannot be had.
+
+mod boot;
+
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::sync::{Mutex, OnceLock};
+
+use boot::{Transcript, end};
+use trapgate_image::{
+    CacheDir, Phase, STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session, StockImage,
+    session_archive, stock,
+};
+use trapgate_vmm::{Content, DiskConfig, Hooks, Machine, MachineConfig, Outcome, Port};
+
+/// Kernel and initramfs, or why there are none.
+fn image() -> Option<&'static StockImage> {
+    static IMAGE: OnceLock<Result<StockImage, String>> = OnceLock::new();
+    let image = IMAGE.get_or_init(|| {
+        let cache = CacheDir::from_env().map_err(|error| error.to_string())?;
+        stock(&cache, &mut |_: Phase, _: u64, _: Option<u64>| {}).map_err(|error| error.to_string())
+    });
+    match image {
+        Ok(image) => Some(image),
+        Err(why) => {
+            let mut stderr = std::io::stderr();
+            // Not through `eprintln!`, which the test harness swallows.
+            let _ = writeln!(stderr, "SKIPPED: no stock kernel to boot: {why}");
+            None
+        }
+    }
+}
+
+struct Linux {
+    machine: Machine,
+    serial: Transcript,
+    terminal: Transcript,
+    status: Transcript,
+    stdout: Transcript,
+    stderr: Transcript,
+}
+
+impl Linux {
+    /// Boots, and runs `command`, or a shell on the terminal if it is empty.
+    fn boot(image: &StockImage, command: &[&str], change: impl FnOnce(&mut MachineConfig)) -> Self {
+        let session = Session {
+            command: command.iter().map(Into::into).collect(),
+            ..Session::default()
+        };
+        let read = |path| Content::from(std::fs::read(path).unwrap());
+        let mut config = MachineConfig {
+            kernel: read(&image.kernel),
+            initrds: vec![
+                read(&image.initramfs),
+                session_archive(&session).unwrap().into(),
+            ],
+            command_line: "console=ttyS0 quiet panic=-1".to_owned(),
+            ..MachineConfig::default()
+        };
+        change(&mut config);
+        let [serial, terminal, status, stdout, stderr] = [(); 5].map(|()| Transcript::default());
+        let port = |name: &str, output: &Transcript| Port {
+            name: name.to_owned(),
+            output: Box::new(output.clone()),
+        };
+        let sink = serial.clone();
+        let hooks = Hooks {
+            serial: Box::new(move |bytes| sink.add(bytes)),
+            terminal: Some(Box::new(terminal.clone())),
+            ports: vec![
+                port(STATUS_PORT, &status),
+                Port {
+                    name: STDIN_PORT.to_owned(),
+                    output: Box::new(()),
+                },
+                port(STDOUT_PORT, &stdout),
+                port(STDERR_PORT, &stderr),
+            ],
+        };
+        let machine = Machine::start(config, hooks).unwrap();
+        Self {
+            machine,
+            serial,
+            terminal,
+            status,
+            stdout,
+            stderr,
+        }
+    }
+
+    #[track_caller]
+    fn powers_off(&self) {
+        let outcome = end(&self.machine, &self.serial);
+        assert!(
+            matches!(outcome, Outcome::PoweredOff),
+            "{outcome:?}; serial port:\n{}",
+            self.serial.text()
+        );
+    }
+}
+
+/// Boots take seconds of a host CPU each, and a test's patience is counted in host time.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+macro_rules! image_or_skip {
+    () => {{
+        let Some(image) = image() else { return };
+        let turn = ONE_AT_A_TIME
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        (image, turn)
+    }};
+}
+
+#[test]
+fn command_runs_with_its_streams_and_its_status() {
+    let (image, _turn) = image_or_skip!();
+    let script = "uname -sm; wc -c; echo to stderr >&2; nproc; \
+                  ls /sys/bus/virtio/devices | wc -l; head -c 4 /dev/hwrng | wc -c; exit 7";
+    let linux = Linux::boot(image, &["sh", "-c", script], |_| {});
+    let stdin = linux.machine.port(STDIN_PORT).unwrap();
+    // More than a port buffers.
+    assert!(stdin.input_all(&vec![b'x'; 200_000]));
+    stdin.close_input();
+
+    linux.powers_off();
+
+    assert_eq!(linux.stdout.text(), "Linux x86_64\n200000\n1\n3\n4\n");
+    assert_eq!(linux.stderr.text(), "to stderr\n");
+    assert_eq!(linux.status.text(), "init\n7\n");
+}
+
+#[test]
+fn terminal_session_survives_a_reboot() {
+    let (image, _turn) = image_or_skip!();
+    let linux = Linux::boot(image, &[], |_| {});
+    let terminal = linux.machine.terminal().unwrap();
+    terminal.resize(101, 37);
+    linux.terminal.wait_for("# ");
+    assert!(terminal.input_all(b"stty size; echo $((6 * 7)) | sha256sum\n"));
+    linux
+        .terminal
+        .wait_for("084c799cd551dd1d8d5c5f9a5d593b2e931f5e36122ee5c793c1d08a19839cc0");
+    assert!(linux.terminal.text().contains("37 101"));
+
+    assert!(terminal.input_all(b"touch /before; reboot\n"));
+    linux.status.wait_for("init\ninit\n");
+    assert!(terminal.input_all(b"ls /before; echo again $?\n"));
+    linux.terminal.wait_for("again 1");
+    assert_eq!(linux.machine.counters().resets, 1);
+    assert!(terminal.input_all(b"exit 3\n"));
+    linux.powers_off();
+    assert_eq!(linux.status.text(), "init\ninit\n3\n");
+}
+
+#[test]
+fn several_processors_come_up() {
+    let (image, _turn) = image_or_skip!();
+    let script = "nproc; for cpu in 0 1 2; do taskset -c $cpu sh -c 'echo on $((1 + 1))'; done; \
+                  grep -c ^processor /proc/cpuinfo";
+    let linux = Linux::boot(image, &["sh", "-c", script], |config| config.cpus = 3);
+    linux.powers_off();
+    assert_eq!(linux.stdout.text(), "3\non 2\non 2\non 2\n3\n");
+    assert_eq!(linux.status.text(), "init\n0\n");
+}
+
+#[test]
+fn disk_keeps_what_was_written_and_the_power_button_shuts_down() {
+    let (image, _turn) = image_or_skip!();
+    let mut disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(8 << 20).unwrap();
+    let path = disk.path().to_owned();
+    let with_disk = |config: &mut MachineConfig| {
+        config.disks.push(DiskConfig {
+            path: path.clone(),
+            read_only: false,
+        });
+    };
+    let script = "cat /sys/block/vda/size; \
+                  echo kept | dd of=/dev/vda bs=512 seek=100 conv=sync,fsync 2>/dev/null; sleep 1000";
+    let linux = Linux::boot(image, &["sh", "-c", script], with_disk);
+    linux.stdout.wait_for("16384\n");
+    // The button comes while the command sleeps, or a little before.
+    let mut written = [0; 5];
+    while written != *b"kept\n" {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        disk.as_file_mut().seek(SeekFrom::Start(51_200)).unwrap();
+        disk.as_file_mut().read_exact(&mut written).unwrap();
+    }
+    linux.machine.power_button();
+    linux.powers_off();
+    drop(linux);
+
+    let script = "dd if=/dev/vda bs=512 skip=100 count=1 2>/dev/null | head -c 5";
+    let linux = Linux::boot(image, &["sh", "-c", script], with_disk);
+    linux.powers_off();
+    assert_eq!(linux.stdout.text(), "kept\n");
+}
