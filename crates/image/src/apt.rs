@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::cache::{need_space, publish, write_file};
@@ -467,10 +467,10 @@ impl Apt {
             .current_dir(directory)
             .stdout(out)
             .stderr(err);
-        let mut child = command.spawn().map_err(|e| failed(e.to_string()))?;
+        let mut child = Running(command.spawn().map_err(|e| failed(e.to_string()))?);
         let status = loop {
             poll();
-            match child.try_wait().map_err(|e| failed(e.to_string()))? {
+            match child.0.try_wait().map_err(|e| failed(e.to_string()))? {
                 Some(status) => break status,
                 None => std::thread::sleep(Duration::from_millis(50)),
             }
@@ -482,6 +482,17 @@ impl Apt {
         Err(failed(
             complaint(&text, "E: ").unwrap_or_else(|| format!("it ended with {status}")),
         ))
+    }
+}
+
+/// A command that ends when nobody waits for it any more: `poll` may unwind.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both do nothing if it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

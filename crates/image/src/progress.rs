@@ -32,7 +32,8 @@ impl fmt::Display for Phase {
 }
 
 /// Is told how far long work has come. Called a few times a second, from the thread that asked for the work.
-/// Nothing is reported where the image is in the cache.
+/// Nothing is reported where the image is in the cache. It may unwind (`std::panic::resume_unwind`) to abandon the
+/// work: commands are ended and half-made files removed on the way.
 pub trait Progress {
     /// `done` of `total` bytes of this phase are done; `total` is `None` where nobody knows.
     fn report(&mut self, phase: Phase, done: u64, total: Option<u64>);
