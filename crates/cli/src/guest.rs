@@ -17,7 +17,7 @@ const LARGEST_FILE: u64 = 2 << 30;
 /// Enough of a file to tell what it is; a multiboot header is in the first 8 KiB, an ISO's mark at 32 KiB.
 const HEAD: usize = 64 << 10;
 /// The least memory in which the stock kernel unpacks its initramfs and starts a shell.
-const LEAST_FOR_STOCK: u64 = 64 << 20;
+const LEAST_FOR_STOCK: u64 = 96 << 20;
 
 /// For every Linux that gets our words: on the serial port, and a panic resets the machine at once, which ends
 /// the run. By default it would stand still for ever.

@@ -27,7 +27,7 @@ use crate::{signals, status, terminal};
 /// How long the guest may take to write its disks and power off after the command has ended.
 const POWER_OFF: Duration = Duration::from_secs(120);
 /// Lines of the kernel's that are shown when it failed.
-const EXCERPT: usize = 25;
+const EXCERPT: usize = 16;
 
 /// What happens outside of the main thread and matters to it.
 #[derive(Debug)]
@@ -313,6 +313,14 @@ impl Scene {
         machine.wait();
         // It has the machine too, and with it the locks of the disks.
         let _ = waiter.join();
+        if self.verbose {
+            let counters = machine.counters();
+            terminal::say(&format!(
+                "trapgate: {} million guest instructions in {:.1} s",
+                counters.instructions() / 1_000_000,
+                started.elapsed().as_secs_f64()
+            ));
+        }
         match verdict? {
             Verdict::Status(status) => Ok(Next::End(status)),
             Verdict::Ended { init } => self.judge(machine.wait(), init),
