@@ -206,7 +206,7 @@ pub(crate) fn check_busybox(bytes: &[u8]) -> Result<(), String> {
 }
 
 /// The least that passes for a kernel of this version.
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) fn test_kernel(version: &str) -> Vec<u8> {
     let mut bytes = vec![0; 0x400];
     bytes[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
@@ -217,7 +217,7 @@ pub(crate) fn test_kernel(version: &str) -> Vec<u8> {
 }
 
 /// The least that passes for a static busybox: an ELF header of a program without program headers.
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) fn test_busybox() -> Vec<u8> {
     let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
     elf.extend(2u16.to_le_bytes());

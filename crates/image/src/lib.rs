@@ -52,6 +52,9 @@ mod apt;
 mod cache;
 mod deb;
 mod error;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod host;
 mod initramfs;
 mod modules;

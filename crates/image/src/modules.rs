@@ -202,7 +202,7 @@ pub(crate) fn test_xz(data: &[u8]) -> Vec<u8> {
 }
 
 /// A module with nothing but a section `.modinfo`, for tests.
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) fn test_module(depends: &str, aliases: &[&str]) -> Vec<u8> {
     let mut info = format!("license=GPL\0depends={depends}\0");
     for alias in aliases {
