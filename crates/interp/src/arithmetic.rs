@@ -28,19 +28,43 @@ trait Binary {
     const WRITES: bool;
     /// Computes the result and sets the flags.
     fn compute<T: Width>(cpu: &mut Cpu, a: T, b: T) -> T;
+    /// Computes the result alone.
+    fn result<T: Width>(cpu: &Cpu, a: T, b: T) -> T;
 }
 
+/// Declares a binary operation by its result and by which of [`LazyFlags`]' rules its flags follow.
 macro_rules! binary {
-    ($name:ident, $writes:literal, |$cpu:ident, $a:ident, $b:ident| $body:expr) => {
+    ($name:ident, $writes:literal, $flags:ident, |$cpu:ident, $a:ident, $b:ident| $result:expr) => {
         struct $name;
         impl Binary for $name {
             const WRITES: bool = $writes;
             #[inline(always)]
-            fn compute<T: Width>($cpu: &mut Cpu, $a: T, $b: T) -> T {
-                $body
+            fn compute<T: Width>(cpu: &mut Cpu, a: T, b: T) -> T {
+                let result = Self::result(cpu, a, b);
+                $flags(cpu, a, b, result);
+                result
+            }
+            #[inline(always)]
+            fn result<T: Width>($cpu: &Cpu, $a: T, $b: T) -> T {
+                $result
             }
         }
     };
+}
+
+#[inline(always)]
+fn sum_flags<T: Width>(cpu: &mut Cpu, a: T, b: T, result: T) {
+    cpu.flags.add(a, b, result);
+}
+
+#[inline(always)]
+fn difference_flags<T: Width>(cpu: &mut Cpu, a: T, b: T, result: T) {
+    cpu.flags.sub(a, b, result);
+}
+
+#[inline(always)]
+fn logic_flags<T: Width>(cpu: &mut Cpu, _: T, _: T, result: T) {
+    cpu.flags.logic(result);
 }
 
 #[inline(always)]
@@ -61,42 +85,33 @@ fn minus<T: Width>(a: T, b: T, borrow: bool) -> T {
     )
 }
 
-#[inline(always)]
-fn logic<T: Width>(cpu: &mut Cpu, result: u64) -> T {
-    let result = T::from_u64(result);
-    cpu.flags.logic(result);
-    result
-}
-
-binary!(Add, true, |cpu, a, b| {
-    let result = plus(a, b, false);
-    cpu.flags.add(a, b, result);
-    result
-});
-binary!(Adc, true, |cpu, a, b| {
-    let result = plus(a, b, cpu.flags.carry());
-    cpu.flags.add(a, b, result);
-    result
-});
-binary!(Sub, true, |cpu, a, b| {
-    let result = minus(a, b, false);
-    cpu.flags.sub(a, b, result);
-    result
-});
-binary!(Sbb, true, |cpu, a, b| {
-    let result = minus(a, b, cpu.flags.carry());
-    cpu.flags.sub(a, b, result);
-    result
-});
-binary!(Cmp, false, |cpu, a, b| {
-    let result = minus(a, b, false);
-    cpu.flags.sub(a, b, result);
-    result
-});
-binary!(And, true, |cpu, a, b| logic(cpu, a.to_u64() & b.to_u64()));
-binary!(Or, true, |cpu, a, b| logic(cpu, a.to_u64() | b.to_u64()));
-binary!(Xor, true, |cpu, a, b| logic(cpu, a.to_u64() ^ b.to_u64()));
-binary!(Test, false, |cpu, a, b| logic(cpu, a.to_u64() & b.to_u64()));
+binary!(Add, true, sum_flags, |_cpu, a, b| plus(a, b, false));
+binary!(Adc, true, sum_flags, |cpu, a, b| plus(
+    a,
+    b,
+    cpu.flags.carry()
+));
+binary!(Sub, true, difference_flags, |_cpu, a, b| minus(a, b, false));
+binary!(Sbb, true, difference_flags, |cpu, a, b| minus(
+    a,
+    b,
+    cpu.flags.carry()
+));
+binary!(Cmp, false, difference_flags, |_cpu, a, b| minus(
+    a, b, false
+));
+binary!(And, true, logic_flags, |_cpu, a, b| T::from_u64(
+    a.to_u64() & b.to_u64()
+));
+binary!(Or, true, logic_flags, |_cpu, a, b| T::from_u64(
+    a.to_u64() | b.to_u64()
+));
+binary!(Xor, true, logic_flags, |_cpu, a, b| T::from_u64(
+    a.to_u64() ^ b.to_u64()
+));
+binary!(Test, false, logic_flags, |_cpu, a, b| T::from_u64(
+    a.to_u64() & b.to_u64()
+));
 
 fn register_register<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
     let result = O::compute(cpu, cpu.reg::<T>(op.dst), cpu.reg::<T>(op.src));
@@ -142,6 +157,31 @@ fn memory_immediate<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         let old = cpu.load::<T>(op)?;
         O::compute(cpu, old, value);
         Ok(())
+    }
+}
+
+fn register_register_flagless<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
+    if O::WRITES {
+        let result = O::result(cpu, cpu.reg::<T>(op.dst), cpu.reg::<T>(op.src));
+        cpu.set_reg(op.dst, result);
+    }
+    Ok(())
+}
+
+fn register_immediate_flagless<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
+    if O::WRITES {
+        let result = O::result(cpu, cpu.reg::<T>(op.dst), T::from_u64(op.immediate));
+        cpu.set_reg(op.dst, result);
+    }
+    Ok(())
+}
+
+fn binary_flagless<O: Binary>(instruction: &Instruction, op: &Op) -> Option<Handler> {
+    let size = op.operand_size();
+    match (instruction.op0_kind(), instruction.op1_kind()) {
+        (OpKind::Memory, _) | (_, OpKind::Memory) => None,
+        (_, OpKind::Register) => Some(sized!(size, register_register_flagless, O)),
+        _ => Some(sized!(size, register_immediate_flagless, O)),
     }
 }
 
@@ -237,7 +277,10 @@ fn unary<O: Unary>(op: &Op) -> Handler {
 
 /// A shift or rotation by a count that has been masked and is not zero.
 trait Shift {
+    /// Computes the result and sets the flags.
     fn compute<T: Width>(cpu: &mut Cpu, value: T, count: u32) -> T;
+    /// Computes the result alone.
+    fn result<T: Width>(value: T, count: u32) -> T;
 }
 
 fn top<T: Width>(value: T) -> bool {
@@ -260,6 +303,12 @@ impl Shift for Left {
         cpu.flags.set_result(result, carry, carry != top(result));
         result
     }
+
+    #[inline(always)]
+    fn result<T: Width>(value: T, count: u32) -> T {
+        // The mask lets 8- and 16-bit counts reach beyond their width, never beyond 31.
+        T::from_u64(value.to_u64() << count)
+    }
 }
 
 struct Right;
@@ -270,6 +319,11 @@ impl Shift for Right {
         let result = T::from_u64(before >> 1);
         cpu.flags.set_result(result, before & 1 != 0, top(value));
         result
+    }
+
+    #[inline(always)]
+    fn result<T: Width>(value: T, count: u32) -> T {
+        T::from_u64(value.to_u64() >> count)
     }
 }
 
@@ -282,16 +336,26 @@ impl Shift for ArithmeticRight {
         cpu.flags.set_result(result, before & 1 != 0, false);
         result
     }
+
+    #[inline(always)]
+    fn result<T: Width>(value: T, count: u32) -> T {
+        T::from_u64((value.sign_extend() as i64 >> count) as u64)
+    }
 }
 
 struct RotateLeft;
 impl Shift for RotateLeft {
     #[inline(always)]
     fn compute<T: Width>(cpu: &mut Cpu, value: T, count: u32) -> T {
-        let result = rotate_left(value, count % T::BITS);
+        let result = Self::result(value, count);
         let carry = result.to_u64() & 1 != 0;
         cpu.flags.set_carry_overflow(carry, carry != top(result));
         result
+    }
+
+    #[inline(always)]
+    fn result<T: Width>(value: T, count: u32) -> T {
+        rotate_left(value, count % T::BITS)
     }
 }
 
@@ -299,11 +363,16 @@ struct RotateRight;
 impl Shift for RotateRight {
     #[inline(always)]
     fn compute<T: Width>(cpu: &mut Cpu, value: T, count: u32) -> T {
-        let result = rotate_left(value, (T::BITS - count % T::BITS) % T::BITS);
+        let result = Self::result(value, count);
         let carry = top(result);
         let below = result.to_u64() >> (T::BITS - 2) & 1 != 0;
         cpu.flags.set_carry_overflow(carry, carry != below);
         result
+    }
+
+    #[inline(always)]
+    fn result<T: Width>(value: T, count: u32) -> T {
+        rotate_left(value, (T::BITS - count % T::BITS) % T::BITS)
     }
 }
 
@@ -342,6 +411,19 @@ fn shift_register_cl<O: Shift, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         clear_upper::<T>(cpu, op);
     }
     Ok(())
+}
+
+fn shift_register_flagless<O: Shift, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
+    let count = masked_count::<T>(op.immediate);
+    let result = O::result(cpu.reg::<T>(op.dst), count);
+    cpu.set_reg(op.dst, result);
+    Ok(())
+}
+
+fn shift_flagless<O: Shift>(instruction: &Instruction, op: &Op) -> Option<Handler> {
+    let size = op.operand_size();
+    let plain = !op.has_memory() && instruction.op1_kind() != OpKind::Register;
+    plain.then(|| sized!(size, shift_register_flagless, O))
 }
 
 /// A 32-bit destination is written, its upper half cleared, even if the count is zero.
@@ -609,6 +691,30 @@ pub(crate) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
         }
         _ => return None,
     })
+}
+
+/// A handler that does the same and leaves the flags as they are, where it is worth while.
+pub(crate) fn without_flags(instruction: &Instruction, op: &Op) -> Option<Handler> {
+    if op.has(attribute::LOCK) {
+        return None;
+    }
+    match instruction.mnemonic() {
+        Mnemonic::Add => binary_flagless::<Add>(instruction, op),
+        Mnemonic::Or => binary_flagless::<Or>(instruction, op),
+        Mnemonic::Adc => binary_flagless::<Adc>(instruction, op),
+        Mnemonic::Sbb => binary_flagless::<Sbb>(instruction, op),
+        Mnemonic::And => binary_flagless::<And>(instruction, op),
+        Mnemonic::Sub => binary_flagless::<Sub>(instruction, op),
+        Mnemonic::Xor => binary_flagless::<Xor>(instruction, op),
+        Mnemonic::Cmp => binary_flagless::<Cmp>(instruction, op),
+        Mnemonic::Test => binary_flagless::<Test>(instruction, op),
+        Mnemonic::Shl | Mnemonic::Sal => shift_flagless::<Left>(instruction, op),
+        Mnemonic::Shr => shift_flagless::<Right>(instruction, op),
+        Mnemonic::Sar => shift_flagless::<ArithmeticRight>(instruction, op),
+        Mnemonic::Rol => shift_flagless::<RotateLeft>(instruction, op),
+        Mnemonic::Ror => shift_flagless::<RotateRight>(instruction, op),
+        _ => None,
+    }
 }
 
 fn with_code(op: &mut Op, code: u8, handler: Handler) -> Handler {

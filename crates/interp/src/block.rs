@@ -10,7 +10,7 @@ use trapgate_x86::paging::is_canonical;
 use trapgate_x86::registers::sreg;
 
 use crate::cpu::{CodeSize, Cpu, Stop};
-use crate::decode::{DecodeError, Decoded, MAX_INSTRUCTION, decode, undefined};
+use crate::decode::{DecodeError, Decoded, MAX_BLOCK, MAX_INSTRUCTION, decode, undefined};
 use crate::op::Op;
 use crate::tlb::Access;
 
@@ -130,6 +130,21 @@ impl Blocks {
         self.find_or_decode(cpu, linear, key, host)
     }
 
+    /// The instruction at CS:RIP by itself: after it all flags are right, which they need not be
+    /// inside a block ([`crate::quiet`]).
+    pub(crate) fn single(&mut self, cpu: &mut Cpu) -> Result<Place, Stop> {
+        let place = self.lookup(cpu)?;
+        if self.ops(place)[0].quiet < 2 {
+            return Ok(place);
+        }
+        let linear = if cpu.is_64bit() {
+            cpu.rip
+        } else {
+            self.legacy_address(cpu)?
+        };
+        self.decode_passing(cpu, linear)
+    }
+
     /// Notes the page that is executed from now on.
     fn enter_page(&mut self, cpu: &mut Cpu, linear: u64) -> Result<Option<HostAddress>, Stop> {
         let host = self.fetch_page(cpu, linear)?;
@@ -211,7 +226,7 @@ impl Blocks {
         let mut bytes = [0; 512];
         let available = ((PAGE_SIZE - linear % PAGE_SIZE) as usize).min(bytes.len());
         host.read(&mut bytes[..available]);
-        match decode(cpu, &bytes[..available]) {
+        match decode(cpu, &bytes[..available], MAX_BLOCK) {
             Ok(decoded) if cpu.is_64bit() || inside_limit(cpu, decoded.length) => {
                 Ok(self.insert(cpu, key, &decoded, gpa, None))
             }
@@ -246,12 +261,10 @@ impl Blocks {
         let available = (PAGE_SIZE - linear % PAGE_SIZE) as usize;
         host.read(&mut bytes[..available]);
         second.read(&mut bytes[available..]);
-        match decode(cpu, &bytes) {
-            Ok(mut decoded) => {
-                // Only the instruction that crosses, so that each block has one page or is one
-                // instruction.
-                decoded.ops.truncate(1);
-                decoded.length = usize::from(decoded.ops[0].length).max(1);
+        // Only the instruction that crosses, so that each block has one page or is one
+        // instruction.
+        match decode(cpu, &bytes, 1) {
+            Ok(decoded) => {
                 if !cpu.is_64bit() && !inside_limit(cpu, decoded.length) {
                     return self.decode_passing(cpu, linear);
                 }
@@ -282,7 +295,7 @@ impl Blocks {
             let piece = cpu.piece(at, Access::Execute, view)?;
             let end = have as usize + 1;
             cpu.read_piece(piece, &mut bytes[end - 1..end]);
-            match decode(cpu, &bytes[..end]) {
+            match decode(cpu, &bytes[..end], 1) {
                 Err(DecodeError::TooShort) => {}
                 Err(DecodeError::TableFull) => {
                     self.clear(cpu);

@@ -5,17 +5,18 @@ use trapgate_x86::registers::sreg;
 
 use crate::cpu::{CodeSize, Cpu, Step};
 use crate::op::{AddressForm, Handler, NO_REGISTER, Op, RIP_REGISTER, attribute};
+use crate::quiet::Traits;
 use crate::vector::Lowered;
 use crate::{
     arithmetic, branch, control, debug, entropy, events, flag_control, hints, identity, legacy,
-    moves, msr, port, segments, stack, strings, transfer, vector, xsave,
+    moves, msr, port, quiet, segments, stack, strings, transfer, vector, xsave,
 };
 
 /// Bytes of the longest instruction.
 pub(crate) const MAX_INSTRUCTION: usize = 15;
 
 /// Most instructions in a block.
-const MAX_BLOCK: usize = 48;
+pub(crate) const MAX_BLOCK: usize = 48;
 
 /// What decoding a run of bytes gave.
 pub(crate) struct Decoded {
@@ -35,8 +36,8 @@ pub(crate) enum DecodeError {
 }
 
 /// Decodes instructions from `bytes`, the code at RIP, up to the first that ends a block or does
-/// not fit. The result does not depend on RIP.
-pub(crate) fn decode(cpu: &mut Cpu, bytes: &[u8]) -> Result<Decoded, DecodeError> {
+/// not fit, at most `most`. The result does not depend on RIP.
+pub(crate) fn decode(cpu: &mut Cpu, bytes: &[u8], most: usize) -> Result<Decoded, DecodeError> {
     let bits = match cpu.code_size {
         CodeSize::Bits16 => 16,
         CodeSize::Bits32 => 32,
@@ -46,8 +47,9 @@ pub(crate) fn decode(cpu: &mut Cpu, bytes: &[u8]) -> Result<Decoded, DecodeError
     let mut decoder = Decoder::with_ip(bits, bytes, 0, DecoderOptions::NO_WBNOINVD);
     let mut instruction = Instruction::default();
     let mut ops: Vec<Op> = Vec::with_capacity(8);
+    let mut traits: Vec<Traits> = Vec::with_capacity(8);
     let mut length = 0;
-    while decoder.can_decode() && ops.len() < MAX_BLOCK {
+    while decoder.can_decode() && ops.len() < most {
         decoder.decode_out(&mut instruction);
         let end = decoder.position();
         if instruction.is_invalid() {
@@ -71,6 +73,7 @@ pub(crate) fn decode(cpu: &mut Cpu, bytes: &[u8]) -> Result<Decoded, DecodeError
             Lowered::TableFull if ops.is_empty() => return Err(DecodeError::TableFull),
             Lowered::TableFull => break,
         }
+        traits.push(Traits::of(&instruction, &op));
         ops.push(op);
         length = end;
         if ends_block(&instruction) {
@@ -80,6 +83,7 @@ pub(crate) fn decode(cpu: &mut Cpu, bytes: &[u8]) -> Result<Decoded, DecodeError
     if ops.is_empty() {
         return Err(DecodeError::TooShort);
     }
+    quiet::join(&mut ops, &traits);
     Ok(Decoded { ops, length })
 }
 
@@ -107,7 +111,7 @@ pub(crate) fn undefined() -> Op {
         src: 0,
         base: NO_REGISTER,
         index: NO_REGISTER,
-        scale: 0,
+        quiet: 0,
         segment: sreg::DS as u8,
         length: 0,
         form: AddressForm::None,
@@ -289,7 +293,6 @@ fn counter_size(code: Code) -> Option<u64> {
 fn memory_operand(instruction: &Instruction, op: &mut Op) {
     let base = instruction.memory_base();
     let index = instruction.memory_index();
-    op.scale = instruction.memory_index_scale().trailing_zeros() as u8;
     let displacement = instruction.memory_displacement64();
     if matches!(base, Register::RIP | Register::EIP) {
         op.base = RIP_REGISTER;
@@ -302,7 +305,8 @@ fn memory_operand(instruction: &Instruction, op: &mut Op) {
         op.displacement = displacement as i32;
     }
     if index != Register::None && !index.is_vector_register() {
-        op.index = index.number() as u8;
+        let scale = instruction.memory_index_scale().trailing_zeros() as u8;
+        op.index = index.number() as u8 | scale << 4;
     }
     let flat =
         instruction.code_size() == iced_x86::CodeSize::Code64 && usize::from(op.segment) < sreg::FS;

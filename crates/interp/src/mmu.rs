@@ -39,7 +39,7 @@ impl Cpu {
                 self.regs.gpr[usize::from(op.base) & 15].wrapping_add(displacement)
             }
             AddressForm::BaseIndex => self.regs.gpr[usize::from(op.base) & 15]
-                .wrapping_add(self.regs.gpr[usize::from(op.index) & 15] << (op.scale & 3))
+                .wrapping_add(self.regs.gpr[usize::from(op.index) & 15] << (op.index >> 4 & 3))
                 .wrapping_add(displacement),
             AddressForm::Rip => self.rip.wrapping_add(displacement),
             AddressForm::General | AddressForm::None => self.general_offset(op),
@@ -55,7 +55,7 @@ impl Cpu {
         }
         if op.index != NO_REGISTER {
             let index = self.regs.gpr[usize::from(op.index) & 15];
-            offset = offset.wrapping_add(index << (op.scale & 3));
+            offset = offset.wrapping_add(index << (op.index >> 4 & 3));
         }
         offset & Self::address_mask(op)
     }

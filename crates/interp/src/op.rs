@@ -53,10 +53,11 @@ pub struct Op {
     pub src: u8,
     /// Base register of the memory operand, or [`NO_REGISTER`], or [`RIP_REGISTER`].
     pub base: u8,
-    /// Index register, or [`NO_REGISTER`].
+    /// Index register, with log2 of its scale in bits 4 and 5; or [`NO_REGISTER`].
     pub index: u8,
-    /// log2 of the index's scale.
-    pub scale: u8,
+    /// How many ops from here on touch nothing but registers and can't fault (see
+    /// [`crate::quiet`]); set on the first of them, whose `extra` is their length in bytes.
+    pub quiet: u8,
     /// Segment register of the memory operand.
     pub segment: u8,
     /// Bytes of the instruction.

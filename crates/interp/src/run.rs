@@ -130,13 +130,26 @@ impl Interpreter {
         cpu.end_block = false;
         // Kept here, not in memory: only a block's last instruction goes anywhere else.
         let mut rip = cpu.rip;
-        for (index, op) in ops.iter().enumerate() {
+        let mut index = 0;
+        while let Some(op) = ops.get(index) {
+            let quiet = usize::from(op.quiet);
+            if quiet != 0 {
+                for op in &ops[index..index + quiet] {
+                    // Quiet ops do nothing but compute.
+                    let _ = (op.handler)(cpu, op);
+                }
+                rip = rip.wrapping_add(u64::from(op.extra));
+                cpu.rip = rip;
+                index += quiet;
+                continue;
+            }
             let start = rip;
             rip = rip.wrapping_add(u64::from(op.length));
             cpu.rip = rip;
+            index += 1;
             let step = (op.handler)(cpu, op);
             if step.is_err() || cpu.end_block {
-                cpu.instructions += index as u64 + 1;
+                cpu.instructions += index as u64;
                 if step == Err(Stop::Fault) {
                     cpu.instructions -= 1;
                     cpu.rip = start;
@@ -167,7 +180,7 @@ impl Interpreter {
         }
         let single_step = cpu.system_flags & rflags::TF != 0;
         let start = cpu.rip;
-        let place = self.blocks.lookup(cpu)?;
+        let place = self.blocks.single(cpu)?;
         let op = self.blocks.ops(place)[0];
         cpu.system_flags &= !rflags::RF;
         cpu.end_block = false;

@@ -257,7 +257,7 @@ impl Bench {
         let cpu = &mut self.cpu;
         let mut padded = bytes.to_vec();
         padded.extend([0x90; 16]);
-        let op = decode(cpu, &padded).expect("an instruction").ops[0];
+        let op = decode(cpu, &padded, 1).expect("an instruction").ops[0];
         // An invalid one has no length.
         let length = usize::from(op.length);
         assert!(

@@ -172,7 +172,7 @@ pub(crate) fn set_cpl(cpu: &mut Cpu, cpl: u8) {
 
 /// Decodes and executes one instruction, as the run loop does.
 pub(crate) fn execute(cpu: &mut Cpu, bytes: &[u8]) -> Step {
-    let Ok(decoded) = decode(cpu, bytes) else {
+    let Ok(decoded) = decode(cpu, bytes, 1) else {
         panic!("{bytes:02x?} is not one instruction");
     };
     let op = decoded.ops[0];
