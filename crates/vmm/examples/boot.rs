@@ -1,16 +1,24 @@
 //! Boots a kernel with its serial port on standard output, and says what it did.
 //!
 //! `cargo run --release -p trapgate-vmm --example boot -- KERNEL [INITRD…] [--cmdline S] [--cpus N]
-//! [--memory MIB] [--limit SECONDS] [--disk FILE]`
+//! [--memory MIB] [--limit SECONDS] [--disk FILE] [--button SECONDS] [--stock [COMMAND…]]`
+//!
+//! `--stock` boots the distribution's kernel with the init of `trapgate_image`, which runs the command;
+//! what comes through the console's ports is printed line by line with the port's name.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use trapgate_vmm::{Content, DiskConfig, Hooks, Machine, MachineConfig, MachineError};
+use trapgate_image::{STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT};
+use trapgate_vmm::{
+    Content, DiskConfig, Hooks, Machine, MachineConfig, MachineError, Port, PortOutput,
+};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut config = MachineConfig::default();
     let mut files = Vec::new();
+    let mut names: &[&str] = &[];
+    let mut button = None;
     let mut limit = Duration::from_secs(60);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -20,10 +28,28 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "--cpus" => config.cpus = value()?.parse()?,
             "--memory" => config.memory_bytes = value()?.parse::<u64>()? << 20,
             "--limit" => limit = Duration::from_secs(value()?.parse()?),
+            "--button" => button = Some(Duration::from_secs(value()?.parse()?)),
             "--disk" => config.disks.push(DiskConfig {
                 path: value()?.into(),
                 read_only: false,
             }),
+            "--stock" => {
+                let image = trapgate_image::stock(
+                    &trapgate_image::CacheDir::from_env()?,
+                    &mut |_: trapgate_image::Phase, _: u64, _: Option<u64>| {},
+                )?;
+                let session = trapgate_image::Session {
+                    command: arguments.by_ref().map(Into::into).collect(),
+                    ..Default::default()
+                };
+                files.push(std::fs::read(image.kernel)?);
+                files.push(std::fs::read(image.initramfs)?);
+                files.push(trapgate_image::session_archive(&session)?);
+                names = &[STATUS_PORT, STDIN_PORT, STDOUT_PORT, STDERR_PORT];
+                if config.command_line.is_empty() {
+                    config.command_line = "console=ttyS0 panic=-1".to_owned();
+                }
+            }
             _ => files.push(std::fs::read(&argument)?),
         }
     }
@@ -37,7 +63,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             // A closed pipe ends the program at its time limit.
             let _ = out.write_all(bytes).and_then(|()| out.flush());
         }),
-        ..Hooks::default()
+        terminal: (!names.is_empty()).then(|| Box::new(Named("terminal")) as _),
+        ports: names
+            .iter()
+            .map(|name| Port {
+                name: (*name).to_owned(),
+                output: Box::new(Named(name)),
+            })
+            .collect(),
     };
     let begun = Instant::now();
     let machine = Machine::start(config, hooks).map_err(explain)?;
@@ -49,6 +82,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         machine.engine().reason,
         begun.elapsed(),
     );
+    if let Some(stdin) = machine.port(STDIN_PORT) {
+        stdin.input_all(b"the input\n");
+        stdin.close_input();
+    }
+    if let Some(delay) = button {
+        let handle = machine.handle();
+        std::thread::spawn(move || {
+            std::thread::sleep(delay);
+            handle.power_button();
+        });
+    }
     let begun = Instant::now();
     let ended = machine.wait_for(limit).is_some();
     let took = begun.elapsed();
@@ -75,6 +119,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         eprintln!("stopped at its time limit");
     }
     Ok(())
+}
+
+/// Prints what comes through a port.
+struct Named(&'static str);
+
+impl PortOutput for Named {
+    fn write(&mut self, data: &[u8]) {
+        eprintln!("[{}] {:?}", self.0, String::from_utf8_lossy(data));
+    }
+
+    fn guest_open(&mut self, open: bool) {
+        eprintln!("[{}] {}", self.0, if open { "opened" } else { "closed" });
+    }
 }
 
 fn explain(error: MachineError) -> String {

@@ -2,6 +2,8 @@
 
 mod boot;
 
+use std::sync::{Mutex, PoisonError};
+
 use boot::{Transcript, end};
 use trapgate_vmm::{Content, Hooks, Machine, MachineConfig, Outcome, Protocol};
 
@@ -24,6 +26,10 @@ fn start(name: &str, change: impl FnOnce(&mut MachineConfig)) -> (Machine, Trans
 /// Boots a program and compares what it prints with what every correct CPU prints.
 #[track_caller]
 fn check(name: &str) {
+    // Some programs set timers and do things before they expire, for which they want a host CPU to
+    // themselves.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let (machine, serial) = start(name, |_| {});
     let outcome = end(&machine, &serial);
     let program = trapgate_guests::named(name).unwrap();

@@ -6,6 +6,7 @@ mod boot;
 
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::sync::{Mutex, OnceLock};
+use std::time::Duration;
 
 use boot::{Transcript, end};
 use trapgate_image::{
@@ -13,6 +14,9 @@ use trapgate_image::{
     session_archive, stock,
 };
 use trapgate_vmm::{Content, DiskConfig, Hooks, Machine, MachineConfig, Outcome, Port};
+
+/// Between two presses of the power button.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Kernel and initramfs, or why there are none.
 fn image() -> Option<&'static StockImage> {
@@ -181,14 +185,16 @@ fn disk_keeps_what_was_written_and_the_power_button_shuts_down() {
                   echo kept | dd of=/dev/vda bs=512 seek=100 conv=sync,fsync 2>/dev/null; sleep 1000";
     let linux = Linux::boot(image, &["sh", "-c", script], with_disk);
     linux.stdout.wait_for("16384\n");
-    // The button comes while the command sleeps, or a little before.
     let mut written = [0; 5];
     while written != *b"kept\n" {
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
         disk.as_file_mut().seek(SeekFrom::Start(51_200)).unwrap();
         disk.as_file_mut().read_exact(&mut written).unwrap();
     }
-    linux.machine.power_button();
+    // Init may not be listening yet, so the button is pressed as an impatient person does.
+    while linux.machine.wait_for(PATIENCE).is_none() {
+        linux.machine.power_button();
+    }
     linux.powers_off();
     drop(linux);
 

@@ -223,6 +223,48 @@ fn timer_interrupts_wake_a_halted_processor() {
     assert!(machine.counters().processors[0].halts >= 5);
 }
 
+/// Prints how late the interrupts of a 1 ms timer reach a halted processor's thread. A measurement: run
+/// it with `--ignored --nocapture`.
+#[test]
+#[ignore = "measures and asserts nothing"]
+fn lateness_of_timer_interrupts() {
+    const MILLISECOND: u64 = 1_000_000;
+    let mut late = Vec::new();
+    let mut deadline = 0;
+    let (tell, told) = mpsc::channel();
+    let machine = one(move |guest| {
+        if guest.runs == 1 {
+            guest.apic(0xf0, 0x1ff);
+            // TSC-deadline mode, vector 0x40.
+            guest.apic(0x320, 2 << 17 | 0x40);
+        }
+        let now = guest.world.clock();
+        if guest.signals.take(Signal::Interrupt) && guest.world.take_interrupt().is_some() {
+            late.push(now - deadline);
+            guest.apic(0xb0, 0);
+        } else if guest.runs > 1 {
+            return Exit::Halted;
+        }
+        if late.len() == 2000 {
+            late.sort_unstable();
+            tell.send(std::mem::take(&mut late)).unwrap();
+            return guest.power_off();
+        }
+        deadline = now + MILLISECOND;
+        guest.world.write_apic_msr(0x6e0, deadline).unwrap();
+        Exit::Halted
+    });
+    outcome(&machine);
+    let late = told.recv().unwrap();
+    let at = |percent: usize| late[late.len() * percent / 100] / 1000;
+    println!(
+        "late by {} µs in the median, {} µs in 90 %, {} µs in 99 %",
+        at(50),
+        at(90),
+        at(99)
+    );
+}
+
 /// What the second processor sees in the next test.
 fn started(tell: Sender<(u64, u64, Activity)>) -> Script {
     script(move |guest: &mut Guest| {

@@ -8,22 +8,22 @@ use trapgate_vmm::{Machine, Outcome, PortOutput};
 
 /// Text that grows, and can be waited for.
 #[derive(Clone, Default)]
-pub struct Transcript(Arc<(Mutex<Vec<u8>>, Condvar)>);
+pub(crate) struct Transcript(Arc<(Mutex<Vec<u8>>, Condvar)>);
 
 impl Transcript {
     /// Adds output.
-    pub fn add(&self, bytes: &[u8]) {
+    pub(crate) fn add(&self, bytes: &[u8]) {
         self.0.0.lock().unwrap().extend_from_slice(bytes);
         self.0.1.notify_all();
     }
 
     /// All of it.
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.0.0.lock().unwrap()).into_owned()
     }
 
     /// Waits until it contains `text`.
-    pub fn wait_for(&self, text: &str) {
+    pub(crate) fn wait_for(&self, text: &str) {
         let guard = self.0.0.lock().unwrap();
         let missing = |bytes: &mut Vec<u8>| !String::from_utf8_lossy(bytes).contains(text);
         let (guard, timeout) = self.0.1.wait_timeout_while(guard, LIMIT, missing).unwrap();
@@ -42,11 +42,11 @@ impl PortOutput for Transcript {
 }
 
 /// Long enough that a guest that is not done by then never will be, even on a host that is busy.
-pub const LIMIT: Duration = Duration::from_secs(600);
+pub(crate) const LIMIT: Duration = Duration::from_secs(600);
 
 /// Waits for the end of a machine; `serial` is what it said until then.
 #[track_caller]
-pub fn end<'a>(machine: &'a Machine, serial: &Transcript) -> &'a Outcome {
+pub(crate) fn end<'a>(machine: &'a Machine, serial: &Transcript) -> &'a Outcome {
     if let Some(outcome) = machine.wait_for(LIMIT) {
         return outcome;
     }
