@@ -42,7 +42,7 @@ pub use config::{
 };
 pub use engines::{Choice, EngineReport, choose, engines};
 pub use error::MachineError;
-pub use machine::{Hooks, Machine, MachineHandle, Pause, Port, PortHandle};
+pub use machine::{Hooks, Machine, MachineHandle, Pause, Port, PortHandle, SerialSink};
 pub use outcome::{Counters, Failure, Outcome, ProcessorCounters, ResetCause, TripleFault};
 pub use serial::SerialHandle;
 pub use trapgate_boot::{BootError, Protocol};

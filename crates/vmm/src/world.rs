@@ -35,23 +35,21 @@ impl PcWorld {
 impl World for PcWorld {
     fn read_memory(&mut self, gpa: u64, data: &mut [u8]) {
         // Whichever is the likelier is asked first; addresses that both claim are a guest's mistake.
-        let answered = if CHIPSET_MEMORY.contains(&gpa) {
-            self.chipset_read(gpa, data) || self.bus.memory_read(gpa, data)
-        } else {
-            self.bus.memory_read(gpa, data) || self.chipset_read(gpa, data)
-        };
+        let chipset_first = CHIPSET_MEMORY.contains(&gpa);
+        let answered = chipset_first && self.chipset_read(gpa, data)
+            || self.bus.memory_read(gpa, data)
+            || !chipset_first && self.chipset_read(gpa, data);
         if !answered {
             data.fill(0xff);
         }
     }
 
     fn write_memory(&mut self, gpa: u64, data: &[u8]) {
+        let chipset_first = CHIPSET_MEMORY.contains(&gpa);
         // What nobody takes is lost, as on a PC.
-        if CHIPSET_MEMORY.contains(&gpa) {
-            let _ = self.chipset_write(gpa, data) || self.bus.memory_write(gpa, data);
-        } else {
-            let _ = self.bus.memory_write(gpa, data) || self.chipset_write(gpa, data);
-        }
+        let _taken = chipset_first && self.chipset_write(gpa, data)
+            || self.bus.memory_write(gpa, data)
+            || !chipset_first && self.chipset_write(gpa, data);
     }
 
     fn read_port(&mut self, port: u16, size: u8) -> u32 {

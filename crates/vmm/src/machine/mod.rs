@@ -38,10 +38,13 @@ pub struct Port {
     pub output: Box<dyn PortOutput>,
 }
 
+/// Takes the output of a serial port: bytes, at least one.
+pub type SerialSink = Box<dyn FnMut(&[u8]) + Send>;
+
 /// Where the guest's output goes.
 pub struct Hooks {
     /// Takes what the guest writes to COM1. Called on a thread of its own, and may wait.
-    pub serial: Box<dyn FnMut(&[u8]) + Send>,
+    pub serial: SerialSink,
     /// Takes what the guest writes to its terminal, `/dev/hvc0`; without it there is no terminal.
     pub terminal: Option<Box<dyn PortOutput>>,
     /// Named ports.
