@@ -291,7 +291,7 @@ mod tests {
         std::fs::write(&path, "").unwrap();
         assert!(matches!(kvm_device(&path), KvmDevice::Opens));
         // A superuser may open everything, so this may open all the same.
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0)).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o000)).unwrap();
         assert!(matches!(
             kvm_device(&path),
             KvmDevice::NoPermission | KvmDevice::Opens
