@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 use trapgate_x86::registers::gpr::{RAX, RCX, RDX};
 use trapgate_x86::{Exception, Vector};
 
-use crate::cpu::{Cpu, Step};
+use crate::cpu::{Cpu, Step, Stop};
 use crate::op::{Handler, Op, attribute};
 use crate::width::Width;
 
@@ -113,24 +113,47 @@ binary!(Test, false, logic_flags, |_cpu, a, b| T::from_u64(
     a.to_u64() & b.to_u64()
 ));
 
-fn register_register<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-    let result = O::compute(cpu, cpu.reg::<T>(op.dst), cpu.reg::<T>(op.src));
-    if O::WRITES {
-        cpu.set_reg(op.dst, result);
-    }
-    Ok(())
+/// Where an operation's second operand comes from.
+trait Source {
+    fn get<T: Width>(cpu: &mut Cpu, op: &Op) -> Result<T, Stop>;
 }
 
-fn register_immediate<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-    let result = O::compute(cpu, cpu.reg::<T>(op.dst), T::from_u64(op.immediate));
-    if O::WRITES {
-        cpu.set_reg(op.dst, result);
-    }
-    Ok(())
+macro_rules! source {
+    ($(#[$doc:meta])* $name:ident, |$cpu:ident, $op:ident| $value:expr) => {
+        $(#[$doc])*
+        struct $name;
+        impl Source for $name {
+            #[inline(always)]
+            fn get<T: Width>($cpu: &mut Cpu, $op: &Op) -> Result<T, Stop> {
+                $value
+            }
+        }
+    };
 }
 
-fn register_memory<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-    let value = cpu.load::<T>(op)?;
+source!(
+    /// The register `src`.
+    Register,
+    |cpu, op| Ok(cpu.reg::<T>(op.src))
+);
+source!(
+    /// The immediate.
+    Immediate,
+    |_cpu, op| Ok(T::from_u64(op.immediate))
+);
+source!(
+    /// The memory operand.
+    Memory,
+    |cpu, op| cpu.load::<T>(op)
+);
+source!(
+    /// CL, a shift's count.
+    Counter,
+    |cpu, _op| Ok(T::from_u64(cpu.regs.gpr[RCX] & 0xff))
+);
+
+fn to_register<O: Binary, S: Source, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
+    let value = S::get::<T>(cpu, op)?;
     let result = O::compute(cpu, cpu.reg::<T>(op.dst), value);
     if O::WRITES {
         cpu.set_reg(op.dst, result);
@@ -138,8 +161,17 @@ fn register_memory<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
     Ok(())
 }
 
-fn memory_register<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-    let value = cpu.reg::<T>(op.src);
+fn to_register_flagless<O: Binary, S: Source, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
+    if O::WRITES {
+        let value = S::get::<T>(cpu, op)?;
+        let result = O::result(cpu, cpu.reg::<T>(op.dst), value);
+        cpu.set_reg(op.dst, result);
+    }
+    Ok(())
+}
+
+fn to_memory<O: Binary, S: Source, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
+    let value = S::get::<T>(cpu, op)?;
     if O::WRITES {
         cpu.modify(op, |cpu, old: T| O::compute(cpu, old, value))
     } else {
@@ -149,39 +181,23 @@ fn memory_register<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
     }
 }
 
-fn memory_immediate<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-    let value = T::from_u64(op.immediate);
-    if O::WRITES {
-        cpu.modify(op, |cpu, old: T| O::compute(cpu, old, value))
-    } else {
-        let old = cpu.load::<T>(op)?;
-        O::compute(cpu, old, value);
-        Ok(())
+fn binary<O: Binary>(instruction: &Instruction, op: &Op) -> Handler {
+    let size = op.operand_size();
+    match (instruction.op0_kind(), instruction.op1_kind()) {
+        (OpKind::Memory, OpKind::Register) => sized!(size, to_memory, O, Register),
+        (OpKind::Memory, _) => sized!(size, to_memory, O, Immediate),
+        (_, OpKind::Memory) => sized!(size, to_register, O, Memory),
+        (_, OpKind::Register) => sized!(size, to_register, O, Register),
+        _ => sized!(size, to_register, O, Immediate),
     }
-}
-
-fn register_register_flagless<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-    if O::WRITES {
-        let result = O::result(cpu, cpu.reg::<T>(op.dst), cpu.reg::<T>(op.src));
-        cpu.set_reg(op.dst, result);
-    }
-    Ok(())
-}
-
-fn register_immediate_flagless<O: Binary, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-    if O::WRITES {
-        let result = O::result(cpu, cpu.reg::<T>(op.dst), T::from_u64(op.immediate));
-        cpu.set_reg(op.dst, result);
-    }
-    Ok(())
 }
 
 fn binary_flagless<O: Binary>(instruction: &Instruction, op: &Op) -> Option<Handler> {
     let size = op.operand_size();
     match (instruction.op0_kind(), instruction.op1_kind()) {
         (OpKind::Memory, _) | (_, OpKind::Memory) => None,
-        (_, OpKind::Register) => Some(sized!(size, register_register_flagless, O)),
-        _ => Some(sized!(size, register_immediate_flagless, O)),
+        (_, OpKind::Register) => Some(sized!(size, to_register_flagless, O, Register)),
+        _ => Some(sized!(size, to_register_flagless, O, Immediate)),
     }
 }
 
@@ -191,19 +207,6 @@ fn clear<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.flags.logic(zero);
     cpu.set_reg(op.dst, zero);
     Ok(())
-}
-
-fn binary<O: Binary>(instruction: &Instruction, op: &Op) -> Handler {
-    let size = op.operand_size();
-    let last = instruction.op_count() - 1;
-    let immediate = !matches!(instruction.op_kind(last), OpKind::Register | OpKind::Memory);
-    match (instruction.op0_kind(), instruction.op1_kind()) {
-        (OpKind::Memory, _) if immediate => sized!(size, memory_immediate, O),
-        (OpKind::Memory, _) => sized!(size, memory_register, O),
-        (_, OpKind::Memory) => sized!(size, register_memory, O),
-        _ if immediate => sized!(size, register_immediate, O),
-        _ => sized!(size, register_register, O),
-    }
 }
 
 /// A one-operand operation.
@@ -391,25 +394,16 @@ fn masked_count<T: Width>(count: u64) -> u32 {
     (count & if T::BITS == 64 { 63 } else { 31 }) as u32
 }
 
-fn shift_register<O: Shift, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-    let count = masked_count::<T>(op.immediate);
-    if count != 0 {
-        let result = O::compute(cpu, cpu.reg::<T>(op.dst), count);
-        cpu.set_reg(op.dst, result);
+fn shift_register<O: Shift, S: Source, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
+    let count = masked_count::<T>(S::get::<u64>(cpu, op)?);
+    let value = cpu.reg::<T>(op.dst);
+    // A 32-bit destination is written, its upper half cleared, even if the count is zero.
+    let result = if count == 0 {
+        value
     } else {
-        clear_upper::<T>(cpu, op);
-    }
-    Ok(())
-}
-
-fn shift_register_cl<O: Shift, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-    let count = masked_count::<T>(cpu.regs.gpr[RCX]);
-    if count != 0 {
-        let result = O::compute(cpu, cpu.reg::<T>(op.dst), count);
-        cpu.set_reg(op.dst, result);
-    } else {
-        clear_upper::<T>(cpu, op);
-    }
+        O::compute(cpu, value, count)
+    };
+    cpu.set_reg(op.dst, result);
     Ok(())
 }
 
@@ -420,30 +414,8 @@ fn shift_register_flagless<O: Shift, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
     Ok(())
 }
 
-fn shift_flagless<O: Shift>(instruction: &Instruction, op: &Op) -> Option<Handler> {
-    let size = op.operand_size();
-    let plain = !op.has_memory() && instruction.op1_kind() != OpKind::Register;
-    plain.then(|| sized!(size, shift_register_flagless, O))
-}
-
-/// A 32-bit destination is written, its upper half cleared, even if the count is zero.
-fn clear_upper<T: Width>(cpu: &mut Cpu, op: &Op) {
-    let value = cpu.reg::<T>(op.dst);
-    cpu.set_reg(op.dst, value);
-}
-
-fn shift_memory<O: Shift, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-    let count = masked_count::<T>(op.immediate);
-    shift_memory_by::<O, T>(cpu, op, count)
-}
-
-fn shift_memory_cl<O: Shift, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-    let count = masked_count::<T>(cpu.regs.gpr[RCX]);
-    shift_memory_by::<O, T>(cpu, op, count)
-}
-
-#[inline(always)]
-fn shift_memory_by<O: Shift, T: Width>(cpu: &mut Cpu, op: &Op, count: u32) -> Step {
+fn shift_memory<O: Shift, S: Source, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
+    let count = masked_count::<T>(S::get::<u64>(cpu, op)?);
     cpu.modify(op, |cpu, old: T| {
         if count == 0 {
             old
@@ -453,22 +425,28 @@ fn shift_memory_by<O: Shift, T: Width>(cpu: &mut Cpu, op: &Op, count: u32) -> St
     })
 }
 
-fn shift<O: Shift>(instruction: &Instruction, op: &mut Op) -> Handler {
+fn shift<O: Shift>(instruction: &Instruction, op: &Op) -> Handler {
     let size = op.operand_size();
     let by_register = instruction.op1_kind() == OpKind::Register;
     match (op.has_memory(), by_register) {
-        (true, true) => sized!(size, shift_memory_cl, O),
-        (true, false) => sized!(size, shift_memory, O),
-        (false, true) => sized!(size, shift_register_cl, O),
-        (false, false) => sized!(size, shift_register, O),
+        (true, true) => sized!(size, shift_memory, O, Counter),
+        (true, false) => sized!(size, shift_memory, O, Immediate),
+        (false, true) => sized!(size, shift_register, O, Counter),
+        (false, false) => sized!(size, shift_register, O, Immediate),
     }
+}
+
+fn shift_flagless<O: Shift>(instruction: &Instruction, op: &Op) -> Option<Handler> {
+    let size = op.operand_size();
+    let plain = !op.has_memory() && instruction.op1_kind() != OpKind::Register;
+    plain.then_some(sized!(size, shift_register_flagless, O))
 }
 
 // Multiplication and division.
 
 /// The operand of a one-operand instruction.
 #[inline(always)]
-fn operand<T: Width>(cpu: &mut Cpu, op: &Op) -> Result<T, crate::cpu::Stop> {
+fn operand<T: Width>(cpu: &mut Cpu, op: &Op) -> Result<T, Stop> {
     if op.has_memory() {
         cpu.load::<T>(op)
     } else {

@@ -66,7 +66,7 @@ pub struct Cpu {
     pub stack_mask: u64,
 
     /// The translation lookaside buffer.
-    pub tlb: Tlb,
+    pub(crate) tlb: Tlb,
     /// The view of explicit data accesses when the current one is [`View::Checked`].
     pub(crate) plain_view: View,
     /// The current view.

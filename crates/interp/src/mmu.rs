@@ -187,7 +187,7 @@ impl Cpu {
     }
 
     /// Whether the access could be done in the current view: faults as it would.
-    pub fn probe(
+    pub(crate) fn probe(
         &mut self,
         linear: u64,
         size: u64,

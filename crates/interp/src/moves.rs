@@ -148,6 +148,27 @@ fn store_ah_to_flags(cpu: &mut Cpu, _: &Op) -> Step {
     Ok(())
 }
 
+/// MOVZX, MOVSX, MOVSXD: the instance for the kind and size of the source and the destination's
+/// size.
+macro_rules! extension {
+    ($instruction:expr, $op:expr, $register:ident, $memory:ident) => {{
+        let size = $op.operand_size();
+        let from = if $op.has_memory() {
+            $instruction.memory_size().size()
+        } else {
+            $instruction.op1_register().size()
+        };
+        match ($op.has_memory(), from) {
+            (false, 1) => sized!(size, $register, u8),
+            (false, 2) => sized!(size, $register, u16),
+            (false, _) => sized!(size, $register, u32),
+            (true, 1) => sized!(size, $memory, u8),
+            (true, 2) => sized!(size, $memory, u16),
+            (true, _) => sized!(size, $memory, u32),
+        }
+    }};
+}
+
 /// The handler of an instruction that this module executes.
 pub(crate) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
     let size = op.operand_size();
@@ -169,38 +190,10 @@ pub(crate) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
             (OpKind::Memory, _) => sized!(size, move_store_immediate),
             _ => sized!(size, move_immediate),
         },
-        Mnemonic::Movzx => extension(
-            instruction,
-            op,
-            [
-                [
-                    sized!(size, zero_extend_register, u8),
-                    sized!(size, zero_extend_register, u16),
-                    sized!(size, zero_extend_register, u32),
-                ],
-                [
-                    sized!(size, zero_extend_memory, u8),
-                    sized!(size, zero_extend_memory, u16),
-                    sized!(size, zero_extend_memory, u32),
-                ],
-            ],
-        ),
-        Mnemonic::Movsx | Mnemonic::Movsxd => extension(
-            instruction,
-            op,
-            [
-                [
-                    sized!(size, sign_extend_register, u8),
-                    sized!(size, sign_extend_register, u16),
-                    sized!(size, sign_extend_register, u32),
-                ],
-                [
-                    sized!(size, sign_extend_memory, u8),
-                    sized!(size, sign_extend_memory, u16),
-                    sized!(size, sign_extend_memory, u32),
-                ],
-            ],
-        ),
+        Mnemonic::Movzx => extension!(instruction, op, zero_extend_register, zero_extend_memory),
+        Mnemonic::Movsx | Mnemonic::Movsxd => {
+            extension!(instruction, op, sign_extend_register, sign_extend_memory)
+        }
         Mnemonic::Lea => sized!(size, load_address),
         mnemonic if condition_of(mnemonic, CMOV).is_some() => {
             op.code = condition_of(mnemonic, CMOV)?;
@@ -245,21 +238,6 @@ fn is_absolute(instruction: &Instruction) -> bool {
     instruction.memory_displ_size() == 8
         && instruction.memory_base() == iced_x86::Register::None
         && instruction.memory_index() == iced_x86::Register::None
-}
-
-/// MOVZX, MOVSX, MOVSXD: by kind of source and its size.
-fn extension(instruction: &Instruction, op: &Op, handlers: [[Handler; 3]; 2]) -> Handler {
-    let size = if op.has_memory() {
-        instruction.memory_size().size()
-    } else {
-        instruction.op1_register().size()
-    };
-    let column = match size {
-        1 => 0,
-        2 => 1,
-        _ => 2,
-    };
-    handlers[usize::from(op.has_memory())][column]
 }
 
 /// The sixteen CMOVcc in the order of their condition codes.

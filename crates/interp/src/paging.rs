@@ -197,10 +197,30 @@ impl Cpu {
     }
 
     fn walk_four_level(&mut self, linear: u64) -> Result<Walk, WalkFault> {
-        let mut walk = Walk::new(8);
         let reserved = BEYOND | self.no_execute_reserved();
-        let mut table = self.sys.cr3 & FRAME;
-        for level in (0..4).rev() {
+        self.walk_levels(linear, self.sys.cr3 & FRAME, 4, reserved)
+    }
+
+    fn walk_pae(&mut self, linear: u64) -> Result<Walk, WalkFault> {
+        let pointer = self.sys.pdptes[(linear >> 30 & 3) as usize];
+        if pointer & pte::P == 0 {
+            return Err(NOT_PRESENT);
+        }
+        // Bits 62 to 52 are reserved here, unlike in 4-level paging.
+        let reserved = BEYOND | self.no_execute_reserved() | 0x7ff0_0000_0000_0000;
+        self.walk_levels(linear, pointer & FRAME, 2, reserved)
+    }
+
+    /// Walks tables of 512 64-bit entries, of which `levels` lie between `table` and the page.
+    fn walk_levels(
+        &mut self,
+        linear: u64,
+        mut table: u64,
+        levels: u32,
+        reserved: u64,
+    ) -> Result<Walk, WalkFault> {
+        let mut walk = Walk::new(8);
+        for level in (0..levels).rev() {
             let shift = 12 + 9 * level;
             let gpa = table + (linear >> shift & 0x1ff) * 8;
             let value = self.entry(gpa, 8);
@@ -218,37 +238,6 @@ impl Cpu {
                 if large && value & FRAME & (walk.page_bytes - 1) & !0x1000 != 0 {
                     return Err(RESERVED);
                 }
-                walk.frame = value & FRAME & !(walk.page_bytes - 1);
-                return Ok(walk);
-            }
-            table = value & FRAME;
-        }
-        Err(NOT_PRESENT)
-    }
-
-    fn walk_pae(&mut self, linear: u64) -> Result<Walk, WalkFault> {
-        let mut walk = Walk::new(8);
-        // Bits 62 to 52 are reserved in PAE paging, unlike in 4-level paging.
-        let reserved = BEYOND | self.no_execute_reserved() | 0x7ff0_0000_0000_0000;
-        let pointer = self.sys.pdptes[(linear >> 30 & 3) as usize];
-        if pointer & pte::P == 0 {
-            return Err(NOT_PRESENT);
-        }
-        let mut table = pointer & FRAME;
-        for level in (0..2).rev() {
-            let shift = 12 + 9 * level;
-            let gpa = table + (linear >> shift & 0x1ff) * 8;
-            let value = self.entry(gpa, 8);
-            if value & pte::P == 0 {
-                return Err(NOT_PRESENT);
-            }
-            let large = value & pte::PS != 0 && level > 0;
-            if value & reserved != 0 || (large && value & 0x1f_e000 != 0) {
-                return Err(RESERVED);
-            }
-            walk.step(gpa, value);
-            if large || level == 0 {
-                walk.page_bytes = 1 << shift;
                 walk.frame = value & FRAME & !(walk.page_bytes - 1);
                 return Ok(walk);
             }

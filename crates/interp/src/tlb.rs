@@ -10,7 +10,7 @@ use trapgate_memory::HostAddress;
 /// With whose rights memory is accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum View {
+pub(crate) enum View {
     /// Supervisor; user pages are out of bounds if SMAP says so. Also implicit accesses.
     Supervisor = 0,
     /// Supervisor with EFLAGS.AC, or without SMAP.
@@ -24,7 +24,7 @@ pub enum View {
 
 /// What an access does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub(crate) enum Access {
     /// Loads data.
     Read,
     /// Stores data.
@@ -63,7 +63,7 @@ const EMPTY: Entry = Entry {
 
 /// The four tables and the address-space tags.
 #[derive(Debug)]
-pub struct Tlb {
+pub(crate) struct Tlb {
     entries: Box<[Entry; ENTRIES * VIEWS]>,
     /// Start of the current view's table.
     table: usize,
