@@ -42,11 +42,11 @@ pub enum Failure {
     /// The guest reset the machine, and it could not be started again.
     #[error("the machine could not be started again after a reset")]
     Restart(#[source] MachineError),
-    /// The thread of a processor ended by itself.
-    #[error("the thread of processor {cpu} ended unexpectedly: {message}")]
-    Processor {
-        /// Index of the processor.
-        cpu: usize,
+    /// A thread of ours ended by itself.
+    #[error("the thread of {thread} ended unexpectedly: {message}")]
+    Thread {
+        /// What the thread was for.
+        thread: String,
         /// What it said.
         message: String,
     },

@@ -1,6 +1,5 @@
 //! The thread of a processor.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -31,6 +30,18 @@ impl Tally {
     }
 }
 
+/// Says that a processor's thread has ended.
+struct Finished {
+    crew: Arc<Crew>,
+    index: usize,
+}
+
+impl Drop for Finished {
+    fn drop(&mut self) {
+        self.crew.finished(self.index);
+    }
+}
+
 /// A processor and what its thread needs.
 pub(crate) struct Processor {
     pub(crate) index: usize,
@@ -46,21 +57,12 @@ pub(crate) struct Processor {
 impl Processor {
     /// The body of the thread.
     pub(crate) fn run(mut self) {
-        // A panic is a defect of ours. The machine has to end then, since a processor that is gone
-        // looks to a guest, and to its owner, as if it hung.
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.work()));
-        if let Err(panic) = outcome {
-            let message = panic
-                .downcast_ref::<String>()
-                .cloned()
-                .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
-                .unwrap_or_else(|| "it panicked".to_owned());
-            self.board.report(Event::Died {
-                cpu: self.index,
-                message,
-            });
-        }
-        self.crew.finished(self.index);
+        // Also if it panics: nobody must wait for this thread then.
+        let _finished = Finished {
+            crew: Arc::clone(&self.crew),
+            index: self.index,
+        };
+        self.work();
     }
 
     fn work(&mut self) {
@@ -136,7 +138,7 @@ impl Processor {
     fn change(&mut self, state: &CpuState) {
         if let Err(StateError::Register { register, value }) = self.vcpu.set_state(state) {
             self.board.report(Event::Died {
-                cpu: self.index,
+                thread: format!("processor {}", self.index),
                 message: format!("its engine refused {register} = {value:#x}"),
             });
             return;

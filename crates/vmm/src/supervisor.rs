@@ -1,5 +1,7 @@
 //! The thread that acts on what ends or resets a machine.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,6 +24,15 @@ use crate::{MachineConfig, MachineError, Outcome, lock};
 /// How long the end of a machine waits for the owners of its outputs.
 const DRAIN: Duration = Duration::from_secs(2);
 
+/// What a thread said when it panicked.
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
+    panic
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+        .unwrap_or_else(|| "it panicked".to_owned())
+}
+
 /// What happened in the guest that ends or resets the machine.
 #[derive(Debug)]
 pub(crate) enum Event {
@@ -31,10 +42,10 @@ pub(crate) enum Event {
     Reset(ResetCause),
     /// A processor shut down.
     TripleFault(Box<TripleFault>),
-    /// A processor's thread ended by itself.
+    /// A thread ended by itself.
     Died {
-        /// Index of the processor.
-        cpu: usize,
+        /// What the thread was for.
+        thread: String,
         /// What it said.
         message: String,
     },
@@ -177,12 +188,22 @@ pub(crate) struct Supervisor {
 impl Supervisor {
     /// The body of the thread.
     pub(crate) fn run(self) {
-        let outcome = loop {
-            if let Some(outcome) = self.next() {
-                break outcome;
-            }
-        };
-        self.drain();
+        // Whoever waits for the end must hear of it, whatever is wrong with us.
+        let work = catch_unwind(AssertUnwindSafe(|| {
+            let outcome = loop {
+                if let Some(outcome) = self.next() {
+                    break outcome;
+                }
+            };
+            self.drain();
+            outcome
+        }));
+        let outcome = work.unwrap_or_else(|panic| {
+            Outcome::Failed(Failure::Thread {
+                thread: "the supervisor".to_owned(),
+                message: panic_message(&*panic),
+            })
+        });
         let Self {
             threads,
             bus,
@@ -216,8 +237,8 @@ impl Supervisor {
                 OnTripleFault::Report => Some(Outcome::TripleFault(fault)),
                 OnTripleFault::Reset => reset(ResetCause::TripleFault),
             },
-            Event::Died { cpu, message } => {
-                Some(Outcome::Failed(Failure::Processor { cpu, message }))
+            Event::Died { thread, message } => {
+                Some(Outcome::Failed(Failure::Thread { thread, message }))
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The machine as its owner sees it.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
@@ -20,7 +21,9 @@ use crate::crew::{Crew, Message};
 use crate::pc::{self, Consoles};
 use crate::processor::{Processor, Tally};
 use crate::serial::SerialOutput;
-use crate::supervisor::{Agenda, Brake, Ending, Supervisor, start_processors};
+use crate::supervisor::{
+    Agenda, Brake, Ending, Event, Supervisor, panic_message, start_processors,
+};
 use crate::turns::Turns;
 use crate::world::PcWorld;
 use crate::{
@@ -230,7 +233,9 @@ impl Machine {
                 turns: turns.clone(),
                 tally: Arc::clone(&tallies[index]),
             };
-            threads.start("a processor", format!("cpu-{index}"), || processor.run())?;
+            threads.start("a processor", format!("processor {index}"), || {
+                processor.run()
+            })?;
         }
         let timer = Arc::clone(&board);
         threads.start("timers", "timers".to_owned(), move || timer.run_timer())?;
@@ -393,9 +398,20 @@ impl Threads {
         name: String,
         body: impl FnOnce() + Send + 'static,
     ) -> Result<(), MachineError> {
+        let (board, of) = (Arc::clone(&self.board), name.clone());
+        // A panic is a defect of ours. The machine has to end then: without a processor, or without
+        // timers, it looks to its guest and to its owner as if it hung.
+        let guarded = move || {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(body)) {
+                board.report(Event::Died {
+                    thread: of,
+                    message: panic_message(&*panic),
+                });
+            }
+        };
         let handle = thread::Builder::new()
             .name(name)
-            .spawn(body)
+            .spawn(guarded)
             .map_err(pc::thread(what))?;
         self.handles.push(handle);
         Ok(())

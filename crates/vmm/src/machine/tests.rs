@@ -66,10 +66,13 @@ fn triple_fault_is_reported_with_the_processor_s_state() {
 #[test]
 fn thread_of_a_processor_that_dies_ends_the_machine() {
     let machine = one(|_| panic!("a defect, on purpose"));
-    let Outcome::Failed(Failure::Processor { cpu: 0, message }) = outcome(&machine) else {
+    let Outcome::Failed(Failure::Thread { thread, message }) = outcome(&machine) else {
         panic!("{:?}", machine.wait());
     };
-    assert_eq!(message, "a defect, on purpose");
+    assert_eq!(
+        (&thread[..], &message[..]),
+        ("processor 0", "a defect, on purpose")
+    );
 }
 
 #[test]
