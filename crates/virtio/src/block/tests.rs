@@ -349,6 +349,10 @@ fn device_writes_are_traced() {
         fn written(&self, gpa: u64, length: u64) {
             self.0.lock().unwrap().push((gpa, length));
         }
+
+        fn wants(&self, _gpa: u64) -> bool {
+            true
+        }
     }
     let (mut driver, _image) = block(false);
     let heard = Arc::new(Heard(std::sync::Mutex::default()));
