@@ -69,7 +69,9 @@ impl Instruction {
             Map::Three38 => code.extend([0x0f, 0x38]),
             Map::Three3a => code.extend([0x0f, 0x3a]),
             Map::Vex2(fields) => code.extend([0xc5, fields]),
-            Map::Vex3(first, second) => code.extend([0xc4, first & !0x1f | 1 + first % 3, second]),
+            Map::Vex3(first, second) => {
+                code.extend([0xc4, (first & !0x1f) | (1 + first % 3), second])
+            }
             Map::X87 => {
                 code.extend([0xd8 | self.opcode & 7, self.modrm]);
                 return;

@@ -304,8 +304,10 @@ impl Guest {
 
     /// The boot processor as it starts.
     pub fn state(&self, profile: &CpuProfile) -> CpuState {
-        let mut state = CpuState::default();
-        state.gpr = self.registers.map(Value::get);
+        let mut state = CpuState {
+            gpr: self.registers.map(Value::get),
+            ..CpuState::default()
+        };
         state.gpr[gpr::RSP] = match self.mode {
             Mode::Real | Mode::Virtual8086 | Mode::Protected16 => 0xf000,
             _ => STACK + (state.gpr[gpr::RSP] & 0xff),
