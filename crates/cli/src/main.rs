@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
+mod curtain;
 mod disk_argument;
 mod doctor;
 mod failure;

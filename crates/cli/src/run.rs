@@ -15,6 +15,7 @@ use trapgate_vmm::{
 };
 
 use crate::arguments::RunArguments;
+use crate::curtain::Curtain;
 use crate::failure::Failure;
 use crate::guest::{Guest, Source, read_initrd};
 use crate::keyboard::{Keyboard, Sink};
@@ -138,6 +139,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         progress,
         keyboard: Keyboard::default(),
         log: Arc::default(),
+        curtain: Curtain::default(),
     };
     let result = scene.play(&config, &inbox);
     scene.progress.clear();
@@ -237,6 +239,7 @@ struct Scene {
     progress: Progress,
     keyboard: Keyboard,
     log: Arc<Mutex<SerialLog>>,
+    curtain: Curtain,
 }
 
 /// Whether there is to be another machine.
@@ -256,13 +259,7 @@ impl Scene {
         }
         let mut first = true;
         loop {
-            if self.console == Console::Serial {
-                self.progress.clear();
-                if first {
-                    self.announce(None);
-                    self.take_keyboard()?;
-                }
-            } else if first {
+            if first {
                 self.progress.boot(&self.name);
             }
             let run = self.once(config, inbox, has_disks, first)?;
@@ -296,6 +293,16 @@ impl Scene {
         let machine = Machine::start(config.clone(), self.hooks())
             .map_err(|error| Failure::machine(&name, &error))?;
         let machine = Arc::new(machine);
+        let taken = if self.console == Console::Serial && first {
+            self.progress.clear();
+            self.announce(None);
+            self.take_keyboard()
+        } else {
+            Ok(())
+        };
+        // In any case: a machine does not end while its output waits.
+        self.curtain.raise();
+        taken?;
         self.connect(&machine);
         let waiter = {
             let (machine, events) = (Arc::clone(&machine), self.events.clone());
@@ -534,9 +541,10 @@ impl Scene {
         let mut shown = stream
             .map(|stream| HostOutput::new(stream, self.events.clone(), self.progress.clone()));
         let (log, events) = (Arc::clone(&self.log), self.events.clone());
-        let keyboard = self.keyboard.clone();
+        let (keyboard, curtain) = (self.keyboard.clone(), self.curtain.clone());
         let mut told = false;
         move |bytes: &[u8]| {
+            curtain.wait();
             if let Some(output) = &mut shown {
                 output.put(bytes);
             }

@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use rustix::process::Signal;
 
-use crate::harness::{collect, finish, finish_with, start, stdout_of, trapgate};
+use crate::harness::{close_stdout_of, collect, finish, finish_with, start, stdout_of, trapgate};
 
 #[test]
 fn says_hello_computes_and_powers_off() {
@@ -69,7 +69,7 @@ fn nobody_who_listens_ends_the_machine() {
     let mut command = trapgate(&["run", "-q", "builtin"]);
     command.stdin(Stdio::piped());
     let mut child = start(command);
-    drop(stdout_of(&mut child));
+    close_stdout_of(&mut child);
 
     let run = collect(child);
 

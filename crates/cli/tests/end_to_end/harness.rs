@@ -6,10 +6,13 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize};
@@ -184,6 +187,11 @@ pub(crate) fn stdout_of(child: &mut Running) -> Lines {
     Lines::of(child.0.stdout.take().unwrap())
 }
 
+/// Nobody reads the standard output of a run any more.
+pub(crate) fn close_stdout_of(child: &mut Running) {
+    drop(child.0.stdout.take());
+}
+
 /// The standard error of a run, taken as it comes.
 pub(crate) fn stderr_of(child: &mut Running) -> Lines {
     Lines::of(child.0.stderr.take().unwrap())
@@ -193,7 +201,8 @@ pub(crate) fn stderr_of(child: &mut Running) -> Lines {
 pub(crate) struct OnTerminal {
     pub(crate) child: Running,
     pub(crate) screen: Lines,
-    keys: File,
+    keys: Option<File>,
+    closed: Arc<AtomicBool>,
     /// Stays open, so that its settings can be looked at.
     terminal: OwnedFd,
     before: Termios,
@@ -201,14 +210,15 @@ pub(crate) struct OnTerminal {
 
 impl OnTerminal {
     pub(crate) fn start<S: AsRef<OsStr>>(arguments: &[S]) -> Self {
-        let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        let controller =
+            openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&controller).unwrap();
         unlockpt(&controller).unwrap();
         let name = ptsname(&controller, Vec::new()).unwrap();
         let name = name.to_str().unwrap();
         // Not by `File::open`, which would make it the terminal of the tests.
-        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY;
-        let terminal = rustix::fs::open(name, flags, rustix::fs::Mode::empty()).unwrap();
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let terminal = open(name, flags, Mode::empty()).unwrap();
         let size = Winsize {
             ws_col: 101,
             ws_row: 37,
@@ -228,17 +238,30 @@ impl OnTerminal {
             .stdout(terminal.try_clone().unwrap())
             .stderr(terminal.try_clone().unwrap());
         let keys = File::from(controller);
+        let closed = Arc::new(AtomicBool::new(false));
+        let screen = Screen {
+            file: keys.try_clone().unwrap(),
+            closed: Arc::clone(&closed),
+        };
         Self {
             child: Running(command.spawn().unwrap()),
-            screen: Lines::of(keys.try_clone().unwrap()),
-            keys,
+            screen: Lines::of(screen),
+            keys: Some(keys),
+            closed,
             terminal,
             before,
         }
     }
 
     pub(crate) fn press(&mut self, keys: &str) {
-        self.keys.write_all(keys.as_bytes()).unwrap();
+        let keyboard = self.keys.as_mut().expect("it was not closed");
+        keyboard.write_all(keys.as_bytes()).unwrap();
+    }
+
+    /// Closes the window.
+    pub(crate) fn hang_up(&mut self) {
+        self.keys = None;
+        self.closed.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn resize(&mut self, columns: u16, rows: u16) {
@@ -281,6 +304,29 @@ impl OnTerminal {
         assert_eq!(modes(&after), modes(&self.before));
         assert_eq!(status.signal(), None);
         status.code()
+    }
+}
+
+/// The output side of a pseudo-terminal, until its window is closed.
+struct Screen {
+    file: File,
+    closed: Arc<AtomicBool>,
+}
+
+impl Read for Screen {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        loop {
+            if self.closed.load(Ordering::Relaxed) {
+                return Ok(0);
+            }
+            let soon = Timespec {
+                tv_sec: 0,
+                tv_nsec: 20_000_000,
+            };
+            if poll(&mut [PollFd::new(&self.file, PollFlags::IN)], Some(&soon))? > 0 {
+                return self.file.read(buffer);
+            }
+        }
     }
 }
 

@@ -23,11 +23,15 @@ fn shell_has_a_terminal_with_size_job_control_and_status() {
     session.press("\u{3}");
     session.press("echo $? fr''ee\r");
     session.screen.expect("130 free");
-    session.press("echo bu''sy; sleep 1001\r");
+    // (not `sleep` again, which is a part of this shell, and shells can't be stopped)
+    session.press("echo bu''sy; cat\r");
     session.screen.expect("busy");
+    // Not before it runs, or the key would go to the shell.
+    session.press("ping\r");
+    session.screen.expect("ping\r\nping\r\n");
     session.press("\u{1a}");
     session.screen.expect("topped");
-    session.press("kill %1; wait; echo wo''rks\r");
+    session.press("kill -9 %1; wait; echo wo''rks\r");
     session.screen.expect("works");
 
     session.press("exit 5\r");

@@ -82,3 +82,10 @@ fn errors_leave_the_terminal_alone() {
     session.screen.expect("error: cannot boot `/dev/null`");
     assert_eq!(session.end(), Some(121));
 }
+
+#[test]
+fn closing_the_window_ends_the_machine() {
+    let mut session = at_the_prompt(&["run", "builtin"]);
+    session.hang_up();
+    assert_eq!(session.child.wait().code(), Some(129));
+}
