@@ -350,9 +350,10 @@ pub(crate) fn linux() -> Option<MutexGuard<'static, ()>> {
         std::env::var_os("TRAPGATE_TESTS_MUST_RUN").is_none(),
         "there is no Linux to test with:\n{why}"
     );
-    // Past the test harness, which would swallow it.
+    // Past the test harness, which would swallow it; one line, so that it can be searched for.
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
-    let _ = std::io::stderr()
-        .write_all(format!("SKIPPED {test}: no Linux to be had: {why}").as_bytes());
+    let why: Vec<&str> = why.lines().map(str::trim).collect();
+    let line = format!("skipped: {test}: {}\n", why.join("; "));
+    let _ = std::io::stderr().write_all(line.as_bytes());
     None
 }
