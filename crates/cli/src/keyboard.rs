@@ -1,6 +1,6 @@
 //! Our standard input, on its way to the guest.
 
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, TrySendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -15,6 +15,8 @@ use crate::run::Event;
 const ESCAPE: u8 = 0x1d;
 /// Ctrl-D, which is how a person ends input on a terminal.
 const END_OF_TRANSMISSION: u8 = 0x04;
+/// Pieces of a person's input that wait for the guest; more are lost, as on a real terminal.
+const KEYS: usize = 4096;
 
 /// Where the guest takes input.
 #[derive(Clone)]
@@ -126,39 +128,59 @@ impl Keyboard {
 
     /// Starts to read standard input, to its end. With `escape` Ctrl-] in it is ours.
     pub(crate) fn start(&self, escape: bool, events: Sender<Event>) -> Result<(), Failure> {
+        // Two threads, so that Ctrl-] is seen also when the guest takes no input any more.
+        let (send, receive) = sync_channel::<Vec<u8>>(if escape { KEYS } else { 1 });
         let keyboard = self.clone();
-        let pump = move || {
-            let mut buffer = vec![0; 16 << 10];
-            loop {
-                match read(stdin(), &mut buffer) {
-                    Ok(0) => break,
-                    Ok(count) => {
-                        let bytes = &buffer[..count];
-                        let escaped = bytes.iter().position(|byte| escape && *byte == ESCAPE);
-                        let bytes = &bytes[..escaped.unwrap_or(count)];
-                        if escaped.is_some() {
-                            // First: the guest may not take any more of what stands before it.
-                            let _ = events.send(Event::Leave);
-                        }
-                        if !bytes.is_empty() {
-                            keyboard.deliver(bytes);
-                        }
-                    }
-                    Err(Errno::INTR) => {}
-                    Err(Errno::AGAIN) => {
-                        let descriptor = stdin();
-                        let _ = poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], None);
-                    }
-                    // There is no input (it may be closed), or the terminal has gone.
-                    Err(_) => break,
-                }
+        spawn("input", move || {
+            for piece in receive {
+                keyboard.deliver(&piece);
             }
             keyboard.end();
-        };
-        std::thread::Builder::new()
-            .name("keyboard".to_owned())
-            .spawn(pump)
-            .map(drop)
-            .map_err(|error| Failure::defect(format!("cannot start a thread: {error}")))
+        })?;
+        spawn("keyboard", move || {
+            let mut buffer = vec![0; 16 << 10];
+            while let Some(count) = read_some(&mut buffer) {
+                let bytes = &buffer[..count];
+                let escaped = bytes.iter().position(|byte| escape && *byte == ESCAPE);
+                if escaped.is_some() {
+                    let _ = events.send(Event::Leave);
+                }
+                let piece = bytes[..escaped.unwrap_or(count)].to_vec();
+                let sent = if escape {
+                    // A person who types on a guest that hangs.
+                    !matches!(send.try_send(piece), Err(TrySendError::Disconnected(_)))
+                } else {
+                    send.send(piece).is_ok()
+                };
+                if !sent {
+                    return;
+                }
+            }
+        })
+    }
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Failure> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(work)
+        .map(drop)
+        .map_err(|error| Failure::defect(format!("cannot start a thread: {error}")))
+}
+
+/// Waits for standard input, and says how many bytes came; `None` at its end.
+fn read_some(buffer: &mut [u8]) -> Option<usize> {
+    loop {
+        match read(stdin(), &mut *buffer) {
+            Ok(0) => return None,
+            Ok(count) => return Some(count),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                let descriptor = stdin();
+                let _ = poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], None);
+            }
+            // There is no input (it may be closed), or the terminal has gone.
+            Err(_) => return None,
+        }
     }
 }

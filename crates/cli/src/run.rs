@@ -542,6 +542,7 @@ impl Scene {
             .map(|stream| HostOutput::new(stream, self.events.clone(), self.progress.clone()));
         let (log, events) = (Arc::clone(&self.log), self.events.clone());
         let (keyboard, curtain) = (self.keyboard.clone(), self.curtain.clone());
+        let has_init = self.console != Console::Serial;
         let mut told = false;
         move |bytes: &[u8]| {
             curtain.wait();
@@ -553,7 +554,7 @@ impl Scene {
                 keyboard.release();
             }
             log.push(bytes);
-            if log.status_seen() && !told {
+            if has_init && log.status_seen() && !told {
                 told = true;
                 let _ = events.send(Event::NoConsole);
             }

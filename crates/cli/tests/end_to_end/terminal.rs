@@ -89,3 +89,15 @@ fn closing_the_window_ends_the_machine() {
     session.hang_up();
     assert_eq!(session.child.wait().code(), Some(129));
 }
+
+#[test]
+fn leaving_works_although_the_guest_takes_no_keys() {
+    // Given a guest that computes for a long time, and more keys than a serial port holds
+    let mut session = at_the_prompt(&["run", "builtin"]);
+    session.press("primes 10000000\r");
+    for _ in 0..100 {
+        session.press(&"x".repeat(40));
+    }
+    session.press("\u{1d}");
+    assert_eq!(session.end(), Some(0));
+}
