@@ -55,8 +55,8 @@ pub struct Op {
     pub base: u8,
     /// Index register, with log2 of its scale in bits 4 and 5; or [`NO_REGISTER`].
     pub index: u8,
-    /// How many ops from here on touch nothing but registers and can't fault (see
-    /// [`crate::quiet`]); set on the first of them, whose `extra` is their length in bytes.
+    /// How many ops from here on touch nothing but registers and can't fault; set on the first of
+    /// them, whose `extra` is their length in bytes.
     pub quiet: u8,
     /// Segment register of the memory operand.
     pub segment: u8,
