@@ -131,6 +131,9 @@ impl Report {
         for note in &self.notes {
             let _ = writeln!(text, "note: {note}");
         }
+        if self.figures.is_empty() {
+            return text;
+        }
         text.push('\n');
         for row in &rows {
             let mut line = String::new();
