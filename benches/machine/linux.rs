@@ -6,8 +6,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use trapgate_image::{
-    CacheDir, Phase, STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session, session_archive,
-    stock,
+    COMMAND_LINE, CacheDir, Phase, STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session,
+    session_archive, stock,
 };
 use trapgate_vmm::{
     DiskConfig, EngineChoice, EngineKind, Hooks, Machine, MachineConfig, Port, PortOutput,
@@ -24,11 +24,6 @@ pub(crate) const BOOT: &str = "boot";
 pub(crate) const TRANSFER: &str = "transfer";
 /// The child that watches the clock.
 pub(crate) const CLOCK: &str = "clock";
-
-/// As `trapgate run` has it, see `crates/cli/src/guest.rs`.
-const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check tsc=reliable \
-    random.trust_cpu=on cryptomgr.notests i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd \
-    8250.nr_uarts=1 rcupdate.rcu_expedited=1";
 
 /// How long anything may take.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -248,7 +243,7 @@ impl Guest {
         let config = MachineConfig {
             kernel: std::fs::read(&image.kernel)?.into(),
             initrds: vec![std::fs::read(&image.initramfs)?.into(), session.into()],
-            command_line: COMMAND_LINE.to_owned(),
+            command_line: format!("console=ttyS0 panic=-1 quiet {COMMAND_LINE}"),
             disks: disk
                 .into_iter()
                 .map(|path| DiskConfig {

@@ -45,7 +45,7 @@ pub struct ChipsetConfig {
     pub cpus: usize,
     /// Rate of the time-stamp counter, Hz: TSC = `now * tsc_hz / 1e9` + the vCPU's offset.
     pub tsc_hz: u64,
-    /// UTC at VM time 0, seconds since 1970-01-01.
+    /// UTC at VM time 0, nanoseconds since 1970-01-01.
     pub utc_base: u64,
     /// MAXPHYADDR, which bounds the address in `IA32_APIC_BASE`.
     pub physical_address_bits: u8,

@@ -58,8 +58,9 @@ pub struct Rtc {
 }
 
 impl Rtc {
-    /// A clock that shows `utc` (seconds since 1970) at VM time 0, and memory sizes (bytes) where
-    /// firmware writes them.
+    /// A clock that shows `utc` (nanoseconds since 1970) at VM time 0, and memory sizes (bytes)
+    /// where firmware writes them. Its seconds begin when the world's do: dropping the fraction
+    /// would put a guest's clock behind by up to a second.
     pub fn new(utc: u64, memory_below_4g: u64, memory_above_4g: u64) -> Self {
         let mut cells = [0; 128];
         cells[A] = 0x26;
@@ -80,8 +81,8 @@ impl Rtc {
             index: 0,
             nmi_masked: false,
             cells,
-            base_seconds: i64::try_from(utc).unwrap_or(0),
-            base_ns: 0,
+            base_seconds: (utc / NS_PER_SECOND) as i64,
+            base_ns: -((utc % NS_PER_SECOND) as i64),
             weekday_offset: 0,
             divider_reset: false,
             settled: 0,
@@ -424,7 +425,19 @@ mod tests {
     const UTC: u64 = 1_709_164_798;
 
     fn rtc() -> Rtc {
-        Rtc::new(UTC, 512 << 20, 3 << 30)
+        Rtc::new(UTC * S, 512 << 20, 3 << 30)
+    }
+
+    /// Seconds change when the world's do, wherever in a second VM time began.
+    #[test]
+    fn seconds_begin_where_those_of_utc_do() {
+        let mut rtc = Rtc::new(UTC * S + S / 4, 512 << 20, 3 << 30);
+        rtc.write(0x70, B as u8, 0);
+        rtc.write(0x71, B_24_HOURS | B_BINARY, 0);
+        let second = |rtc: &mut Rtc, now| get(rtc, 0, now);
+        assert_eq!(second(&mut rtc, 0), 58);
+        assert_eq!(second(&mut rtc, S / 4 * 3 - 1), 58);
+        assert_eq!(second(&mut rtc, S / 4 * 3), 59);
     }
 
     fn get(rtc: &mut Rtc, cell: usize, now: u64) -> u8 {

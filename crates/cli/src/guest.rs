@@ -6,6 +6,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use trapgate_boot::{BootError, BzImage, Kind, detect};
+use trapgate_image::COMMAND_LINE;
 use trapgate_vmm::{Content, MachineError};
 
 use crate::arguments::RunArguments;
@@ -22,16 +23,6 @@ const LEAST_FOR_STOCK: u64 = 96 << 20;
 /// For every Linux that gets our words: on the serial port, and a panic resets the machine at once, which ends
 /// the run. By default it would stand still for ever.
 const LINUX: &str = "console=ttyS0 panic=-1";
-/// For the stock kernel in addition, so that it boots faster.
-/// - `mitigations=off`: there is one guest in this machine, and what it runs is its own;
-/// - `no_timer_check`, `tsc=reliable`: there is nothing to find out about our clocks;
-/// - `i8042.*`, `8250.nr_uarts`: do not look for what is not there;
-/// - `random.trust_cpu=on`: RDRAND is the host's;
-/// - `cryptomgr.notests`: ciphers need not be tested again at every boot;
-/// - `rcupdate.rcu_expedited=1`: do not wait for timers where one may ask.
-const STOCK: &str = "mitigations=off no_timer_check tsc=reliable random.trust_cpu=on cryptomgr.notests \
-     i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd 8250.nr_uarts=1 rcupdate.rcu_expedited=1";
-
 /// What the command line names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
@@ -204,7 +195,7 @@ impl Guest {
             name: format!("Linux {version}"),
             kernel: read_kernel(kernel)?.into(),
             initrds,
-            command_line: format!("{LINUX}{quiet} {STOCK} {more}")
+            command_line: format!("{LINUX}{quiet} {COMMAND_LINE} {more}")
                 .trim_end()
                 .to_owned(),
         })

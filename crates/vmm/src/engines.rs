@@ -47,6 +47,35 @@ fn usable(kind: EngineKind, host: &Host) -> Result<String, String> {
     }
 }
 
+/// Makes processor `index` of `count`, the last two arguments.
+pub(crate) type Constructor =
+    fn(Arc<GuestMemory>, Box<dyn World>, CpuProfile, u32, u32) -> Box<dyn Vcpu>;
+
+/// How processors of an engine are made; `None` for those that are not in this version.
+fn constructor(kind: EngineKind) -> Option<Constructor> {
+    match kind {
+        EngineKind::Kvm | EngineKind::Jit => None,
+        EngineKind::Interp => Some(|memory, world, profile, index, count| {
+            Box::new(Interpreter::new(memory, world, profile, index, count))
+        }),
+    }
+}
+
+/// As [`choose`], with the way to make processors of what was chosen.
+pub(crate) fn take(
+    choice: EngineChoice,
+    host: &Host,
+) -> Result<(Choice, Constructor), MachineError> {
+    let choice = choose(choice, host)?;
+    match constructor(choice.kind) {
+        Some(make) => Ok((choice, make)),
+        None => Err(MachineError::Engine {
+            engine: choice.kind,
+            reason: "not in this version".to_owned(),
+        }),
+    }
+}
+
 /// Takes an engine. Of its own accord never a paravirtual KVM, which is orders of magnitude slower for
 /// unmodified kernels.
 ///
@@ -65,22 +94,6 @@ pub fn choose(choice: EngineChoice, host: &Host) -> Result<Choice, MachineError>
             kind: EngineKind::Interp,
             reason: "the only one in this version".to_owned(),
         }),
-    }
-}
-
-/// Makes processor `index` of `count` on an engine that [`choose`] has found usable.
-pub(crate) fn make(
-    kind: EngineKind,
-    memory: Arc<GuestMemory>,
-    world: Box<dyn World>,
-    profile: CpuProfile,
-    index: u32,
-    count: u32,
-) -> Box<dyn Vcpu> {
-    match kind {
-        EngineKind::Interp | EngineKind::Kvm | EngineKind::Jit => {
-            Box::new(Interpreter::new(memory, world, profile, index, count))
-        }
     }
 }
 

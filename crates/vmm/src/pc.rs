@@ -35,7 +35,7 @@ pub(crate) fn chipset(config: &MachineConfig, epoch: u64) -> Result<Chipset, Mac
     let mut chipset = Chipset::new(ChipsetConfig {
         cpus: config.cpus as usize,
         tsc_hz: config.tsc_hz,
-        utc_base: epoch / 1_000_000_000,
+        utc_base: epoch,
         physical_address_bits: PHYSICAL_ADDRESS_BITS as u8,
         memory_below_4g: ranges[0].length,
         memory_above_4g: ranges.get(1).map_or(0, |range| range.length),

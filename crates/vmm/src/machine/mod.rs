@@ -26,9 +26,7 @@ use crate::supervisor::{
 };
 use crate::turns::Turns;
 use crate::world::PcWorld;
-use crate::{
-    Choice, Counters, MachineConfig, MachineError, Outcome, SerialHandle, choose, engines,
-};
+use crate::{Choice, Counters, MachineConfig, MachineError, Outcome, SerialHandle, engines};
 
 /// Ports of one console device.
 const MOST_PORTS: usize = 31;
@@ -145,16 +143,8 @@ impl Machine {
     /// Any [`MachineError`]; [`MachineError::fix`] says what to do about it.
     pub fn start(config: MachineConfig, hooks: Hooks) -> Result<Self, MachineError> {
         config.validate()?;
-        let choice = choose(config.engine, &Host::probe())?;
-        let kind = choice.kind;
-        Self::start_on(
-            config,
-            hooks,
-            choice,
-            &|memory, world, profile, index, count| {
-                engines::make(kind, memory, world, profile, index, count)
-            },
-        )
+        let (choice, make) = engines::take(config.engine, &Host::probe())?;
+        Self::start_on(config, hooks, choice, &make)
     }
 
     /// As [`Self::start`], with processors that `make` gives.
