@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use trapgate_image::{STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session, session_archive};
 use trapgate_virtio::Disk;
 use trapgate_vmm::{
@@ -399,7 +400,7 @@ impl Scene {
                     };
                     return Ok(Verdict::Status(status));
                 }
-                Ok(Event::OutputFailed(error)) => return output_failed(error),
+                Ok(Event::OutputFailed(error)) => return output_failed(error, self.interactive),
                 Ok(Event::NoConsole) => return Err(self.no_console()),
                 Ok(Event::Fetched(_)) => {}
                 Err(RecvTimeoutError::Timeout) => {
@@ -604,7 +605,12 @@ fn advice(reason: &str) -> Option<&'static str> {
     }
 }
 
-fn output_failed(error: io::Error) -> Result<Verdict, Failure> {
+/// `terminal` says that the output is, or was, a terminal.
+fn output_failed(error: io::Error, terminal: bool) -> Result<Verdict, Failure> {
+    if terminal && error.raw_os_error() == Some(Errno::IO.raw_os_error()) {
+        // The window was closed; that we see it here before SIGHUP (1) arrives is chance.
+        return Ok(Verdict::Status(status::SIGNAL + 1));
+    }
     if error.kind() == io::ErrorKind::BrokenPipe {
         // As a program that SIGPIPE (13) ends.
         return Ok(Verdict::Status(status::SIGNAL + 13));
@@ -682,12 +688,21 @@ mod tests {
 
     #[test]
     fn broken_pipe_ends_quietly_and_a_full_disk_does_not() {
-        let broken = output_failed(io::ErrorKind::BrokenPipe.into());
+        let broken = output_failed(io::ErrorKind::BrokenPipe.into(), false);
         assert!(matches!(broken, Ok(Verdict::Status(141))));
-        let full = output_failed(io::ErrorKind::StorageFull.into())
+        let full = output_failed(io::ErrorKind::StorageFull.into(), false)
             .err()
             .unwrap();
         assert_eq!(full.status, status::HOST);
+    }
+
+    #[test]
+    fn terminal_that_is_gone_is_a_hang_up_and_a_broken_disk_is_not() {
+        let gone = || io::Error::from(Errno::IO);
+        let window = output_failed(gone(), true);
+        assert!(matches!(window, Ok(Verdict::Status(129))));
+        let disk = output_failed(gone(), false).err().unwrap();
+        assert_eq!(disk.status, status::HOST);
     }
 
     #[test]
