@@ -317,12 +317,14 @@ fn deadline_timer() {
     armed("ahead", cpu::read_tsc() + FREQUENCY.load(Relaxed) / 1000);
     armed("in the past", 1);
     forget();
+    // 40 ms ahead, so that a host which looks away between the two writes does no harm; the wait
+    // takes 50.
     cpu::write_msr(
         msr::TSC_DEADLINE,
-        cpu::read_tsc() + FREQUENCY.load(Relaxed) / 1000,
+        cpu::read_tsc() + FREQUENCY.load(Relaxed) / 25,
     );
     cpu::write_msr(msr::TSC_DEADLINE, 0);
-    pit::wait(5000);
+    pit::wait(60_000);
     bodies::breathe();
     println!("tsc deadline taken back: {}", count());
     local_apic::write(register::TIMER, timer::MASKED);
