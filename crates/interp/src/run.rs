@@ -15,6 +15,11 @@ impl Interpreter {
                 if let Some(exit) = self.between_blocks() {
                     return exit;
                 }
+                if self.cpu.pending.is_some() {
+                    // A task switch to the event's handler left an exception of the new task,
+                    // which comes before its first instruction.
+                    continue;
+                }
                 if self.cpu.attention {
                     if let Err(stop) = self.step_carefully()
                         && let Some(exit) = self.stopped(stop)
@@ -44,7 +49,7 @@ impl Interpreter {
         if self.cpu.sys.activity != Activity::Running {
             return self.inactive();
         }
-        if self.cpu.rip != before {
+        if self.cpu.rip != before || self.cpu.pending.is_some() {
             // An event was delivered.
             return Exit::Debug;
         }

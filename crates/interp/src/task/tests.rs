@@ -1,7 +1,10 @@
+use trapgate_engine::{Exit, Vcpu};
 use trapgate_x86::descriptor::{access, system};
 use trapgate_x86::registers::{cr0, dr, rflags, sreg};
 use trapgate_x86::{Exception, Segment, Vector};
 
+use crate::Interpreter;
+use crate::block::Blocks;
 use crate::cpu::{CodeSize, Stop};
 use crate::events::EventKind;
 use crate::system_testing::*;
@@ -232,6 +235,46 @@ fn debug_trap_flag_raises_a_debug_exception_in_the_new_task() {
     assert_eq!(bench.cpu.pending, Some(Exception::plain(Vector::DB)));
     assert_eq!(bench.cpu.sys.dr6, dr::DR6_ONES | dr::DR6_BT);
     assert!(bench.cpu.attention);
+}
+
+/// Found by fuzzing: by blocks, the task's first instruction came before it.
+#[test]
+fn exception_of_a_task_that_an_event_leads_to_comes_before_its_first_instruction() {
+    const START: u64 = HANDLER + 0x100;
+    const HLT: &[u8] = &[0xf4];
+    fn step_until_exit(interpreter: &mut Interpreter) -> Exit {
+        loop {
+            match interpreter.step() {
+                Exit::Debug => {}
+                exit => return exit,
+            }
+        }
+    }
+    for go in [Interpreter::run, step_until_exit] {
+        // Given a task with its debug trap flag set, behind the gate of #GP,
+        let mut bench = with_task();
+        bench.put32(OTHER + 0x20, START as u32);
+        bench.put16(OTHER + 0x64, 1);
+        bench.gate(13, SPARE, access::P | system::TASK_GATE, 0);
+        bench.interrupt_gate(1);
+        bench.cpu.memory.write(START, HLT).unwrap();
+        bench.cpu.memory.write(HANDLER, HLT).unwrap();
+        // when #GP is delivered,
+        bench.cpu.pending = Some(gp(0));
+        bench.cpu.update_attention();
+        let mut interpreter = Interpreter {
+            cpu: bench.cpu,
+            blocks: Blocks::new(),
+            traces: 0,
+        };
+        assert_eq!(go(&mut interpreter), Exit::Halted);
+        // then #DB finds the task at its start.
+        let bench = Bench {
+            cpu: interpreter.cpu,
+        };
+        assert_eq!(bench.cpu.rip, HANDLER + 1);
+        assert_eq!(bench.get(bench.sp(), 4), [START]);
+    }
 }
 
 #[test]
