@@ -25,6 +25,27 @@ pub enum Exit {
     ShutDown,
     /// A debugger's event: [`Vcpu::step`] has run its instruction.
     Debug,
+    /// What the engine runs on failed it, or does not know an instruction. The state is that before
+    /// the instruction.
+    Failed(Failure),
+}
+
+/// Why an engine could not go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// What happened, for a person.
+    pub what: &'static str,
+    /// The host's code for it.
+    pub code: u64,
+    /// RIP.
+    pub rip: u64,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { what, code, rip } = self;
+        write!(f, "{what} at RIP {rip:#x} (code {code:#x})")
+    }
 }
 
 /// An access that the machine refuses; the instruction raises #GP(0).
@@ -72,6 +93,14 @@ pub enum StateError {
         register: &'static str,
         /// Its value.
         value: u64,
+    },
+    /// What the engine runs on does not take it.
+    #[error("{what}: {reason}")]
+    Host {
+        /// Which part of the state.
+        what: &'static str,
+        /// What the host said.
+        reason: String,
     },
 }
 

@@ -1,6 +1,7 @@
 //! How other threads reach a running vCPU.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,14 +20,33 @@ pub enum Signal {
 }
 
 /// A word of [`Signal`]s that the vCPU polls, and a place to sleep while it is halted.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Signals {
     word: AtomicU32,
     asleep: Mutex<()>,
     wake: Condvar,
+    /// For an engine that cannot look at the word while the guest runs.
+    interrupter: Option<Box<dyn Fn() + Send + Sync>>,
+}
+
+impl fmt::Debug for Signals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Signals").field(&self.word).finish()
+    }
 }
 
 impl Signals {
+    /// Signals of an engine that hands the processor to the host's hardware. `interrupter` is called
+    /// on the raising thread, after the signal is in the word, whenever one is raised that was
+    /// not; it makes the processor look. An engine that first says that it is about to run, then looks at
+    /// [`Self::any`], misses nothing: a sequentially consistent fence stands on either side.
+    pub fn with_interrupter(interrupter: impl Fn() + Send + Sync + 'static) -> Self {
+        Self {
+            interrupter: Some(Box::new(interrupter)),
+            ..Self::default()
+        }
+    }
+
     /// Raises a signal and wakes the vCPU's thread if it sleeps.
     pub fn raise(&self, signal: Signal) {
         let before = self.word.fetch_or(signal as u32, Ordering::AcqRel);
@@ -34,6 +54,10 @@ impl Signals {
             // The lock orders this with the check in `sleep`, so that no wake-up is lost.
             drop(self.asleep.lock().unwrap_or_else(PoisonError::into_inner));
             self.wake.notify_all();
+            if let Some(interrupter) = &self.interrupter {
+                fence(Ordering::SeqCst);
+                interrupter();
+            }
         }
     }
 
@@ -79,6 +103,21 @@ mod tests {
         signals.sleep(None);
         assert!(signals.take(Signal::Interrupt));
         assert!(!signals.any());
+    }
+
+    #[test]
+    fn interrupter_is_called_for_a_new_signal_only_and_sees_it() {
+        let calls = Arc::new(AtomicU32::new(0));
+        let seen = Arc::clone(&calls);
+        let signals = Signals::with_interrupter(move || {
+            seen.fetch_add(1, Ordering::Relaxed);
+        });
+        signals.raise(Signal::Kick);
+        signals.raise(Signal::Kick);
+        assert_eq!(calls.load(Ordering::Relaxed), 1);
+        signals.raise(Signal::Nmi);
+        assert_eq!(calls.load(Ordering::Relaxed), 2);
+        assert!(signals.is_raised(Signal::Kick) && signals.is_raised(Signal::Nmi));
     }
 
     #[test]

@@ -88,6 +88,8 @@ pub struct Cpu {
     pub exception: Exception,
     /// An exception that was raised but not delivered when the state was set.
     pub pending: Option<Exception>,
+    /// An interrupt that another engine acknowledged but did not deliver.
+    pub acknowledged: Option<u8>,
     /// The block must end after this instruction: it changed code, or something that the run loop
     /// looks at.
     pub end_block: bool,
@@ -141,6 +143,7 @@ impl Cpu {
             count,
             exception: Exception::UD,
             pending: None,
+            acknowledged: None,
             end_block: false,
             attention: false,
             interrupt_waits: false,
@@ -254,6 +257,7 @@ impl Cpu {
             || self.sys.dr7 & 0xff != 0
             || self.sys.nmi_pending
             || self.pending.is_some()
+            || self.acknowledged.is_some()
             || (self.interrupt_waits && self.system_flags & rflags::IF != 0);
     }
 

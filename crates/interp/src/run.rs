@@ -93,6 +93,11 @@ impl Interpreter {
             let delivered = cpu.deliver_exception(exception);
             return self.delivered(delivered);
         }
+        if let Some(vector) = cpu.acknowledged.take() {
+            cpu.sys.activity = Activity::Running;
+            let delivered = cpu.deliver_interrupt(vector, EventKind::External);
+            return self.delivered(delivered);
+        }
         if cpu.sys.shadow == InterruptShadow::None {
             if cpu.sys.nmi_pending && !cpu.sys.nmi_blocked {
                 cpu.sys.nmi_pending = false;

@@ -25,6 +25,7 @@ impl Cpu {
             xsave: xsave::image(&self.regs),
             system: self.sys.clone(),
             pending: self.pending,
+            interrupt: self.acknowledged,
         }
     }
 
@@ -38,6 +39,7 @@ impl Cpu {
             xsave,
             system,
             pending,
+            interrupt,
         } = state;
         let mut regs = RegisterFile::new();
         regs.gpr = *gpr;
@@ -46,6 +48,7 @@ impl Cpu {
         self.rip = *rip;
         self.sys = system.clone();
         self.pending = *pending;
+        self.acknowledged = *interrupt;
         self.world.set_tsc_offset(self.sys.tsc_offset);
         // What was derived from the old state, or belonged to its last instruction.
         self.breakpoints_hit = 0;
@@ -74,6 +77,7 @@ impl Cpu {
             xsave,
             system,
             pending: _,
+            interrupt: _,
         } = state;
         let SystemState {
             segments,
@@ -248,6 +252,7 @@ mod tests {
             rflags: rflags::ONE | rflags::ARITHMETIC | rflags::IF | rflags::AC | rflags::NT,
             xsave: XsaveImage(Box::new(image)),
             pending: Some(Exception::page_fault(0x1234, 5)),
+            interrupt: Some(0x41),
             system: SystemState {
                 segments,
                 ldtr: segment(20),

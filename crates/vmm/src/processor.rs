@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use trapgate_engine::{Exit, Signal, Signals, StateError, Vcpu};
+use trapgate_engine::{Exit, Signal, Signals, Vcpu};
 use trapgate_x86::{Activity, CpuState};
 
 use crate::board::Board;
@@ -101,6 +101,10 @@ impl Processor {
                     state,
                 })));
             }
+            Exit::Failed(failure) => self.board.report(Event::Died {
+                thread: format!("processor {}", self.index),
+                message: failure.to_string(),
+            }),
         }
     }
 
@@ -136,10 +140,10 @@ impl Processor {
     }
 
     fn change(&mut self, state: &CpuState) {
-        if let Err(StateError::Register { register, value }) = self.vcpu.set_state(state) {
+        if let Err(error) = self.vcpu.set_state(state) {
             self.board.report(Event::Died {
                 thread: format!("processor {}", self.index),
-                message: format!("its engine refused {register} = {value:#x}"),
+                message: format!("its engine refused a state: {error}"),
             });
             return;
         }

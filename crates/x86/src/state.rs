@@ -166,6 +166,10 @@ pub struct CpuState {
     pub system: SystemState,
     /// An exception raised but not delivered.
     pub pending: Option<Exception>,
+    /// Vector of an external interrupt that the interrupt controller gave away and that is not
+    /// delivered yet: hardware can be stopped between the two. It comes before the next
+    /// instruction, whatever RFLAGS.IF says now.
+    pub interrupt: Option<u8>,
 }
 
 impl Default for SystemState {
@@ -234,6 +238,7 @@ impl Default for CpuState {
             xsave: XsaveImage::default(),
             system: SystemState::default(),
             pending: None,
+            interrupt: None,
         }
     }
 }

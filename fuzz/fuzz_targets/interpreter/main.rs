@@ -138,6 +138,7 @@ fn run(input: &Input, go: impl Fn(&mut Interpreter) -> Exit) -> Ended {
             Exit::Halted | Exit::ShutDown => break (true, exit),
             Exit::Kicked => kicks += 1,
             Exit::Debug => {}
+            Exit::Failed(failure) => panic!("{failure}"),
         }
         if cpu.instructions() > ENOUGH || kicks > PATIENCE {
             break (false, exit);

@@ -1,3 +1,4 @@
+use trapgate_engine::Vcpu;
 use trapgate_x86::descriptor::{access, system};
 use trapgate_x86::registers::{cr4, dr, rflags, sreg};
 use trapgate_x86::{Exception, Segment, TableRegister, Vector};
@@ -808,4 +809,24 @@ fn table_of_another_place_is_used() {
     bench.put(0x9000 + 6 * 16, gate(CODE0, 0x1_2345, INTERRUPT, 0));
     bench.cpu.deliver_exception(Exception::UD).unwrap();
     assert_eq!(bench.cpu.rip, 0x1_2345);
+}
+
+/// Whatever IF says by now: the interrupt controller has given it away.
+#[test]
+fn interrupt_that_another_engine_acknowledged_is_delivered_before_anything_else() {
+    let mut bench = Bench::long();
+    bench.interrupt_gate(VECTOR);
+    let mut state = bench.cpu.export();
+    state.interrupt = Some(VECTOR);
+    state.rflags &= !rflags::IF;
+    let memory = std::sync::Arc::clone(&bench.cpu.memory);
+    let world = crate::testing::TestWorld::default();
+    let profile = bench.cpu.profile.clone();
+    let mut cpu = crate::Interpreter::new(memory, Box::new(world), profile, 0, 1);
+    cpu.set_state(&state).unwrap();
+
+    assert_eq!(cpu.step(), trapgate_engine::Exit::Debug);
+
+    let after = cpu.state();
+    assert_eq!((after.rip, after.interrupt), (HANDLER, None));
 }
