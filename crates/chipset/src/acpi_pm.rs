@@ -1,6 +1,10 @@
 //! The ACPI fixed registers (ACPI 6.5, 4.8): power management event and control, PM timer, and a
 //! general-purpose event block that has no events yet.
 
+mod saved;
+
+pub use saved::AcpiPmState;
+
 use crate::map::SLEEP_TYPE_S5;
 use crate::ticks::{ticks_at, time_of};
 

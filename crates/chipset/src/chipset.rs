@@ -16,8 +16,11 @@ use crate::serial::Serial;
 use crate::ticks;
 
 mod ports;
+mod saved;
 #[cfg(test)]
 mod tests;
+
+pub use saved::{BoardState, ChipsetState, RestoreError};
 
 /// The access is refused: the vCPU must see #GP(0).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -55,6 +58,21 @@ pub struct ChipsetConfig {
     pub memory_above_4g: u64,
     /// Whether there is a second serial port.
     pub com2: bool,
+}
+
+impl ChipsetConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        if !(1..=255).contains(&self.cpus) {
+            return Err(ConfigError::Cpus(self.cpus));
+        }
+        if self.tsc_hz == 0 {
+            return Err(ConfigError::TscRate);
+        }
+        if !(36..=52).contains(&self.physical_address_bits) {
+            return Err(ConfigError::PhysicalAddressBits(self.physical_address_bits));
+        }
+        Ok(())
+    }
 }
 
 impl Default for ChipsetConfig {
@@ -120,17 +138,7 @@ impl Chipset {
     /// Builds the chipset as it is after power-on and what firmware would set up: the bootstrap
     /// processor in virtual wire mode, 8259As masked, RTC running.
     pub fn new(config: ChipsetConfig) -> Result<Self, ConfigError> {
-        if !(1..=255).contains(&config.cpus) {
-            return Err(ConfigError::Cpus(config.cpus));
-        }
-        if config.tsc_hz == 0 {
-            return Err(ConfigError::TscRate);
-        }
-        if !(36..=52).contains(&config.physical_address_bits) {
-            return Err(ConfigError::PhysicalAddressBits(
-                config.physical_address_bits,
-            ));
-        }
+        config.validate()?;
         let mut apics: Vec<LocalApic> = (0..config.cpus as u32)
             .map(|id| LocalApic::new(id, config.tsc_hz, config.physical_address_bits))
             .collect();

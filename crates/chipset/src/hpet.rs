@@ -1,5 +1,9 @@
 //! The high-precision event timer (IA-PC HPET Specification 1.0a).
 
+mod saved;
+
+pub use saved::{HpetState, TimerState};
+
 use crate::map::{RTC_GSI, TIMER_GSI};
 
 /// Nanoseconds a count of the main counter takes: 100 MHz.

@@ -1,7 +1,13 @@
 //! The i8042 keyboard controller with a keyboard and a PS/2 mouse (IBM PS/2 Hardware Interface
 //! Technical Reference, keyboard and auxiliary device controller), and system control port A.
 
+mod saved;
+
 use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
+
+pub use saved::{DeviceState, I8042State};
 
 /// Bytes a device holds for the controller. What comes when it is full is dropped, as a keyboard does.
 const QUEUE: usize = 32;
@@ -67,10 +73,12 @@ fn set_2_of(code: u8) -> Option<u8> {
 }
 
 /// Where the byte in the output buffer comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
     /// Keyboard or controller.
     Keyboard,
+    /// Mouse.
     Aux,
 }
 

@@ -1,6 +1,10 @@
 //! The I/O APIC (Intel 82093AA data sheet; version 0x20 as in Intel's I/O controller hubs, which adds
 //! the EOI register).
 
+mod saved;
+
+pub use saved::IoApicState;
+
 use crate::lapic::{Delivery, InterruptMessage, destination_8_bit};
 use crate::map::IO_APIC_PINS;
 

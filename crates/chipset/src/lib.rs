@@ -18,8 +18,11 @@ pub mod map;
 pub mod pic;
 pub mod pit;
 pub mod rtc;
+pub mod saved;
 pub mod serial;
 pub mod ticks;
 
-pub use chipset::{Chipset, ChipsetConfig, ConfigError, GeneralProtection};
+pub use chipset::{
+    BoardState, Chipset, ChipsetConfig, ChipsetState, ConfigError, GeneralProtection, RestoreError,
+};
 pub use effects::{CpuSignal, Effects, PowerRequest, ResetCause, Signal};

@@ -1,15 +1,26 @@
 //! The pair of 8259A interrupt controllers (Intel 8259A data sheet, order 231468) with the edge/level
 //! control registers of EISA and PCI boards.
 
+mod saved;
+
+use serde::{Deserialize, Serialize};
+
+pub use saved::{ChipState, PicState};
+
 /// The cascade: the slave's output is the master's input 2.
 const CASCADE: u8 = 2;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Expects {
+/// The word that an 8259A's data port expects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Expects {
     /// An operation command word.
     Ocw,
+    /// The second initialization command word: the vector.
     Icw2,
+    /// The third: the cascade.
     Icw3,
+    /// The fourth: modes.
     Icw4,
 }
 

@@ -1,6 +1,12 @@
 //! The 8254 programmable interval timer (Intel 8254 data sheet, order 231164) and system control
 //! port B, which gates its channel 2.
 
+mod saved;
+
+use serde::{Deserialize, Serialize};
+
+pub use saved::{ChannelState, PitState};
+
 use crate::ticks::{ticks_at, time_of};
 
 /// The 8254's clock on a PC, Hz.
@@ -14,18 +20,25 @@ const MIN_PERIOD_TICKS: u64 = 24;
 const REFRESH_NS: u64 = 15_085;
 
 /// How the bytes of a count are accessed (control word, bits 5:4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Access {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    /// The low byte only; the high one is zero.
     Low,
+    /// The high byte only; the low one is zero.
     High,
+    /// First the low byte, then the high one.
     LowThenHigh,
 }
 
 /// A count or status held for reading.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Latch {
-    count: u16,
-    high_next: bool,
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Latch {
+    /// What was latched.
+    pub count: u16,
+    /// The next read gives the high byte.
+    pub high_next: bool,
 }
 
 /// One counter. Nothing counts: its count and output follow from the tick it was loaded at.

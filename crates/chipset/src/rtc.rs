@@ -1,5 +1,9 @@
 //! The real-time clock and CMOS memory (Motorola MC146818A data sheet, with the PC's memory bytes).
 
+mod saved;
+
+pub use saved::RtcState;
+
 use crate::map::RTC_CENTURY;
 use crate::ticks::{NS_PER_SECOND, ticks_at, time_of};
 

@@ -4,6 +4,10 @@
 //! room. So the transmitter is always empty, and a FIFO below its trigger level is already at its
 //! character time-out.
 
+mod saved;
+
+pub use saved::SerialState;
+
 use std::collections::VecDeque;
 
 const FIFO_SIZE: usize = 16;

@@ -1,6 +1,7 @@
 //! A local APIC (SDM vol. 3A, chapter 11), in xAPIC and x2APIC mode.
 
 mod message;
+mod saved;
 mod timer;
 mod vectors;
 
@@ -8,7 +9,8 @@ mod vectors;
 mod tests;
 
 pub use message::{Delivery, Destination, InterruptMessage, Ipi, Shorthand, destination_8_bit};
-pub use timer::{ApicTimer, MIN_PERIOD_NS, TimerMode};
+pub use saved::LocalApicState;
+pub use timer::{ApicTimer, MIN_PERIOD_NS, TimerMode, TimerState};
 pub use vectors::VectorSet;
 
 use crate::GeneralProtection;

@@ -1,5 +1,8 @@
 //! The local APIC's timer (SDM vol. 3A, 11.5.4).
 
+use serde::{Deserialize, Serialize};
+
+use crate::saved::{Check, StateError};
 use crate::ticks::{ticks_at, time_of};
 
 /// The shortest time between two interrupts of a periodic timer, nanoseconds. A guest may program a
@@ -186,5 +189,66 @@ impl ApicTimer {
         if self.tsc_deadline != 0 {
             self.set_tsc_deadline(self.tsc_deadline, now);
         }
+    }
+}
+
+/// The saved state of the timer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TimerState {
+    /// Divide configuration register.
+    pub divide: u32,
+    /// Initial count register.
+    pub initial: u32,
+    /// When the count next reaches zero, nanoseconds of VM time.
+    pub expires: Option<u64>,
+    /// `IA32_TSC_DEADLINE`.
+    pub tsc_deadline: u64,
+    /// What is added to the common TSC.
+    pub tsc_offset: u64,
+}
+
+impl ApicTimer {
+    /// Its state.
+    pub fn save(&self) -> TimerState {
+        let Self {
+            divide,
+            initial,
+            expires,
+            tsc_deadline,
+            // The machine's.
+            tsc_hz: _,
+            tsc_offset,
+        } = *self;
+        TimerState {
+            divide,
+            initial,
+            expires,
+            tsc_deadline,
+            tsc_offset,
+        }
+    }
+
+    /// The timer in a state.
+    ///
+    /// # Errors
+    /// For a state that it can't be in.
+    pub fn restore(tsc_hz: u64, state: &TimerState) -> Result<Self, StateError> {
+        let TimerState {
+            divide,
+            initial,
+            expires,
+            tsc_deadline,
+            tsc_offset,
+        } = *state;
+        Check("lapic").bits("divide", divide, 0xbu32)?;
+        Ok(Self {
+            divide,
+            initial,
+            expires,
+            tsc_deadline,
+            tsc_hz,
+            tsc_offset,
+        })
     }
 }

@@ -1,7 +1,10 @@
 //! A set of interrupt vectors: the shape of IRR, ISR and TMR.
 
-/// 256 bits, one per vector.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+use serde::{Deserialize, Serialize};
+
+/// 256 bits, one per vector. Saved as the list of its vectors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<u8>", into = "Vec<u8>")]
 pub struct VectorSet([u64; 4]);
 
 impl VectorSet {
@@ -34,6 +37,36 @@ impl VectorSet {
     }
 }
 
+impl VectorSet {
+    /// The set whose eight 32-bit registers these are, see [`Self::register`].
+    pub fn from_registers(registers: [u32; 8]) -> Self {
+        let pair =
+            |word: usize| u64::from(registers[2 * word]) | u64::from(registers[2 * word + 1]) << 32;
+        Self([pair(0), pair(1), pair(2), pair(3)])
+    }
+
+    /// Its vectors, ascending.
+    pub fn vectors(&self) -> impl Iterator<Item = u8> + '_ {
+        (0..=255).filter(|&vector| self.contains(vector))
+    }
+}
+
+impl From<Vec<u8>> for VectorSet {
+    fn from(vectors: Vec<u8>) -> Self {
+        let mut set = Self::default();
+        for vector in vectors {
+            set.insert(vector);
+        }
+        set
+    }
+}
+
+impl From<VectorSet> for Vec<u8> {
+    fn from(set: VectorSet) -> Self {
+        set.vectors().collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -59,5 +92,17 @@ mod tests {
         assert_eq!(set.register(1), 2);
         assert_eq!(set.register(7), 1 << 31);
         assert_eq!(set.register(6), 0);
+    }
+
+    #[test]
+    fn a_set_is_made_of_its_registers_and_of_its_vectors() {
+        let mut set = VectorSet::default();
+        for vector in [0, 31, 32, 100, 255] {
+            set.insert(vector);
+        }
+        let registers = std::array::from_fn(|index| set.register(index as u8));
+        assert_eq!(VectorSet::from_registers(registers), set);
+        assert_eq!(VectorSet::from(Vec::from(set)), set);
+        assert_eq!(Vec::from(set), [0, 31, 32, 100, 255]);
     }
 }
