@@ -2,9 +2,14 @@
 //!
 //! The guests are freestanding programs, not part of the host build: they are compiled by calling
 //! `rustc` directly, so that flags, sanitizers and profiles meant for the host never reach them.
-//! The installed Linux target is enough: its `core` library needs no operating system. One thing
-//! follows from using it: `core` is compiled with a red zone, so the runtime takes every interrupt
-//! on a stack of its own (see `runtime/interrupts.rs`).
+//!
+//! They are compiled for `x86_64-unknown-none`, whose `core` library uses general registers only:
+//! a KVM that emulates supervisor code executes little of SSE. Where that target is not installed
+//! the Linux target does: the guests then run on every engine that executes SSE in ring 0, and a
+//! warning says how to get the other. (No `rust-toolchain.toml` asks for the target: with it rustup
+//! would update a toolchain that is called `stable`, and refuse to build where it has no network.)
+//! One thing follows from the second choice: its `core` is compiled with a red zone, so the runtime
+//! takes every interrupt on a stack of its own (see `runtime/interrupts.rs`).
 
 use std::env;
 use std::fmt::Write as _;
@@ -48,7 +53,7 @@ fn main() {
 
     let root = PathBuf::from(cargo_sets("CARGO_MANIFEST_DIR"));
     let out = PathBuf::from(cargo_sets("OUT_DIR"));
-    let target = guest_target();
+    let target = guest_target(&root);
 
     let runtime = out.join("libruntime.rlib");
     compile(
@@ -88,6 +93,8 @@ fn main() {
         .expect("a String takes any text");
     }
     table.push(']');
+    // Read by `src/lib.rs`.
+    println!("cargo::rustc-env=GUEST_TARGET={target}");
     let list = out.join("programs.rs");
     if let Err(error) = fs::write(&list, table) {
         fail(
@@ -97,13 +104,42 @@ fn main() {
     }
 }
 
-/// The target the guests are compiled for: an x86-64 Linux target whose `core` is installed. The
-/// one the host code is built for if it is such a target, else the machine's own.
-fn guest_target() -> String {
+/// Whose `core` uses general registers only.
+const FREESTANDING: &str = "x86_64-unknown-none";
+
+/// The target the guests are compiled for: [`FREESTANDING`] if its `core` is installed. Else an
+/// x86-64 Linux target: the one the host code is built for if it is such a target, or the machine's
+/// own.
+fn guest_target(root: &Path) -> String {
+    if is_installed(root, FREESTANDING) {
+        return FREESTANDING.to_owned();
+    }
+    println!(
+        "cargo::warning=the guests are built with SSE, so they will not run on a KVM without \
+         virtualization hardware; fix: `rustup target add {FREESTANDING}`, then `touch guests/build.rs`"
+    );
     [cargo_sets("TARGET"), cargo_sets("HOST")]
         .into_iter()
         .find(|triple| triple.starts_with("x86_64-") && triple.contains("-linux-"))
         .unwrap_or_else(|| "x86_64-unknown-linux-gnu".to_owned())
+}
+
+/// Whether the compiler has a `core` library for `target`.
+fn is_installed(root: &Path, target: &str) -> bool {
+    let Ok(output) = rustc(root, target)
+        .args(["--print", "target-libdir"])
+        .output()
+    else {
+        return false;
+    };
+    let directory = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
+    let Ok(entries) = fs::read_dir(directory) else {
+        return false;
+    };
+    entries.filter_map(Result::ok).any(|entry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        name.starts_with("libcore-") && name.ends_with(".rlib")
+    })
 }
 
 fn rustc(root: &Path, target: &str) -> Command {
@@ -124,9 +160,17 @@ fn rustc(root: &Path, target: &str) -> Command {
 fn link_arguments(root: &Path, target: &str) -> Vec<String> {
     let mut arguments = vec![
         "-Cstrip=debuginfo".to_owned(),
+        "-Crelro-level=off".to_owned(),
         "-Clink-arg=-T".to_owned(),
         format!("-Clink-arg={}", root.join("runtime/image.ld").display()),
     ];
+    if target == FREESTANDING {
+        // Linked by the linker that comes with the compiler.
+        for flag in ["--build-id=none", "-zmax-page-size=4096", "-znoexecstack"] {
+            arguments.push(format!("-Clink-arg={flag}"));
+        }
+        return arguments;
+    }
     if target.ends_with("-musl") {
         // Else the start-up objects that come with the target are linked in.
         arguments.push("-Clink-self-contained=no".to_owned());

@@ -86,11 +86,8 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> CpuidResult {
 }
 
 pub fn read_tsc() -> u64 {
-    // SAFETY: LFENCE and RDTSC have no effect but their result.
-    unsafe {
-        core::arch::x86_64::_mm_lfence();
-        core::arch::x86_64::_rdtsc()
-    }
+    // SAFETY: has no effect but its result.
+    unsafe { core::arch::x86_64::_rdtsc() }
 }
 
 pub fn read_rflags() -> u64 {

@@ -1,8 +1,8 @@
 //! The IDT, a handler for each vector, and catching faults.
 //!
-//! Every gate has an interrupt stack (IST). That is not only for safety: the `core` library of the
-//! installed target is compiled with a red zone, which an interrupt on the same stack would
-//! overwrite.
+//! Every gate has an interrupt stack (IST). That is not only for safety: the `core` library of a Linux
+//! target, with which guests are built where the freestanding one is missing (see `build.rs`), is
+//! compiled with a red zone, which an interrupt on the same stack would overwrite.
 
 use core::arch::{asm, global_asm, naked_asm};
 
@@ -53,6 +53,34 @@ static mut IDT: Idt = Idt([[0; 2]; 256]);
 /// Bytes from one entry stub to the next.
 const STUB_SIZE: usize = 16;
 
+// Handlers compiled with SSE must not change the registers of what they interrupt.
+#[cfg(not(target_feature = "sse"))]
+global_asm!(
+    ".macro save_vectors",
+    ".endm",
+    ".macro restore_vectors",
+    ".endm"
+);
+#[cfg(target_feature = "sse")]
+global_asm!(
+    r#"
+    .macro save_vectors
+    // FXSAVE raises #NM while CR0.TS or EM is set: an interrupt clears both, for good.
+    mov rax, cr0
+    test al, 0x0C
+    jz 2f
+    and al, 0xF3
+    mov cr0, rax
+2:  sub rsp, 512
+    fxsave64 [rsp]
+    .endm
+    .macro restore_vectors
+    fxrstor64 [rsp]
+    add rsp, 512
+    .endm
+    "#
+);
+
 // Vectors 8, 10 to 14, 17, 21, 29 and 30 push an error code (SDM vol. 3A 7.15); the others get a
 // zero, so that the frame is the same for all.
 global_asm!(
@@ -90,18 +118,10 @@ interrupt_common:
     push r15
     // The CPU aligned the stack before it pushed five words; 17 more make a multiple of 16 bytes.
     mov rdi, rsp
-    // FXSAVE raises #NM while CR0.TS or EM is set: an interrupt clears both, for good.
-    mov rax, cr0
-    test al, 0x0C
-    jz 2f
-    and al, 0xF3
-    mov cr0, rax
-2:  sub rsp, 512
-    fxsave64 [rsp]
+    save_vectors
     cld
     call {dispatch}
-    fxrstor64 [rsp]
-    add rsp, 512
+    restore_vectors
     pop r15
     pop r14
     pop r13

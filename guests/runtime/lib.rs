@@ -15,6 +15,7 @@ pub mod pic;
 pub mod pit;
 pub mod port;
 pub mod power;
+pub mod report;
 pub mod ring3;
 pub mod segments;
 pub mod serial;

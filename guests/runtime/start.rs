@@ -115,7 +115,6 @@ entered_long:
     mov gs, eax
     mov ss, eax
     lea rsp, [BOOT_STACK + {stack_size}]
-    fninit
     mov edi, ebp
     mov esi, ebx
     xor ebp, ebp

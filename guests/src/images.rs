@@ -146,7 +146,7 @@ fn expected_outputs_end_with_the_guests_last_line() {
         .iter()
         .filter_map(|program| Some((program.name, program.expected?)))
         .collect();
-    assert!(expected.len() >= 7, "every program but hello");
+    assert!(expected.len() >= 8, "every program but hello");
     for (name, text) in expected {
         assert_eq!(text.lines().last(), Some(format!("{name}: done").as_str()));
         assert!(!text.contains(['\r', '\t']), "{name}");

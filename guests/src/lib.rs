@@ -16,6 +16,9 @@ mod output;
 mod images;
 
 #[cfg(test)]
+mod instructions;
+
+#[cfg(test)]
 #[path = "../programs/hello/expression.rs"]
 mod expression;
 
@@ -33,6 +36,19 @@ pub struct Program {
 }
 
 static PROGRAMS: &[Program] = include!(concat!(env!("OUT_DIR"), "/programs.rs"));
+
+impl Program {
+    /// Whether it executes x87 or SSE instructions in ring 0, and so needs an engine that executes
+    /// them there: a KVM that emulates supervisor code does not. The other programs do not, if they
+    /// were built for the freestanding [`TARGET`].
+    pub fn uses_coprocessor(&self) -> bool {
+        ["bench", "coprocessor"].contains(&self.name)
+    }
+}
+
+/// The target that the programs were built for: `x86_64-unknown-none`, or a Linux one, whose code
+/// uses SSE everywhere.
+pub const TARGET: &str = env!("GUEST_TARGET");
 
 /// The built-in guest as an ELF file: the program `hello`.
 pub static BUILTIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"));

@@ -51,7 +51,7 @@ macro_rules! programs {
     };
 }
 
-programs!(bench exceptions interrupts modes paging selfmod transfers);
+programs!(bench coprocessor exceptions interrupts modes paging selfmod transfers);
 
 #[test]
 fn every_program_with_a_known_output_is_checked() {

@@ -1,25 +1,9 @@
 //! The code that raises the exceptions.
-//!
-//! Each body is a function of one argument (RDI). In front of it stand two addresses: of the
-//! instruction that raises the exception, and of the one behind it.
 
 use core::arch::global_asm;
 
-pub type Body = unsafe extern "C" fn(u64) -> u64;
-
-macro_rules! bodies {
-    ($($name:ident: [$($before:literal),*] $instruction:literal;)*) => {
-        $(global_asm!(concat!(
-            ".balign 16\n.quad 98f, 99f\n.global ", stringify!($name), "\n", stringify!($name), ":\n",
-            $($before, "\n",)*
-            "98: ", $instruction, "\n",
-            "99: ret\n",
-        ));)*
-        unsafe extern "C" {
-            $(pub fn $name(argument: u64) -> u64;)*
-        }
-    };
-}
+use runtime::bodies;
+pub use runtime::report::{Body, at};
 
 bodies! {
     divide_by_zero: ["mov eax, 1", "xor edx, edx", "xor ecx, ecx"] "div ecx";
@@ -58,17 +42,6 @@ bodies! {
     sixteen_bytes: [] ".byte 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x90";
     fifteen_bytes: [] ".byte 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x90";
 
-    fld1: [] "fld1";
-    fwait: [] "fwait";
-    sse_add: [] "addps xmm0, xmm0";
-    x87_divide_by_zero: ["fninit", "push 0x037B", "fldcw [rsp]", "pop rax", "fld1", "fldz", "fdivp"] "fwait";
-    sse_divide_by_zero: [
-        "push 0x1D80", "ldmxcsr [rsp]", "pop rax",
-        "mov eax, 1", "cvtsi2ss xmm1, eax", "xorps xmm0, xmm0"
-    ] "divss xmm1, xmm0";
-    reset_fpu: ["fninit", "push 0x1F80", "ldmxcsr [rsp]", "pop rax"] "nop";
-    movaps: [] "movaps xmm0, [rdi]";
-    load_mxcsr: ["push rdi", "pop rax"] "ldmxcsr [rsp - 8]";
 
     mov_ds: [] "mov ds, edi";
     mov_ss: [] "mov ss, edi";
@@ -96,12 +69,6 @@ bodies! {
         "mov rax, rsp", "mov ecx, ss", "push rcx", "push rax", "push 2", "mov ecx, cs", "push rcx",
         "lea rcx, [rip + 99f]", "push rcx", "pushfq", "or qword ptr [rsp], 0x4000", "popfq"
     ] "iretq";
-}
-
-/// The address of the instruction that raises the exception.
-pub fn at(body: Body) -> u64 {
-    // SAFETY: each body is preceded by it.
-    unsafe { *((body as *const () as u64 - 16) as *const u64) }
 }
 
 // Ring 3 code, alone in its page: each piece is 16 bytes from the next.

@@ -1,16 +1,14 @@
 //! Raises every exception that 64-bit code can raise, and says what the CPU told the handler.
 //!
-//! A line reads `WHAT: #XX(ERROR) at|after rf=R …`: the exception, its error code in hex if it has
-//! one, whether the saved RIP points at the instruction (a fault) or behind it (a trap), and the
-//! resume flag in the saved RFLAGS (SDM vol. 3B 19.3.1.1: 1 for a fault, except for a code
-//! breakpoint). Page faults add CR2, debug exceptions DR6.
+//! What a line says: see `runtime::report`.
 #![no_std]
 #![no_main]
 
 mod bodies;
 
 use bodies::*;
-use runtime::interrupts::{self, Fault, catch};
+use runtime::interrupts::{self, catch};
+use runtime::report::{self, describe};
 use runtime::ring3::{self, Start};
 use runtime::segments::{self, FIRST_FREE};
 use runtime::window::{self, NO_EXECUTE, PRESENT, USER, WRITABLE};
@@ -34,7 +32,6 @@ fn exceptions() {
     debug();
     software_interrupts();
     invalid_opcodes();
-    coprocessor();
     segments();
     page_faults();
     user_mode();
@@ -46,58 +43,7 @@ fn exceptions() {
 
 /// Runs `body` in ring 0 and prints how it ended.
 fn show(what: &str, body: Body, argument: u64) {
-    show_ended(what, catch(body, argument), body);
-}
-
-fn show_ended(what: &str, ended: Result<u64, Fault>, body: Body) {
-    print!("{what}: ");
-    match ended {
-        Ok(_) => println!("no exception"),
-        Err(fault) => describe(&fault, Some(body as *const () as u64)),
-    }
-}
-
-/// Prints an exception. `body` is where the code began, to which RIP is compared.
-fn describe(fault: &Fault, body: Option<u64>) {
-    let frame = &fault.frame;
-    match name(frame.vector) {
-        Some(name) => print!("{name}"),
-        None => print!("vector {:#x}", frame.vector),
-    }
-    if has_error_code(frame.vector) {
-        print!("({:#x})", frame.error);
-    }
-    if let Some(body) = body {
-        // SAFETY: every body is preceded by these two addresses, see `bodies`.
-        let [at, after] = unsafe { *((body - 16) as *const [u64; 2]) };
-        match frame.rip {
-            rip if rip == at => print!(" at"),
-            rip if rip == after => print!(" after"),
-            rip => print!(" rip={rip:#x}"),
-        }
-        print!(" rf={}", frame.rflags >> 16 & 1);
-    }
-    match frame.vector {
-        1 => print!(" dr6={:#x}", cpu::read_dr6() & 0xE00F),
-        14 => print!(" cr2={:#x}", fault.cr2),
-        _ => {}
-    }
-    println!();
-}
-
-fn name(vector: u64) -> Option<&'static str> {
-    let names = [
-        "#DE", "#DB", "NMI", "#BP", "#OF", "#BR", "#UD", "#NM", "#DF", "", "#TS", "#NP", "#SS",
-        "#GP", "#PF", "", "#MF", "#AC", "#MC", "#XM",
-    ];
-    names
-        .get(vector as usize)
-        .copied()
-        .filter(|name| !name.is_empty())
-}
-
-fn has_error_code(vector: u64) -> bool {
-    matches!(vector, 8 | 10..=14 | 17)
+    report::show(what, catch(body, argument), body);
 }
 
 fn divide() {
@@ -191,38 +137,6 @@ fn invalid_opcodes() {
     show("cr1", mov_from_cr1, 0);
     show("16 bytes long", sixteen_bytes, 0);
     show("15 bytes long", fifteen_bytes, 0);
-}
-
-/// SDM vol. 3A 2.5 (CR0.TS, EM, MP) and table 15-1 ff. (SSE).
-fn coprocessor() {
-    const EM: u64 = 1 << 2;
-    for (flags, body, what) in [
-        (cpu::cr0::TS, fld1 as Body, "x87 while cr0.ts"),
-        (cpu::cr0::TS, sse_add, "sse while cr0.ts"),
-        (cpu::cr0::TS, fwait, "fwait while cr0.ts and cr0.mp"),
-        (EM, fld1, "x87 while cr0.em"),
-        (EM, sse_add, "sse while cr0.em"),
-        (EM, fwait, "fwait while cr0.em"),
-    ] {
-        // While the flags are on nothing else may happen: not even printing.
-        let cr0 = cpu::read_cr0();
-        cpu::write_cr0(cr0 | flags);
-        let ended = catch(body, 0);
-        cpu::write_cr0(cr0);
-        show_ended(what, ended, body);
-    }
-    show(
-        "x87 division by zero, at the next x87 instruction",
-        x87_divide_by_zero,
-        0,
-    );
-    show("sse division by zero", sse_divide_by_zero, 0);
-    let _ = catch(reset_fpu, 0);
-    show(
-        "movaps of an odd address",
-        movaps,
-        (&raw const FRAME) as u64 + 1,
-    );
 }
 
 /// Selectors and descriptors, SDM vol. 3A 7.15 (#NP, #SS, #GP).
@@ -359,7 +273,6 @@ fn registers() {
     );
     show("cr8: a reserved bit", write_cr8, 0x10);
     show("dr7: a reserved high bit", write_dr7, 1 << 32);
-    show("mxcsr: a reserved bit", load_mxcsr, 0x1_0000);
     show("iret with the nested-task flag", iret_nested, 0);
 }
 
