@@ -7,12 +7,12 @@ use trapgate_x86::paging::is_canonical;
 use trapgate_x86::profile::PHYSICAL_ADDRESS_BITS;
 use trapgate_x86::registers::{cr0, cr4, efer, rflags, sreg};
 use trapgate_x86::state::ParavirtualMsrs;
+use trapgate_x86::stored_msr::is_valid_pat;
 use trapgate_x86::{CpuState, Segment, SystemState, TableRegister};
 
 use crate::control::is_valid_xcr0;
 use crate::cpu::Cpu;
 use crate::debug::{is_valid_dr6, is_valid_dr7};
-use crate::msr::is_valid_pat;
 use crate::xsave;
 
 impl Cpu {

@@ -15,6 +15,7 @@ pub mod profile;
 pub mod pvclock;
 pub mod registers;
 pub mod state;
+pub mod stored_msr;
 
 pub use descriptor::{Descriptor, Segment, TableRegister};
 pub use exception::{Exception, Vector};
