@@ -97,6 +97,11 @@ impl Kvm {
         }
     }
 
+    /// Whether the device opens.
+    pub fn opens(&self) -> bool {
+        matches!(self, Self::Hardware(_) | Self::Paravirtual)
+    }
+
     /// Whether it can run guests, and runs them on the hardware.
     pub fn is_hardware(&self) -> bool {
         matches!(self, Self::Hardware(_))

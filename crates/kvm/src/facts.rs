@@ -10,7 +10,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm};
 
+use trapgate_x86::CpuProfile;
+use trapgate_x86::profile::CpuidContext;
+
 use crate::KvmError;
+use crate::cpuid::{self, Lacks};
 use crate::error::call;
 
 /// The interface's version since Linux 2.6.22.
@@ -117,6 +121,16 @@ impl Facts {
             cpuid: supported,
             msrs: msrs.as_slice().to_vec(),
         })
+    }
+
+    /// Whether guests can have what a profile promises, its TSC's frequency aside.
+    ///
+    /// # Errors
+    /// [`KvmError::Profile`], with the features that are missing.
+    pub fn check_profile(&self, profile: &CpuProfile) -> Result<(), KvmError> {
+        let context = CpuidContext::default();
+        cpuid::table(profile, &context, self.cpuid.as_slice(), Lacks::Refuse)?;
+        Ok(())
     }
 
     /// The frequency of a TSC that a guest can have: what was wanted if it can be had, else the

@@ -147,7 +147,8 @@ pub struct MachineConfig {
     pub engine: EngineChoice,
     /// Instructions that the guest's processors have.
     pub level: Level,
-    /// Ticks of the guest's TSC in a second.
+    /// Ticks of the guest's TSC in a second, where the engine is free to choose: KVM on hardware that cannot
+    /// scale it gives a new machine the host's frequency.
     pub tsc_hz: u64,
     /// Time of day at the start, nanoseconds since 1970-01-01 UTC; `None` for the host's.
     pub epoch: Option<u64>,

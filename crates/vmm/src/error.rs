@@ -66,6 +66,9 @@ pub enum MachineError {
         /// Why not.
         reason: String,
     },
+    /// KVM cannot run the machine.
+    #[error("KVM cannot run this machine")]
+    Kvm(#[from] trapgate_kvm::KvmError),
     /// The engine does not take the state in which a kernel is entered.
     #[error("the engine `{engine}` refused the state of processor {cpu}: {source}")]
     State {
@@ -122,7 +125,7 @@ impl MachineError {
                 let names = EngineKind::ALL.map(EngineKind::name).join("`, `");
                 Some(format!("pass `--engine` with `auto`, `{names}`"))
             }
-            Self::Engine { .. } => Some(
+            Self::Engine { .. } | Self::Kvm(_) => Some(
                 "leave `--engine` out, and see `trapgate doctor` for what this host offers"
                     .to_owned(),
             ),

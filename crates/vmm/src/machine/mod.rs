@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use trapgate_boot::Protocol;
 use trapgate_engine::probe::Host;
-use trapgate_engine::{Vcpu, World};
-use trapgate_memory::GuestMemory;
+use trapgate_engine::Vcpu;
 use trapgate_pci::Bus;
 use trapgate_virtio::{ConsoleHandle, PortOutput};
 use trapgate_x86::{CpuProfile, CpuState};
@@ -133,18 +132,18 @@ impl MachineHandle {
 }
 
 /// Makes processor `index` of `count`.
-pub(crate) type MakeVcpu<'a> =
-    &'a dyn Fn(Arc<GuestMemory>, Box<dyn World>, CpuProfile, u32, u32) -> Box<dyn Vcpu>;
+pub(crate) type MakeVcpu<'a> = &'a engines::Constructor;
 
 impl Machine {
     /// Builds a machine and lets it run.
     ///
     /// # Errors
     /// Any [`MachineError`]; [`MachineError::fix`] says what to do about it.
-    pub fn start(config: MachineConfig, hooks: Hooks) -> Result<Self, MachineError> {
+    pub fn start(mut config: MachineConfig, hooks: Hooks) -> Result<Self, MachineError> {
         config.validate()?;
-        let (choice, make) = engines::take(config.engine, &Host::probe())?;
-        Self::start_on(config, hooks, choice, &make)
+        let (choice, make) = engines::take(&config, &Host::probe())?;
+        config.tsc_hz = engines::tsc_hz(choice.kind, config.tsc_hz)?;
+        Self::start_on(config, hooks, choice, &*make)
     }
 
     /// As [`Self::start`], with processors that `make` gives.
@@ -199,7 +198,7 @@ impl Machine {
                     count,
                 )
             })
-            .collect();
+            .collect::<Result<_, MachineError>>()?;
         let signals: Vec<_> = vcpus.iter().map(|vcpu| vcpu.signals()).collect();
         crew.set_signals(signals.clone());
         let turns =
