@@ -22,6 +22,7 @@
 mod board;
 mod clock;
 mod config;
+mod control;
 mod crew;
 mod engines;
 mod error;
@@ -40,6 +41,7 @@ mod testing;
 pub use config::{
     Content, DiskConfig, EngineChoice, MachineConfig, ModuleConfig, OnReset, OnTripleFault,
 };
+pub use control::{Identity, RemoteControl};
 pub use engines::{Choice, EngineReport, choose, engines};
 pub use error::MachineError;
 pub use machine::{Hooks, Machine, MachineHandle, Pause, Port, PortHandle, SerialSink};

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use trapgate_boot::Protocol;
 use trapgate_engine::probe::Host;
-use trapgate_engine::Vcpu;
+use trapgate_engine::{Signal, Vcpu};
 use trapgate_pci::Bus;
 use trapgate_virtio::{ConsoleHandle, PortOutput};
 use trapgate_x86::{CpuProfile, CpuState};
@@ -203,7 +203,10 @@ impl Machine {
         crew.set_signals(signals.clone());
         let turns =
             (count > 1 && engine.kind.takes_turns()).then(|| Arc::new(Turns::new(signals.clone())));
-        let tallies: Vec<Arc<Tally>> = (0..count).map(|_| Arc::default()).collect();
+        let tallies: Vec<_> = vcpus
+            .iter()
+            .map(|vcpu| Arc::new(Tally::new(vcpu.counters())))
+            .collect();
 
         // From here on threads must be ended if one does not start.
         let mut threads = Threads {
@@ -317,6 +320,16 @@ impl Machine {
         Pause { machine: self }
     }
 
+    /// Stands the machine still until [`Self::release_brake`].
+    pub(crate) fn engage_brake(&self) {
+        self.brake.engage();
+    }
+
+    /// Undoes one [`Self::engage_brake`].
+    pub(crate) fn release_brake(&self) {
+        self.brake.release();
+    }
+
     /// The engine, and why it was taken.
     pub fn engine(&self) -> &Choice {
         &self.engine
@@ -359,6 +372,31 @@ impl Machine {
             clock: self.board.clock.now(),
             resets: self.resets.load(Ordering::Relaxed),
         }
+    }
+
+    /// Calls the processors that run out of the guest, so that the next [`Self::counters`] are no older than this. Waits a
+    /// few milliseconds at most.
+    pub(crate) fn refresh_counters(&self) {
+        let running = self.tallies.iter().enumerate();
+        let running: Vec<_> = running
+            .filter_map(|(cpu, tally)| Some((cpu, tally, tally.inside()?)))
+            .collect();
+        for (cpu, ..) in &running {
+            self.crew.raise(*cpu, Signal::Kick);
+        }
+        for _ in 0..20 {
+            let told = |(_, tally, exits): &(_, &Arc<Tally>, u64)| tally.told_since(*exits);
+            if running.iter().all(told) {
+                return;
+            }
+            thread::sleep(Duration::from_micros(250));
+        }
+    }
+
+    /// What the engine counts, by processor.
+    pub(crate) fn engine_counters(&self) -> Vec<Vec<trapgate_engine::Counter>> {
+        let engine = |tally: &Arc<Tally>| tally.engine.clone();
+        self.tallies.iter().map(engine).collect()
     }
 }
 
