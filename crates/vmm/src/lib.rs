@@ -36,6 +36,8 @@ mod turns;
 mod world;
 
 #[cfg(test)]
+mod crossing;
+#[cfg(test)]
 mod testing;
 
 pub use config::{
