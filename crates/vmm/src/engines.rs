@@ -135,6 +135,41 @@ pub(crate) fn take(
     }
 }
 
+/// As [`take`], for a machine whose TSC has run at a frequency already: an engine that cannot have it is
+/// not taken by itself, and refused by name.
+pub(crate) fn take_saved(
+    config: &MachineConfig,
+    host: &Host,
+) -> Result<(Choice, Box<Constructor>), MachineError> {
+    let taken = take(config, host)?;
+    let kind = taken.0.kind;
+    let hz = tsc_hz(kind, config.tsc_hz)?;
+    if hz == config.tsc_hz {
+        return Ok(taken);
+    }
+    let reason = format!(
+        "its time-stamp counter runs at {hz} Hz, and the saved machine's at {}",
+        config.tsc_hz
+    );
+    if config.engine != EngineChoice::Auto {
+        return Err(MachineError::Engine {
+            engine: kind,
+            reason,
+        });
+    }
+    let kind = match usable(EngineKind::Jit, config.level, host) {
+        Ok(_) => EngineKind::Jit,
+        Err(_) => EngineKind::Interp,
+    };
+    let by_name = MachineConfig {
+        engine: EngineChoice::Only(kind),
+        ..config.clone()
+    };
+    let (_, make) = take(&by_name, host)?;
+    let reason = format!("not {}: {reason}", taken.0.kind);
+    Ok((Choice { kind, reason }, make))
+}
+
 /// The frequency that the TSC of a new machine has on an engine, where `wanted` is what was asked for: the
 /// hardware may not be able to scale its own.
 pub(crate) fn tsc_hz(kind: EngineKind, wanted: u64) -> Result<u64, MachineError> {

@@ -8,6 +8,8 @@ use trapgate_memory::MemoryError;
 use trapgate_pci::PciError;
 use trapgate_virtio::DiskError;
 
+use crate::SnapshotError;
+
 const MIB: u64 = 1 << 20;
 
 /// Why a machine cannot be built, or cannot go on. [`Self::fix`] says what to do about it.
@@ -82,6 +84,9 @@ pub enum MachineError {
     /// Guest memory cannot be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A file of the snapshot that the machine was restored from cannot be read any more.
+    #[error(transparent)]
+    Snapshot(#[from] Box<SnapshotError>),
     /// The kernel cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -103,6 +108,12 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+}
+
+impl From<SnapshotError> for MachineError {
+    fn from(error: SnapshotError) -> Self {
+        Self::Snapshot(Box::new(error))
+    }
 }
 
 impl MachineError {
@@ -132,6 +143,7 @@ impl MachineError {
             Self::Memory(MemoryError::Reserve { .. }) => {
                 Some("give the guest less memory with `--memory`".to_owned())
             }
+            Self::Snapshot(error) => error.fix(),
             Self::Boot(error) => Some(error.fix()),
             Self::Disk(error) => error.fix(),
             Self::Bus(_) => Some("use fewer disks".to_owned()),

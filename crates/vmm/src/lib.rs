@@ -31,6 +31,7 @@ mod outcome;
 mod pc;
 mod processor;
 mod serial;
+mod snapshot;
 mod supervisor;
 mod turns;
 mod world;
@@ -49,6 +50,9 @@ pub use error::MachineError;
 pub use machine::{Hooks, Machine, MachineHandle, Pause, Port, PortHandle, SerialSink};
 pub use outcome::{Counters, Failure, Outcome, ProcessorCounters, ResetCause, TripleFault};
 pub use serial::SerialHandle;
+pub use snapshot::{
+    FORMAT_VERSION, Header, Part, Profile, Snapshot, SnapshotError, SnapshotReport,
+};
 pub use trapgate_boot::{BootError, Protocol};
 pub use trapgate_chipset::ResetCause as ChipsetReset;
 pub use trapgate_engine::probe::{self, EngineKind, Host};

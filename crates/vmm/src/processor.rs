@@ -162,8 +162,14 @@ impl Processor {
                 self.change(&state);
             }
             Message::Report(answer) => {
+                let mut state = self.vcpu.state();
+                // Signalled, and not yet noticed.
+                if self.signals.take(Signal::Nmi) {
+                    state.system.nmi_pending = true;
+                    self.signals.raise(Signal::Nmi);
+                }
                 // Whoever asked may have gone.
-                let _ = answer.send((self.index, self.vcpu.state()));
+                let _ = answer.send((self.index, state));
             }
         }
     }
