@@ -6,6 +6,7 @@
 //! Two locks keep those who must not wait apart from those who may: a pause waits for processors, a snapshot for a disk, and
 //! neither holds up a stop.
 
+use std::error::Error;
 use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -19,7 +20,7 @@ use trapgate_api::problem::{Problem, ProblemKind};
 use trapgate_api::terminal::{Keyboard, Terminal};
 use trapgate_engine::Measure;
 
-use crate::{Choice, Machine, MachineHandle, PortHandle, SerialHandle, lock};
+use crate::{Choice, Machine, MachineHandle, PortHandle, SerialHandle, SnapshotError, lock};
 
 /// How often at most the processors are called out of the guest to tell their numbers: whoever asks more often gets what
 /// was told last. It is what counting costs the guest.
@@ -234,12 +235,53 @@ impl Control for RemoteControl {
         }
     }
 
-    fn snapshot(&self, _directory: &Path) -> Result<SnapshotAnswer, Problem> {
-        Err(ProblemKind::Unsupported.into())
+    fn snapshot(&self, directory: &Path) -> Result<SnapshotAnswer, Problem> {
+        let slow = lock(&self.slow);
+        let machine = slow.machine.clone().ok_or(ProblemKind::Ended)?;
+        let was_paused = slow.paused;
+        // Pausing and counting need not wait for the disk.
+        drop(slow);
+        let report = machine
+            .snapshot(directory)
+            .map_err(|error| not_saved(&error))?;
+        let paused = if was_paused {
+            Duration::ZERO
+        } else {
+            report.paused
+        };
+        Ok(SnapshotAnswer {
+            directory: report.directory.display().to_string(),
+            bytes: report.bytes,
+            paused_ns: paused.as_nanos() as u64,
+        })
     }
 
     fn terminal(&self) -> Option<Terminal> {
         self.terminal.clone()
+    }
+}
+
+/// Why there is no snapshot.
+fn not_saved(error: &SnapshotError) -> Problem {
+    let kind = match error {
+        SnapshotError::Ended => ProblemKind::Ended,
+        _ => ProblemKind::Host,
+    };
+    let mut problem = Problem::new(kind).title(error.to_string());
+    if let Some(cause) = error.source() {
+        problem = problem.cause(cause_chain(cause));
+    }
+    match error.fix() {
+        Some(fix) => problem.fix(fix),
+        None => problem,
+    }
+}
+
+/// An error and its causes, in one line.
+fn cause_chain(error: &dyn Error) -> String {
+    match error.source() {
+        Some(cause) => format!("{error}: {}", cause_chain(cause)),
+        None => error.to_string(),
     }
 }
 
