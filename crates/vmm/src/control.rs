@@ -236,15 +236,13 @@ impl Control for RemoteControl {
     }
 
     fn snapshot(&self, directory: &Path) -> Result<SnapshotAnswer, Problem> {
+        // Until it is done: whoever disconnects must find nothing of the machine here afterwards.
         let slow = lock(&self.slow);
-        let machine = slow.machine.clone().ok_or(ProblemKind::Ended)?;
-        let was_paused = slow.paused;
-        // Pausing and counting need not wait for the disk.
-        drop(slow);
+        let machine = slow.machine.as_ref().ok_or(ProblemKind::Ended)?;
         let report = machine
             .snapshot(directory)
             .map_err(|error| not_saved(&error))?;
-        let paused = if was_paused {
+        let paused = if slow.paused {
             Duration::ZERO
         } else {
             report.paused
