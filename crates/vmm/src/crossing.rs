@@ -15,10 +15,14 @@ use trapgate_kvm::{Facts, KvmMachine, Lacks};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::{CpuProfile, CpuState};
 
-use crate::{Choice, Content, Hooks, Machine, MachineConfig, Outcome, lock};
+use crate::{
+    Choice, Content, EngineChoice, Hooks, Machine, MachineConfig, Outcome, Snapshot, lock,
+};
 
 /// Moves in each direction, unless `TRAPGATE_MOVES` says otherwise.
 const MOVES: u64 = 12;
+/// The same for moves through a directory.
+const SNAPSHOTS: u64 = 3;
 /// What this KVM's emulator of supervisor code cannot do, in the words of `chain`: ring 3 through
 /// SYSCALL, XSETBV, LSL, data breakpoints, RDTSCP. Hardware can all of it.
 const PARAVIRTUAL_CANNOT: &str = "without=ring3,xcr0,ldt,watch,tsc_aux";
@@ -253,11 +257,7 @@ fn chain(
     seed: u64,
 ) -> (String, Moves) {
     let said = Arc::new(Mutex::new(Vec::new()));
-    let sink = Arc::clone(&said);
-    let hooks = Hooks {
-        serial: Box::new(move |bytes| lock(&sink).extend_from_slice(bytes)),
-        ..Hooks::default()
-    };
+    let hooks = hooks(&said);
     let config = MachineConfig {
         memory_bytes: 16 << 20,
         kernel: Content::from(trapgate_guests::named("chain").unwrap().image),
@@ -316,53 +316,164 @@ fn lines(text: &str) -> Vec<&str> {
         .collect()
 }
 
-/// A guest that computes, with timer interrupts and NMIs all the while, is moved between the
-/// interpreter and KVM at random moments, and ends with the result that it has on the interpreter alone.
-#[test]
-fn computation_survives_moves_between_engines_at_random_moments() {
+/// What the tests here need to know of KVM, or `None`, with a word about it, where there is none.
+struct Setting {
+    tsc_hz: u64,
+    /// For `chain`'s command line.
+    without: &'static str,
+    /// How many moves in each direction.
+    moves: u64,
+    seed: u64,
+}
+
+fn setting(moves: u64) -> Option<Setting> {
     let facts = match Facts::probe() {
         Ok(facts) => facts,
         Err(error) => {
             eprintln!("skipped: no KVM here: {error}");
-            return;
+            return None;
         }
     };
-    let wanted = std::env::var("TRAPGATE_MOVES")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(MOVES);
-    let seed = std::env::var("TRAPGATE_SEED")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or_else(crate::clock::time_of_day);
-    println!("{wanted} moves in each direction, TRAPGATE_SEED={seed}");
-    let profile = CpuProfile::new(crate::Level::V2, facts.tsc_hz);
-    let without = match facts.check_profile(&profile) {
-        Ok(()) => "",
-        Err(_) => PARAVIRTUAL_CANNOT,
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    let setting = Setting {
+        tsc_hz: facts.tsc_hz,
+        without: match facts.check_profile(&CpuProfile::new(crate::Level::V2, facts.tsc_hz)) {
+            Ok(()) => "",
+            Err(_) => PARAVIRTUAL_CANNOT,
+        },
+        moves: number("TRAPGATE_MOVES").unwrap_or(moves),
+        seed: number("TRAPGATE_SEED").unwrap_or_else(crate::clock::time_of_day),
     };
+    println!(
+        "{} moves in each direction, TRAPGATE_SEED={}",
+        setting.moves, setting.seed
+    );
+    Some(setting)
+}
+
+/// A guest that computes, with timer interrupts and NMIs all the while, is moved between the
+/// interpreter and KVM at random moments, and ends with the result that it has on the interpreter alone.
+#[test]
+fn computation_survives_moves_between_engines_at_random_moments() {
+    let Some(Setting {
+        tsc_hz,
+        without,
+        moves: wanted,
+        seed,
+    }) = setting(MOVES)
+    else {
+        return;
+    };
+    let command_line = format!("rounds=3000 {without}");
+    let (alone, _) = chain(&command_line, tsc_hz, EngineKind::Interp, 0, seed);
+    assert!(alone.contains("the clock went back 0 times"), "{alone}");
+    assert!(alone.contains("0 pieces of state lost"), "{alone}");
     let mut made = Moves::default();
     let mut run = 0;
     while made.from_interp < wanted || made.from_kvm < wanted {
-        let rounds = 3000;
-        let command_line = format!("rounds={rounds} {without}");
         let begin = [EngineKind::Interp, EngineKind::Kvm][run % 2];
-        let (alone, _) = chain(&command_line, facts.tsc_hz, EngineKind::Interp, 0, seed);
-        let left = 2 * wanted - made.from_interp - made.from_kvm;
-        let (moved, moves) = chain(
-            &command_line,
-            facts.tsc_hz,
-            begin,
-            left.max(1) + 1,
-            seed.wrapping_add(run as u64),
-        );
+        let left = (2 * wanted).saturating_sub(made.from_interp + made.from_kvm) + 2;
+        let seed = seed.wrapping_add(run as u64);
+        let (moved, moves) = chain(&command_line, tsc_hz, begin, left, seed);
         println!("run {run} from {begin}: {moves:?}");
         assert_eq!(lines(&moved), lines(&alone), "seed {seed}, run {run}");
-        assert!(alone.contains("the clock went back 0 times"), "{alone}");
-        assert!(alone.contains("0 pieces of state lost"), "{alone}");
         made.from_interp += moves.from_interp;
         made.from_kvm += moves.from_kvm;
         run += 1;
     }
     println!("{made:?} in {run} runs");
+}
+
+/// Starts `chain` on an engine, by its name; and what it says.
+fn start(engine: EngineKind, command_line: &str, tsc_hz: u64) -> (Machine, Arc<Mutex<Vec<u8>>>) {
+    let said = Arc::new(Mutex::new(Vec::new()));
+    let config = MachineConfig {
+        memory_bytes: 16 << 20,
+        kernel: Content::from(trapgate_guests::named("chain").unwrap().image),
+        command_line: command_line.to_owned(),
+        engine: EngineChoice::Only(engine),
+        tsc_hz,
+        ..MachineConfig::default()
+    };
+    (Machine::start(config, hooks(&said)).unwrap(), said)
+}
+
+fn hooks(said: &Arc<Mutex<Vec<u8>>>) -> Hooks {
+    let sink = Arc::clone(said);
+    Hooks {
+        serial: Box::new(move |bytes| lock(&sink).extend_from_slice(bytes)),
+        ..Hooks::default()
+    }
+}
+
+/// The last five lines of what a machine said, once it has ended by itself: whether the clock went
+/// back, how many pieces of state were lost, which timers ticked, the result.
+#[track_caller]
+fn last_words(machine: &Machine, said: &Mutex<Vec<u8>>) -> Vec<String> {
+    let outcome = machine.wait_for(Duration::from_secs(300));
+    let text = String::from_utf8_lossy(&lock(said)).into_owned();
+    assert!(
+        matches!(outcome, Some(Outcome::PoweredOff)),
+        "{outcome:?}:\n{text}"
+    );
+    let lines = lines(&text);
+    let last = lines.len().saturating_sub(5);
+    lines[last..].iter().map(|&line| line.to_owned()).collect()
+}
+
+/// A machine that computes is saved at a random moment on one engine, and ends with the right result when
+/// it is restored on the other.
+#[test]
+fn computation_survives_a_snapshot_that_another_engine_restores() {
+    let Some(Setting {
+        tsc_hz,
+        without,
+        moves,
+        seed,
+    }) = setting(SNAPSHOTS)
+    else {
+        return;
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let command_line = format!("rounds=200 {without}");
+    let (machine, said) = start(EngineKind::Interp, &command_line, tsc_hz);
+    let expected = last_words(&machine, &said);
+    assert!(
+        expected.contains(&"chain: 0 pieces of state lost".to_owned()),
+        "{expected:?}"
+    );
+    let mut die = Die(seed | 1);
+    let mut too_late = 0;
+    for (from, to, most) in [
+        (EngineKind::Interp, EngineKind::Kvm, 90),
+        (EngineKind::Kvm, EngineKind::Interp, 500),
+    ] {
+        let mut moved = 0;
+        while moved < moves {
+            let (machine, _) = start(from, &command_line, tsc_hz);
+            let path = directory.path().join(format!("{from}-{moved}"));
+            let ended = machine.wait_for(die.time(Duration::from_millis(most)));
+            if ended.is_some() || machine.snapshot(&path).is_err() {
+                // Its moment would have come after its end.
+                assert!(machine.wait_for(Duration::from_secs(10)).is_some());
+                too_late += 1;
+                continue;
+            }
+            machine.stop();
+            drop(machine);
+            let mut snapshot = Snapshot::open(&path).unwrap();
+            snapshot.set_engine(EngineChoice::Only(to));
+            let said = Arc::default();
+            let machine = Machine::restore(&snapshot, hooks(&said)).unwrap();
+            assert_eq!(machine.engine().kind, to);
+            assert_eq!(
+                last_words(&machine, &said),
+                expected,
+                "from {from} to {to}, move {moved}, seed {seed}"
+            );
+            std::fs::remove_dir_all(&path).unwrap();
+            moved += 1;
+        }
+        println!("{moved} from {from} to {to}; {too_late} came too late until now");
+    }
 }
