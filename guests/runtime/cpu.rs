@@ -28,6 +28,10 @@ pub mod msr {
     pub const SYSENTER_CS: u32 = 0x174;
     pub const SYSENTER_ESP: u32 = 0x175;
     pub const SYSENTER_EIP: u32 = 0x176;
+    pub const MTRR_CAPABILITIES: u32 = 0xFE;
+    /// The base of the last of eight variable ranges.
+    pub const MTRR_LAST_BASE: u32 = 0x20E;
+    pub const PAT: u32 = 0x277;
     pub const TSC_DEADLINE: u32 = 0x6E0;
     pub const X2APIC_FIRST: u32 = 0x800;
     pub const EFER: u32 = 0xC000_0080;
@@ -38,6 +42,7 @@ pub mod msr {
     pub const FS_BASE: u32 = 0xC000_0100;
     pub const GS_BASE: u32 = 0xC000_0101;
     pub const KERNEL_GS_BASE: u32 = 0xC000_0102;
+    pub const TSC_AUX: u32 = 0xC000_0103;
 }
 
 macro_rules! control_register {
@@ -62,6 +67,9 @@ control_register!(read_cr3, write_cr3, "cr3");
 control_register!(read_cr4, write_cr4, "cr4");
 control_register!(read_cr8, write_cr8, "cr8");
 control_register!(read_dr0, write_dr0, "dr0");
+control_register!(read_dr1, write_dr1, "dr1");
+control_register!(read_dr2, write_dr2, "dr2");
+control_register!(read_dr3, write_dr3, "dr3");
 control_register!(read_dr6, write_dr6, "dr6");
 control_register!(read_dr7, write_dr7, "dr7");
 

@@ -309,10 +309,6 @@ unsafe extern "C" fn enter(body: unsafe extern "C" fn(u64) -> u64, argument: u64
 unsafe extern "C" fn leave() {
     naked_asm!(
         "mov rsp, [CATCH_RSP]",
-        "mov ecx, {data}",
-        "mov ds, ecx",
-        "mov es, ecx",
-        "mov ss, ecx",
         "popfq",
         "pop r15",
         "pop r14",
@@ -321,7 +317,6 @@ unsafe extern "C" fn leave() {
         "pop rbp",
         "pop rbx",
         "ret",
-        data = const segments::KERNEL_DATA,
     )
 }
 

@@ -13,6 +13,7 @@ pub mod register {
     pub const PROCESSOR_PRIORITY: u32 = 0x0A;
     pub const END_OF_INTERRUPT: u32 = 0x0B;
     pub const LOGICAL_DESTINATION: u32 = 0x0D;
+    pub const DESTINATION_FORMAT: u32 = 0x0E;
     pub const SPURIOUS_VECTOR: u32 = 0x0F;
     pub const IN_SERVICE: u32 = 0x10;
     pub const REQUESTED: u32 = 0x20;
@@ -22,6 +23,7 @@ pub mod register {
     pub const TIMER: u32 = 0x32;
     pub const LINT0: u32 = 0x35;
     pub const LINT1: u32 = 0x36;
+    pub const ERROR: u32 = 0x37;
     pub const INITIAL_COUNT: u32 = 0x38;
     pub const CURRENT_COUNT: u32 = 0x39;
     pub const DIVIDE: u32 = 0x3E;

@@ -25,3 +25,12 @@ pub fn read8(port: u16) -> u8 {
     unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nostack, preserves_flags)) }
     value
 }
+
+pub fn read32(port: u16) -> u32 {
+    let value;
+    // SAFETY: as in `write8`.
+    unsafe {
+        asm!("in eax, dx", in("dx") port, out("eax") value, options(nostack, preserves_flags))
+    }
+    value
+}

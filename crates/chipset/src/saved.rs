@@ -106,40 +106,6 @@ impl Check {
     }
 }
 
-/// Bytes as a string of hexadecimal digits: 128 lines for 128 numbers are not read by anybody.
-pub(crate) mod hex {
-    use serde::de::Error;
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub(crate) fn serialize<S: Serializer, const N: usize>(
-        bytes: &[u8; N],
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-        serializer.serialize_str(&text)
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>, const N: usize>(
-        deserializer: D,
-    ) -> Result<[u8; N], D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let wrong = || D::Error::custom(format!("expected {} hexadecimal digits", 2 * N));
-        if text.len() != 2 * N || !text.is_ascii() {
-            return Err(wrong());
-        }
-        let mut bytes = [0; N];
-        for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-            let digits = std::str::from_utf8(digits).map_err(|_| wrong())?;
-            // `from_str_radix` would take a sign.
-            if !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-                return Err(wrong());
-            }
-            *byte = u8::from_str_radix(digits, 16).map_err(|_| wrong())?;
-        }
-        Ok(bytes)
-    }
-}
-
 /// Seconds between 1970 and the years that a clock of four digits can show, with room to spare.
 pub(crate) const MOST_SECONDS: i64 = 1 << 45;
 

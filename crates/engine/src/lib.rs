@@ -6,11 +6,13 @@
 //! descriptors, memory slots or interrupt routes in it, so an engine can be anything that moves a
 //! [`CpuState`] forward.
 
+mod counters;
 pub mod probe;
 mod signals;
 
 use std::sync::Arc;
 
+pub use counters::{Counter, Measure};
 pub use signals::{Signal, Signals};
 use trapgate_x86::CpuState;
 
@@ -118,4 +120,9 @@ pub trait Vcpu: Send {
     fn signals(&self) -> Arc<Signals>;
     /// Guest instructions executed since the vCPU was made, as far as the engine counts them.
     fn instructions(&self) -> u64;
+    /// Numbers that the engine keeps of this processor beside its instructions. Asked for once, before it runs; every
+    /// processor of a machine has the same.
+    fn counters(&self) -> Vec<Counter> {
+        Vec::new()
+    }
 }

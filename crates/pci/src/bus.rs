@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::layout::{ECAM_BASE, ECAM_SIZE, MMIO_BASE, MMIO_SIZE, SLOTS, slot_gsi};
-use crate::{Function, HostBridge, register};
+use crate::{BusState, Function, HostBridge, StateError, register};
 
 /// The address port of configuration mechanism #1 (PCI 3.0, 3.2.2.3.2).
 const ADDRESS_PORT: u16 = 0xcf8;
@@ -148,6 +148,47 @@ impl Bus {
         for (_, function, _) in self.all() {
             lock(&function).resume();
         }
+    }
+
+    /// The state of the bus and of every function, after [`Self::pause`].
+    pub fn save(&self) -> BusState {
+        let Self {
+            address,
+            slots: _,
+            // Follow from the functions.
+            configuration: _,
+            routes: _,
+        } = self;
+        let save = |(_, function, _): (u8, Shared, Vec<Assigned>)| lock(&function).save();
+        BusState {
+            address: address.load(Ordering::Relaxed),
+            functions: self.all().into_iter().map(save).collect(),
+        }
+    }
+
+    /// Gives the functions, which were just put on the bus, their states. After an error the bus is not
+    /// to be used.
+    ///
+    /// # Errors
+    /// For the state of another bus, and one that a function can't be in.
+    pub fn restore(&self, state: &BusState) -> Result<(), StateError> {
+        let BusState { address, functions } = state;
+        let _configuration = lock(&self.configuration);
+        let all = self.all();
+        if all.len() != functions.len() {
+            return Err(StateError::Functions {
+                saved: functions.len(),
+                present: all.len(),
+            });
+        }
+        let valid = address & !ADDRESS_BITS == 0;
+        StateError::check(valid, "bus", "the address register", *address)?;
+        self.address.store(*address, Ordering::Relaxed);
+        for ((number, function, _), saved) in all.into_iter().zip(functions) {
+            lock(&function).restore(saved)?;
+            self.reroute(number, &function);
+        }
+        Ok(())
     }
 
     fn all(&self) -> Vec<(u8, Shared, Vec<Assigned>)> {
@@ -377,8 +418,12 @@ fn configure(function: &mut dyn Function, slot: u8, bars: &[Assigned]) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use serde_json::Value;
+
     use super::*;
-    use crate::{BarKind, ConfigSpace, Identity, Window};
+    use crate::{BarKind, ConfigSpace, ConfigSpaceState, Identity, SavedFunction, Window};
 
     /// Register, offset and data of a write.
     type Heard = Arc<Mutex<Vec<(u8, u64, Vec<u8>)>>>;
@@ -431,6 +476,96 @@ mod tests {
         }
         fn reset(&mut self) {
             self.space.reset();
+        }
+        fn save(&mut self) -> SavedFunction {
+            SavedFunction::new("probe", 1, &self.space.save())
+        }
+        fn restore(&mut self, saved: &SavedFunction) -> Result<(), StateError> {
+            self.space = self.space.restored(&saved.read("probe", 1)?, "probe")?;
+            Ok(())
+        }
+    }
+
+    fn two_probes() -> Bus {
+        let bus = Bus::new();
+        bus.add(Probe::new(7)).unwrap();
+        bus.add(Probe::new(9)).unwrap();
+        bus
+    }
+
+    proptest! {
+        #[test]
+        fn a_restored_bus_reads_saves_and_routes_as_the_one_that_was_saved(
+            writes in vec((0u8..4, 0u16..0x100, any::<u32>(), any::<bool>()), 0..40),
+        ) {
+            let bus = two_probes();
+            for (slot, offset, value, on) in writes {
+                bus.config_write(Some(slot), offset & !3, &value.to_le_bytes());
+                // Often enough memory space is on, and the windows are somewhere.
+                bus.config_write(Some(slot), register::COMMAND, &[if on { 2 } else { 0 }, 0]);
+                select(&bus, slot.into(), (offset & 0xfc).into());
+            }
+            let state = bus.save();
+
+            let restored = two_probes();
+            restored.restore(&state).unwrap();
+
+            prop_assert_eq!(restored.save(), state);
+            for slot in 0..4 {
+                for offset in (0..0x100).step_by(4) {
+                    let read = |bus: &Bus| {
+                        let mut bytes = [0; 4];
+                        bus.config_read(Some(slot), offset, &mut bytes);
+                        bytes
+                    };
+                    prop_assert_eq!(read(&restored), read(&bus));
+                }
+            }
+            let routes = |bus: &Bus| -> Vec<_> {
+                bus.routes.read().unwrap().iter().map(|route| (route.base, route.slot)).collect()
+            };
+            prop_assert_eq!(routes(&restored), routes(&bus));
+        }
+
+        #[test]
+        fn a_state_with_any_byte_changed_is_refused_or_does_no_harm(
+            slot in 0usize..3,
+            at in 0usize..256,
+            byte in any::<u8>(),
+            gpa in any::<u64>(),
+        ) {
+            let mut state = two_probes().save();
+            let mut space: ConfigSpaceState =
+                serde_json::from_value(state.functions[slot].state.clone()).unwrap();
+            space.bytes[at] = byte;
+            state.functions[slot].state = serde_json::to_value(&space).unwrap();
+            let bus = two_probes();
+            if bus.restore(&state).is_ok() {
+                bus.memory_read(gpa, &mut [0; 8]);
+                bus.memory_write(u64::from(u32::MAX) - 3, &[0; 8]);
+            }
+        }
+    }
+
+    #[test]
+    fn the_state_of_another_bus_is_refused() {
+        type Change = fn(&mut BusState);
+        let cases: &[(&str, Change)] = &[
+            ("2 PCI functions", |s| s.functions.truncate(2)),
+            ("`probe`", |s| s.functions.swap(0, 1)),
+            ("version 9", |s| s.functions[1].version = 9),
+            ("cannot be read", |s| s.functions[1].state = Value::Null),
+            ("read-only", |s| {
+                s.functions[1].state = serde_json::json!({ "bytes": "00".repeat(256) })
+            }),
+            ("address register", |s| s.address = 1),
+        ];
+        let state = two_probes().save();
+        for (complaint, change) in cases {
+            let mut changed = state.clone();
+            change(&mut changed);
+            let error = two_probes().restore(&changed).unwrap_err().to_string();
+            assert!(error.contains(complaint), "{complaint}: {error}");
         }
     }
 

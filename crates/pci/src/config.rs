@@ -1,6 +1,6 @@
 //! The configuration space of a function with a type 0 header (PCI Local Bus 3.0, chapter 6).
 
-use crate::Window;
+use crate::{ConfigSpaceState, StateError, Window};
 
 /// Offsets of header registers (PCI 3.0, 6.1).
 pub mod register {
@@ -220,6 +220,45 @@ impl ConfigSpace {
     pub fn set_interrupt_status(&mut self, pending: bool) {
         let status = &mut self.bytes[usize::from(register::STATUS)];
         *status = *status & !STATUS_INTERRUPT | if pending { STATUS_INTERRUPT } else { 0 };
+    }
+
+    /// Its state.
+    pub fn save(&self) -> ConfigSpaceState {
+        let Self {
+            bytes,
+            // What the function is.
+            writable: _,
+            initial: _,
+            bars: _,
+            last_capability: _,
+            free: _,
+        } = self;
+        ConfigSpaceState { bytes: *bytes }
+    }
+
+    /// This space in a state; `kind` names the function in errors.
+    ///
+    /// # Errors
+    /// For a state of another function's space: what software can't write is different.
+    pub fn restored(
+        &self,
+        state: &ConfigSpaceState,
+        kind: &'static str,
+    ) -> Result<Self, StateError> {
+        let ConfigSpaceState { bytes } = state;
+        let mut expected = self.initial;
+        // The one bit that the function itself changes.
+        let status = usize::from(register::STATUS);
+        expected[status] |= bytes[status] & STATUS_INTERRUPT;
+        for (at, &byte) in bytes.iter().enumerate() {
+            let fixed = !self.writable[at];
+            let what = "a read-only byte of configuration space";
+            StateError::check(byte & fixed == expected[at] & fixed, kind, what, byte)?;
+        }
+        Ok(Self {
+            bytes: *bytes,
+            ..self.clone()
+        })
     }
 
     /// The windows that are open: none while memory space is disabled in the command register.

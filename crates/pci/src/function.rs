@@ -1,5 +1,7 @@
 //! PCI functions as their bus sees them.
 
+use crate::{SavedFunction, StateError};
+
 /// A memory window that a base address register opens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
@@ -32,4 +34,12 @@ pub trait Function: Send {
     fn pause(&mut self) {}
     /// Goes on after [`Self::pause`].
     fn resume(&mut self) {}
+    /// Its state, after [`Self::pause`].
+    fn save(&mut self) -> SavedFunction;
+    /// Takes a state in the place of that after power-on, before anything else is done with the
+    /// function. After an error it is not to be used.
+    ///
+    /// # Errors
+    /// For a state of another function, and one that this function can't be in.
+    fn restore(&mut self, saved: &SavedFunction) -> Result<(), StateError>;
 }

@@ -1,6 +1,9 @@
 //! The host bridge, function 0:0.0.
 
-use crate::{ConfigSpace, Function, Identity, Window};
+use crate::{ConfigSpace, Function, Identity, SavedFunction, StateError, Window};
+
+const KIND: &str = "host-bridge";
+const VERSION: u32 = 1;
 
 /// The bridge between processors and bus. It does nothing, but guests look for one to see that
 /// there is a bus (Linux: `pci_sanity_check`).
@@ -41,5 +44,15 @@ impl Function for HostBridge {
 
     fn reset(&mut self) {
         self.0.reset();
+    }
+
+    fn save(&mut self) -> SavedFunction {
+        let Self(space) = self;
+        SavedFunction::new(KIND, VERSION, &space.save())
+    }
+
+    fn restore(&mut self, saved: &SavedFunction) -> Result<(), StateError> {
+        self.0 = self.0.restored(&saved.read(KIND, VERSION)?, KIND)?;
+        Ok(())
     }
 }

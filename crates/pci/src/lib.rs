@@ -15,6 +15,7 @@ mod host_bridge;
 mod interrupt;
 mod layout;
 mod msix;
+mod saved;
 
 pub use bus::{Bus, PciError};
 pub use config::{BarKind, ConfigSpace, Identity, register};
@@ -23,3 +24,4 @@ pub use host_bridge::HostBridge;
 pub use interrupt::{InterruptLine, Message, MessageSink, WiredOr};
 pub use layout::{ECAM_BASE, ECAM_LAST_BUS, ECAM_SIZE, MMIO_BASE, MMIO_SIZE, SLOTS, slot_gsi};
 pub use msix::Msix;
+pub use saved::{BusState, ConfigSpaceState, MsixState, SavedFunction, StateError, VectorState};

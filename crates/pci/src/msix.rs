@@ -1,6 +1,6 @@
 //! MSI-X: a table of messages in a memory window (PCI Local Bus 3.0, 6.8.2).
 
-use crate::{ConfigSpace, Message};
+use crate::{ConfigSpace, Message, MsixState, StateError, VectorState};
 
 const CAPABILITY: u8 = 0x11;
 const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
@@ -179,6 +179,59 @@ impl Msix {
         }
     }
 
+    /// Its state.
+    pub fn save(&self) -> MsixState {
+        let Self { entries, control } = self;
+        let vector = |entry: &Entry| {
+            let Entry {
+                address,
+                data,
+                masked,
+                pending,
+            } = *entry;
+            VectorState {
+                address,
+                data,
+                masked,
+                pending,
+            }
+        };
+        MsixState {
+            vectors: entries.iter().map(vector).collect(),
+            control: *control,
+        }
+    }
+
+    /// A table of as many vectors as this one in a state; `kind` names the function in errors.
+    ///
+    /// # Errors
+    /// For a state of another table, or one that a table can't be in.
+    pub fn restored(&self, state: &MsixState, kind: &'static str) -> Result<Self, StateError> {
+        let MsixState { vectors, control } = state;
+        let count = vectors.len();
+        let what = "the number of MSI-X vectors";
+        StateError::check(count == self.entries.len(), kind, what, count as u64)?;
+        let entry = |vector: &VectorState| {
+            let VectorState {
+                address,
+                data,
+                masked,
+                pending,
+            } = *vector;
+            StateError::check(address & 3 == 0, kind, "a message address", address)?;
+            Ok(Entry {
+                address,
+                data,
+                masked,
+                pending,
+            })
+        };
+        Ok(Self {
+            entries: vectors.iter().map(entry).collect::<Result<_, _>>()?,
+            control: *control,
+        })
+    }
+
     /// Back to the state after power-on: off, all masked, nothing pending.
     pub fn reset(&mut self) {
         self.control = 0;
@@ -207,6 +260,21 @@ mod tests {
             address: 0xfee0_0000,
             data,
         }
+    }
+
+    #[test]
+    fn a_restored_table_is_as_it_was_and_sends_what_is_pending_when_unmasked() {
+        let mut msix = Msix::new(2);
+        program(&mut msix, 1, 0x32);
+        msix.set_control(CONTROL_ENABLE, |_| panic!("nothing is pending"));
+        assert_eq!(msix.signal(1), None, "it is masked");
+        let state = msix.save();
+
+        let mut restored = Msix::new(2).restored(&state, "test").unwrap();
+
+        assert_eq!(restored.save(), state);
+        assert_eq!(unmask(&mut restored, 1), [message(0x32)]);
+        assert!(Msix::new(3).restored(&state, "test").is_err());
     }
 
     #[test]

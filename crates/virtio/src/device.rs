@@ -2,9 +2,13 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use trapgate_memory::GuestMemory;
+use trapgate_pci::StateError;
 
-use crate::{Notifier, Virtqueue};
+use crate::block::BlockState;
+use crate::console::ConsoleState;
+use crate::{Notifier, QueuePosition, Virtqueue};
 
 /// The kinds of device there are (virtio 1.2, chapter 5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +40,19 @@ impl DeviceType {
             Self::Balloon => 5,
             Self::Socket => 19,
             Self::FileSystem => 26,
+        }
+    }
+
+    /// What a saved state calls it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Net => "virtio-net",
+            Self::Block => "virtio-block",
+            Self::Console => "virtio-console",
+            Self::Entropy => "virtio-entropy",
+            Self::Balloon => "virtio-balloon",
+            Self::Socket => "virtio-socket",
+            Self::FileSystem => "virtio-fs",
         }
     }
 
@@ -95,4 +112,56 @@ pub trait Device: Send {
 
     /// Goes on after `pause`, with whatever the queues then hold.
     fn resume(&mut self);
+
+    /// Its state, between `pause` and `resume`.
+    fn save(&mut self) -> SavedDevice;
+
+    /// Takes a state, before anything else is done with the device. `activation` is there if it was
+    /// active; its queues, which stand where they stood, are those of [`SavedDevice::queues`]. It is
+    /// paused until `resume`, and touches guest memory only to read it.
+    ///
+    /// # Errors
+    /// For a state that it can't be in.
+    fn restore(
+        &mut self,
+        state: &DeviceState,
+        activation: Option<Activation>,
+    ) -> Result<(), StateError>;
+}
+
+/// The saved state of a device, with the queues that it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedDevice {
+    /// How far each queue has come; `None` for one that the driver did not enable, or that the device
+    /// gave up because the driver broke the protocol.
+    pub queues: Vec<Option<QueuePosition>>,
+    /// The rest.
+    pub state: DeviceState,
+}
+
+/// What a device has besides its queues.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceState {
+    /// Of a disk.
+    Block(BlockState),
+    /// Of a console.
+    Console(ConsoleState),
+    /// An entropy source has nothing.
+    Entropy,
+}
+
+impl DeviceState {
+    /// The error for a state of another kind.
+    pub(crate) fn of_another(&self, kind: &'static str) -> StateError {
+        let saved = match self {
+            Self::Block(_) => "block",
+            Self::Console(_) => "console",
+            Self::Entropy => "entropy",
+        };
+        StateError::Kind {
+            saved: saved.to_owned(),
+            present: kind,
+        }
+    }
 }

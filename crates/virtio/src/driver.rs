@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use trapgate_memory::{GuestMemory, RamRange};
-use trapgate_pci::{Bus, ECAM_BASE, InterruptLine, Message, MessageSink};
+use trapgate_pci::{Bus, BusState, ECAM_BASE, InterruptLine, Message, MessageSink};
 
 use crate::{Device, Notifier, VirtioPci};
 
@@ -44,9 +44,11 @@ pub(crate) struct Sink {
 
 impl MessageSink for Sink {
     fn send(&self, message: Message) {
-        assert_eq!(message.address, 0xfee0_0000);
-        self.data.lock().unwrap().push(message.data);
-        self.arrived.notify_all();
+        // As interrupt controllers do with what is no interrupt message.
+        if message.address == 0xfee0_0000 {
+            self.data.lock().unwrap().push(message.data);
+            self.arrived.notify_all();
+        }
     }
 }
 
@@ -167,6 +169,47 @@ impl Driver {
         };
         driver.walk_capabilities();
         driver
+    }
+
+    /// Saves the machine, which then ends, and restores it around the device that `make` gives. Its
+    /// state is written and read on the way. It stands still until its bus is let go on.
+    #[track_caller]
+    pub(crate) fn moved<D: Device + 'static>(self, make: impl FnOnce() -> D) -> Self {
+        self.bus.pause();
+        let state = self.bus.save();
+        let ram = self.read(0, RAM as usize);
+        let (rings, sent) = (self.rings.clone(), self.sink.take());
+        drop(self);
+
+        let mut state_read = state.clone();
+        for function in &mut state_read.functions {
+            let text = function.state.to_string();
+            function.state = serde_json::from_str(&text).unwrap();
+        }
+        let restored = Self::new(make());
+        restored.memory.write(0, &ram).unwrap();
+        restored.sink.data.lock().unwrap().extend(sent);
+        restored.bus.restore(&state_read).unwrap();
+        assert_eq!(restored.bus.save(), state);
+        Self { rings, ..restored }
+    }
+
+    /// Tries to restore around another device a state in which a number was replaced; whether that
+    /// was let in.
+    pub(crate) fn takes_changed<D: Device + 'static>(
+        &self,
+        mut index: usize,
+        to: u64,
+        make: impl FnOnce() -> D,
+    ) -> Option<Self> {
+        let mut state: BusState = self.bus.save();
+        assert!(change_number(&mut state.functions[1].state, &mut index, to));
+        let other = Self::new(make());
+        let ram = self.read(0, RAM as usize);
+        other.memory.write(0, &ram).unwrap();
+        other.bus.restore(&state).ok()?;
+        let rings = self.rings.clone();
+        Some(Self { rings, ..other })
     }
 
     fn walk_capabilities(&mut self) {
@@ -440,6 +483,27 @@ impl Driver {
         eventually("DEVICE_NEEDS_RESET", || self.status() & NEEDS_RESET != 0);
         self.notifier.failure().unwrap()
     }
+}
+
+/// Replaces the `index`th number, and tells whether there was one.
+fn change_number(value: &mut serde_json::Value, index: &mut usize, to: u64) -> bool {
+    use serde_json::Value;
+    let inner: Vec<&mut Value> = match value {
+        Value::Number(_) if *index == 0 => {
+            *value = to.into();
+            return true;
+        }
+        Value::Number(_) => {
+            *index -= 1;
+            return false;
+        }
+        Value::Array(items) => items.iter_mut().collect(),
+        Value::Object(fields) => fields.values_mut().collect(),
+        _ => Vec::new(),
+    };
+    inner
+        .into_iter()
+        .any(|value| change_number(value, index, to))
 }
 
 /// Numbers that look random and are the same every time (xorshift64*).

@@ -5,10 +5,14 @@ use std::sync::Arc;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use trapgate_memory::GuestMemory;
+use trapgate_pci::StateError;
 
 use crate::queue::{copy_in, length};
 use crate::worker::{Job, Worker};
-use crate::{Activation, Chain, Device, DeviceType, Notifier, ProtocolError, Virtqueue};
+use crate::{
+    Activation, Chain, Device, DeviceState, DeviceType, Notifier, ProtocolError, SavedDevice,
+    Virtqueue,
+};
 
 /// A request gets no more than this, however much it asks for: the standard wants one byte at
 /// least, and this bounds a step of the worker.
@@ -145,6 +149,36 @@ impl Device for Entropy {
     fn resume(&mut self) {
         self.worker.resume();
     }
+
+    fn save(&mut self) -> SavedDevice {
+        self.worker.visit(|source| {
+            let Source {
+                active,
+                // Empty between two requests.
+                chain: _,
+            } = source;
+            let queue = active.as_ref().map(|active| active.queue.position());
+            SavedDevice {
+                queues: vec![queue],
+                state: DeviceState::Entropy,
+            }
+        })
+    }
+
+    fn restore(
+        &mut self,
+        state: &DeviceState,
+        activation: Option<Activation>,
+    ) -> Result<(), StateError> {
+        let DeviceState::Entropy = state else {
+            return Err(state.of_another("entropy"));
+        };
+        self.worker.pause();
+        if let Some(activation) = activation {
+            self.activate(activation);
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -156,6 +190,18 @@ mod tests {
         let mut driver = Driver::new(Entropy::new().unwrap());
         driver.start(0);
         driver
+    }
+
+    #[test]
+    fn a_request_that_waits_is_served_after_a_restore() {
+        let mut driver = entropy();
+        assert_eq!(driver.request(0, &[(BUFFERS, 16, true)]), 16);
+        driver.bus.pause();
+        driver.send(0, 0, &[(BUFFERS, 32, true)]);
+        let mut driver = driver.moved(|| Entropy::new().unwrap());
+        driver.bus.resume();
+        assert_eq!(driver.wait_used(0), (0, 32));
+        assert_ne!(driver.read(BUFFERS, 32), [0; 32]);
     }
 
     #[test]

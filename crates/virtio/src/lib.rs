@@ -28,12 +28,12 @@ mod worker;
 #[cfg(test)]
 mod driver;
 
-pub use block::{Block, Disk, DiskError};
-pub use console::{Console, ConsoleHandle, PortConfig, PortOutput};
-pub use device::{Activation, Device, DeviceType};
+pub use block::{Block, BlockState, Disk, DiskError};
+pub use console::{Console, ConsoleHandle, ConsoleState, PortConfig, PortOutput};
+pub use device::{Activation, Device, DeviceState, DeviceType, SavedDevice};
 pub use entropy::Entropy;
 pub use notifier::Notifier;
-pub use queue::{Buffer, Chain, ProtocolError, Virtqueue};
+pub use queue::{Buffer, Chain, ProtocolError, QueuePosition, Virtqueue};
 pub use transport::VirtioPci;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

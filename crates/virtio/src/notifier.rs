@@ -4,9 +4,10 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use trapgate_pci::{InterruptLine, Message, MessageSink, Msix};
+use trapgate_pci::{InterruptLine, Message, MessageSink, Msix, StateError};
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
 
+use crate::transport::NotifierState;
 use crate::{ProtocolError, lock};
 
 /// The vector that stands for none (virtio 1.2, 4.1.5.1.2).
@@ -201,6 +202,76 @@ impl Notifier {
             }
         }
         Table(lock(&self.wiring))
+    }
+
+    /// Its state.
+    pub(crate) fn save(&self) -> NotifierState {
+        let Self {
+            wiring,
+            status,
+            generation,
+            // The machine's.
+            sink: _,
+            line: _,
+        } = self;
+        let wiring = lock(wiring);
+        let Wiring {
+            msix,
+            config_vector,
+            queue_vectors,
+            isr,
+            // Follow from these and from the command register.
+            intx_disabled: _,
+            level: _,
+            // For people; the driver sees it in the status.
+            failure: _,
+        } = &*wiring;
+        NotifierState {
+            msix: msix.save(),
+            config_vector: *config_vector,
+            queue_vectors: queue_vectors.clone(),
+            isr: *isr,
+            status: status.load(Ordering::Acquire),
+            generation: generation.load(Ordering::Acquire),
+        }
+    }
+
+    /// Takes a state; [`Self::set_controls`] is to come next.
+    pub(crate) fn restore(
+        &self,
+        state: &NotifierState,
+        kind: &'static str,
+    ) -> Result<(), StateError> {
+        let NotifierState {
+            msix,
+            config_vector,
+            queue_vectors,
+            isr,
+            status,
+            generation,
+        } = state;
+        let mut wiring = lock(&self.wiring);
+        let count = queue_vectors.len();
+        let what = "the number of queue vectors";
+        StateError::check(
+            count == wiring.queue_vectors.len(),
+            kind,
+            what,
+            count as u64,
+        )?;
+        for &vector in queue_vectors.iter().chain([config_vector]) {
+            let valid = vector == accepted(&wiring.msix, vector);
+            StateError::check(valid, kind, "an interrupt vector", vector)?;
+        }
+        let valid = isr & !(ISR_QUEUE | ISR_CONFIG) == 0;
+        StateError::check(valid, kind, "the ISR status", *isr)?;
+        wiring.msix = wiring.msix.restored(msix, kind)?;
+        wiring.config_vector = *config_vector;
+        wiring.queue_vectors.clone_from(queue_vectors);
+        wiring.isr = *isr;
+        self.status.store(*status, Ordering::Release);
+        self.generation.store(*generation, Ordering::Release);
+        Ok(())
     }
 
     /// The virtio part of a reset; what belongs to PCI stays (virtio 1.2, 4.1.4.3.1).

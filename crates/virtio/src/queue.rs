@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
 use trapgate_memory::{GuestMemory, GuestSpace};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::desc::split::Descriptor;
@@ -177,12 +178,26 @@ pub struct Virtqueue {
 }
 
 /// The registers of a queue, as the driver sets them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Rings {
     pub(crate) size: u16,
     pub(crate) descriptors: u64,
     pub(crate) available: u64,
     pub(crate) used: u64,
+}
+
+/// How far a device has come in a queue: the saved state of a [`Virtqueue`], whose rings are in guest
+/// memory and whose registers are the transport's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueuePosition {
+    /// Index of the next entry of the available ring.
+    pub next_available: u16,
+    /// Index of the next entry of the used ring.
+    pub next_used: u16,
+    /// Doorbells are switched off because the device is looking anyway.
+    pub quiet: bool,
 }
 
 impl Virtqueue {
@@ -220,6 +235,43 @@ impl Virtqueue {
             memory,
             notifier,
         })
+    }
+
+    /// How far it has come. Whatever was pushed has been signalled.
+    pub fn position(&self) -> QueuePosition {
+        let Self {
+            queue,
+            quiet,
+            // The transport's and the machine's.
+            index: _,
+            longest: _,
+            indirect: _,
+            memory: _,
+            notifier: _,
+        } = self;
+        QueuePosition {
+            next_available: queue.next_avail(),
+            next_used: queue.next_used(),
+            quiet: *quiet,
+        }
+    }
+
+    /// The queue, which was just made, from a position on.
+    pub(crate) fn at(mut self, position: QueuePosition) -> Self {
+        let QueuePosition {
+            next_available,
+            next_used,
+            quiet,
+        } = position;
+        self.queue.set_next_avail(next_available);
+        self.queue.set_next_used(next_used);
+        self.quiet = quiet;
+        self
+    }
+
+    /// Takes a request that was popped before into `chain` again.
+    pub(crate) fn pop_again(&self, head: u16, chain: &mut Chain) -> Result<(), ProtocolError> {
+        self.walk(head, chain)
     }
 
     /// Which of the device's queues it is.

@@ -1,11 +1,18 @@
 //! Segment descriptors and the registers that cache them (SDM vol. 3A, chapter 3).
 
+use serde::{Deserialize, Serialize};
+
+use crate::hexadecimal;
+
 /// A descriptor table register, GDTR or IDTR.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TableRegister {
     /// Linear address.
+    #[serde(with = "hexadecimal")]
     pub base: u64,
     /// Offset of the last byte.
+    #[serde(with = "hexadecimal")]
     pub limit: u16,
 }
 
@@ -14,15 +21,20 @@ pub struct TableRegister {
 /// The access rights are the descriptor's bits 40 to 55 with the limit's nibble (bits 8 to 11)
 /// zero, which is the format that VMX and KVM use as well (SDM vol. 3C, table 25-2), bit 16 being
 /// "unusable".
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Segment {
     /// The visible part.
+    #[serde(with = "hexadecimal")]
     pub selector: u16,
     /// Linear address of the segment.
+    #[serde(with = "hexadecimal")]
     pub base: u64,
     /// Offset of the last byte, in bytes (granularity applied).
+    #[serde(with = "hexadecimal")]
     pub limit: u32,
     /// Access rights.
+    #[serde(with = "hexadecimal")]
     pub access: u32,
 }
 

@@ -1,7 +1,11 @@
 //! Exceptions and their vectors (SDM vol. 3A, 7.3 and 7.15).
 
+use serde::{Deserialize, Serialize};
+
+use crate::hexadecimal;
+
 /// Vector numbers of the architecture's exceptions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Vector(pub u8);
 
 #[allow(missing_docs)] // The names are the manuals'.
@@ -27,13 +31,15 @@ impl Vector {
 }
 
 /// An exception that an instruction raised, not yet delivered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Exception {
     /// Which one.
     pub vector: Vector,
     /// What is pushed on the handler's stack, for those that push something.
     pub error_code: Option<u32>,
     /// For #PF: the linear address for CR2.
+    #[serde(with = "hexadecimal")]
     pub address: u64,
 }
 

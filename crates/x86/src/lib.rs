@@ -9,6 +9,7 @@
 
 pub mod descriptor;
 pub mod exception;
+mod hexadecimal;
 pub mod msr;
 pub mod paging;
 pub mod profile;

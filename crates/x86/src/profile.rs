@@ -4,6 +4,8 @@
 //! A profile lists only what every engine implements. Sources: SDM vol. 2A, CPUID; Linux
 //! `Documentation/virt/kvm/x86/cpuid.rst` for leaves 0x4000_00xx.
 
+use serde::{Deserialize, Serialize};
+
 use crate::registers::{cr4, xcr0};
 
 /// The four registers that CPUID writes.
@@ -35,11 +37,13 @@ pub struct CpuidContext {
 }
 
 /// The microarchitecture levels of the x86-64 psABI that have a profile.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Level {
     /// x86-64-v2: up to SSE4.2, POPCNT, CMPXCHG16B.
+    #[serde(rename = "x86-64-v2")]
     V2,
     /// x86-64-v3: v2 with AVX2, BMI1, BMI2, FMA, F16C, LZCNT, MOVBE.
+    #[serde(rename = "x86-64-v3")]
     V3,
 }
 

@@ -1,11 +1,16 @@
 //! The complete architectural state of a processor, which belongs to no engine.
 
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
 use crate::descriptor::{Segment, TableRegister, access};
 use crate::exception::Exception;
+use crate::hexadecimal;
 use crate::registers::{MXCSR_RESET, cr0, dr, rflags};
 
 /// What the processor does when it is let run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Activity {
     /// Executes instructions.
     #[default]
@@ -19,7 +24,8 @@ pub enum Activity {
 }
 
 /// Events that the last instruction holds off for one instruction.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum InterruptShadow {
     /// Nothing is held off.
     #[default]
@@ -31,27 +37,35 @@ pub enum InterruptShadow {
 }
 
 /// Memory type range registers; they change nothing here but must read back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Mtrrs {
     /// IA32_MTRR_DEF_TYPE.
+    #[serde(with = "hexadecimal")]
     pub default_type: u64,
     /// The eleven fixed ranges, in the order of their numbers.
+    #[serde(with = "hexadecimal::array")]
     pub fixed: [u64; 11],
     /// Base and mask of eight variable ranges.
+    #[serde(with = "hexadecimal::pairs")]
     pub variable: [(u64, u64); 8],
 }
 
 /// The MSRs of the paravirtual interfaces.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ParavirtualMsrs {
     /// KVM_SYSTEM_TIME(_NEW): guest-physical address of the clock, bit 0 enables.
+    #[serde(with = "hexadecimal")]
     pub system_time: u64,
     /// KVM_WALL_CLOCK(_NEW): guest-physical address.
+    #[serde(with = "hexadecimal")]
     pub wall_clock: u64,
 }
 
 /// What system software sees and sets: everything but the user-visible registers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SystemState {
     /// ES, CS, SS, DS, FS, GS; the bases of FS and GS are the MSRs' too.
     pub segments: [Segment; 6],
@@ -64,54 +78,79 @@ pub struct SystemState {
     /// IDTR.
     pub idtr: TableRegister,
     /// CR0.
+    #[serde(with = "hexadecimal")]
     pub cr0: u64,
     /// CR2.
+    #[serde(with = "hexadecimal")]
     pub cr2: u64,
     /// CR3.
+    #[serde(with = "hexadecimal")]
     pub cr3: u64,
     /// CR4.
+    #[serde(with = "hexadecimal")]
     pub cr4: u64,
     /// XCR0.
+    #[serde(with = "hexadecimal")]
     pub xcr0: u64,
     /// Page-directory-pointer entries loaded by PAE paging (SDM vol. 3A, 5.4.1).
+    #[serde(with = "hexadecimal::array")]
     pub pdptes: [u64; 4],
     /// DR0 to DR3.
+    #[serde(with = "hexadecimal::array")]
     pub dr: [u64; 4],
     /// DR6.
+    #[serde(with = "hexadecimal")]
     pub dr6: u64,
     /// DR7.
+    #[serde(with = "hexadecimal")]
     pub dr7: u64,
     /// IA32_EFER.
+    #[serde(with = "hexadecimal")]
     pub efer: u64,
     /// STAR.
+    #[serde(with = "hexadecimal")]
     pub star: u64,
     /// LSTAR.
+    #[serde(with = "hexadecimal")]
     pub lstar: u64,
     /// CSTAR.
+    #[serde(with = "hexadecimal")]
     pub cstar: u64,
     /// SFMASK.
+    #[serde(with = "hexadecimal")]
     pub sfmask: u64,
     /// KERNEL_GS_BASE.
+    #[serde(with = "hexadecimal")]
     pub kernel_gs_base: u64,
     /// IA32_SYSENTER_CS.
+    #[serde(with = "hexadecimal")]
     pub sysenter_cs: u64,
     /// IA32_SYSENTER_ESP.
+    #[serde(with = "hexadecimal")]
     pub sysenter_esp: u64,
     /// IA32_SYSENTER_EIP.
+    #[serde(with = "hexadecimal")]
     pub sysenter_eip: u64,
     /// TSC_AUX.
+    #[serde(with = "hexadecimal")]
     pub tsc_aux: u64,
     /// What is added to the VM clock's ticks to give the TSC.
+    #[serde(with = "hexadecimal")]
     pub tsc_offset: u64,
     /// IA32_TSC_ADJUST.
+    #[serde(with = "hexadecimal")]
     pub tsc_adjust: u64,
     /// IA32_PAT.
+    #[serde(with = "hexadecimal")]
     pub pat: u64,
     /// IA32_MISC_ENABLE.
+    #[serde(with = "hexadecimal")]
     pub misc_enable: u64,
     /// IA32_SPEC_CTRL.
+    #[serde(with = "hexadecimal")]
     pub spec_ctrl: u64,
     /// IA32_MCG_STATUS.
+    #[serde(with = "hexadecimal")]
     pub mcg_status: u64,
     /// The MTRRs.
     pub mtrrs: Mtrrs,
@@ -140,6 +179,24 @@ impl std::fmt::Debug for XsaveImage {
     }
 }
 
+/// As hexadecimal digits.
+impl Serialize for XsaveImage {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        hex::serialize(self.0.as_slice(), serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for XsaveImage {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let bytes: Vec<u8> = hex::deserialize(deserializer)?;
+        let length = bytes.len();
+        match bytes.try_into() {
+            Ok(bytes) => Ok(Self(Box::new(bytes))),
+            Err(_) => Err(D::Error::invalid_length(length, &"832 bytes")),
+        }
+    }
+}
+
 impl Default for XsaveImage {
     /// The initial state: FCW 0x37F, empty x87 stack, MXCSR 0x1F80, everything else zero.
     fn default() -> Self {
@@ -152,13 +209,17 @@ impl Default for XsaveImage {
 }
 
 /// The complete state of one processor.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CpuState {
     /// The general registers, as instructions number them.
+    #[serde(with = "hexadecimal::array")]
     pub gpr: [u64; 16],
     /// RIP.
+    #[serde(with = "hexadecimal")]
     pub rip: u64,
     /// RFLAGS.
+    #[serde(with = "hexadecimal")]
     pub rflags: u64,
     /// x87, SSE and AVX state.
     pub xsave: XsaveImage,
@@ -288,5 +349,49 @@ impl CpuState {
         *code = Segment::real(u16::from(vector) << 8, true);
         self.rip = 0;
         self.system.activity = Activity::Running;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_that_was_written_is_read_back() {
+        let mut state = CpuState::default();
+        state.gpr[7] = u64::MAX;
+        state.rip = 0xffff_8000_1234_5678;
+        state.xsave.0[831] = 0xab;
+        state.system.mtrrs.variable[3] = (1 << 63, 5);
+        state.system.activity = Activity::WaitForSipi;
+        state.pending = Some(Exception::page_fault(u64::MAX, 7));
+        let text = serde_json::to_string_pretty(&state).unwrap();
+        assert!(text.contains(r#""rip": "0xffff800012345678""#), "{text}");
+        assert_eq!(serde_json::from_str::<CpuState>(&text).unwrap(), state);
+    }
+
+    #[test]
+    fn what_is_no_register_is_refused() {
+        let good = serde_json::to_value(CpuState::default()).unwrap();
+        for (field, bad) in [
+            ("rip", serde_json::json!("0x+1")),
+            ("rip", serde_json::json!("12")),
+            ("rip", serde_json::json!("0x10000000000000000")),
+            ("rip", serde_json::json!(12)),
+            ("gpr", serde_json::json!(["0x0"])),
+            ("xsave", serde_json::json!("00")),
+            ("xsave", serde_json::json!("zz".repeat(832))),
+            ("more", serde_json::json!(1)),
+        ] {
+            let mut state = good.clone();
+            state[field] = bad;
+            assert!(
+                serde_json::from_value::<CpuState>(state).is_err(),
+                "{field}"
+            );
+        }
+        let mut segment = serde_json::to_value(Segment::default()).unwrap();
+        segment["selector"] = "0x10000".into();
+        assert!(serde_json::from_value::<Segment>(segment).is_err());
     }
 }

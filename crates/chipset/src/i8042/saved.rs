@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Device, I8042, QUEUE, Source};
-use crate::saved::{Check, StateError, hex};
+use crate::saved::{Check, StateError};
 
 /// Keyboard or mouse.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +24,7 @@ pub struct I8042State {
     /// Control register (the first byte of memory).
     pub control: u8,
     /// The rest of memory, from index 1.
-    #[serde(with = "hex")]
+    #[serde(with = "hex::serde")]
     pub memory: [u8; 32],
     /// Output port.
     pub output_port: u8,

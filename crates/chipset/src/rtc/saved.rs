@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Rtc;
-use crate::saved::{Check, MOST_SECONDS, StateError, hex};
+use crate::saved::{Check, MOST_SECONDS, StateError};
 use crate::ticks::NS_PER_SECOND;
 
 /// The real-time clock.
@@ -15,7 +15,7 @@ pub struct RtcState {
     /// Bit 7 of the index port.
     pub nmi_masked: bool,
     /// All registers and memory; the time registers count only while the clock stands.
-    #[serde(with = "hex")]
+    #[serde(with = "hex::serde")]
     pub cells: [u8; 128],
     /// The clock's time (seconds since 1970 in its own calendar) at `base_ns`.
     pub base_seconds: i64,

@@ -6,6 +6,8 @@ mod request;
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+use trapgate_pci::StateError;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -15,7 +17,10 @@ pub use disk::{Disk, DiskError, SECTOR};
 use request::Requests;
 
 use crate::worker::{Job, Worker};
-use crate::{Activation, Chain, Device, DeviceType, Notifier, ProtocolError, Virtqueue};
+use crate::{
+    Activation, Chain, Device, DeviceState, DeviceType, Notifier, ProtocolError, SavedDevice,
+    Virtqueue,
+};
 
 const QUEUE_SIZE: u16 = 256;
 /// Data buffers of a request: what a chain may have, less header and status.
@@ -69,6 +74,16 @@ impl Job for Drive {
             false
         })
     }
+}
+
+/// What a disk has besides its queue. Its contents are not in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockState {
+    /// Its size.
+    pub sectors: u64,
+    /// Whether the guest could not write to it.
+    pub read_only: bool,
 }
 
 /// A disk as a virtio device.
@@ -182,6 +197,63 @@ impl Device for Block {
 
     fn resume(&mut self) {
         self.worker.resume();
+    }
+
+    fn save(&mut self) -> SavedDevice {
+        self.worker.visit(|drive| {
+            let Drive {
+                disk,
+                // The machine's configuration says it.
+                serial: _,
+                active,
+                // Empty between two requests.
+                chain: _,
+            } = drive;
+            SavedDevice {
+                queues: vec![active.as_ref().map(|active| active.queue.position())],
+                state: DeviceState::Block(BlockState {
+                    sectors: disk.sectors(),
+                    read_only: disk.read_only(),
+                }),
+            }
+        })
+    }
+
+    fn restore(
+        &mut self,
+        state: &DeviceState,
+        activation: Option<Activation>,
+    ) -> Result<(), StateError> {
+        let DeviceState::Block(BlockState { sectors, read_only }) = state else {
+            return Err(state.of_another("block"));
+        };
+        self.worker.pause();
+        let (present, present_read_only) = self
+            .worker
+            .visit(|drive| (drive.disk.sectors(), drive.disk.read_only()));
+        if *sectors != present {
+            return Err(StateError::Environment {
+                kind: "virtio-block",
+                reason: format!(
+                    "the disk has {present} sectors of {SECTOR} bytes, and had {sectors} when it was saved"
+                ),
+            });
+        }
+        if *read_only != present_read_only {
+            let access = |read_only| if read_only { "read-only" } else { "writable" };
+            return Err(StateError::Environment {
+                kind: "virtio-block",
+                reason: format!(
+                    "the disk is {}, and was {} when it was saved",
+                    access(present_read_only),
+                    access(*read_only)
+                ),
+            });
+        }
+        if let Some(activation) = activation {
+            self.activate(activation);
+        }
+        Ok(())
     }
 }
 

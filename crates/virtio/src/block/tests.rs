@@ -445,3 +445,42 @@ fn rings_full_of_garbage_are_survived() {
     driver.start(0);
     assert_eq!(request(&mut driver, IN, 0, &[(DATA, 512, true)]), (OK, 513));
 }
+
+#[test]
+fn requests_that_wait_when_the_state_is_saved_are_served_after_it_is_restored() {
+    // Given a disk that has served a request, with more in its queue when it is stopped
+    let (mut driver, image) = block(false);
+    assert_eq!(request(&mut driver, IN, 3, &[(DATA, 512, true)]).0, OK);
+    driver.bus.pause();
+    set_header(&driver, OUT, 5);
+    driver.memory.write(DATA, &[0x77; 512]).unwrap();
+    let pieces = [(HEADER, 16, false), (DATA, 512, false), (STATUS, 1, true)];
+    driver.send(0, 0, &pieces);
+    driver.send(0, 8, &pieces);
+    // When it goes on elsewhere
+    let path = image.path().to_owned();
+    let mut driver = driver.moved(|| Block::new(Disk::open(path, false).unwrap(), "root").unwrap());
+    assert_eq!(driver.read(STATUS, 1), [0xee]);
+    driver.bus.resume();
+    // Then none of them is lost
+    assert_eq!(driver.wait_used(0), (0, 1));
+    assert_eq!(driver.wait_used(0), (8, 1));
+    assert_eq!(on_disk(&image, 5 * SECTOR, 512), [0x77; 512]);
+    assert_eq!(request(&mut driver, IN, 5, &[(DATA, 512, true)]), (OK, 513));
+}
+
+#[test]
+fn a_disk_of_another_size_or_with_other_rights_is_refused() {
+    let (driver, image) = block(false);
+    driver.bus.pause();
+    let state = driver.bus.save();
+    drop(driver);
+    let refused = |read_only: bool| {
+        let disk = Disk::open(image.path(), read_only).unwrap();
+        let other = Driver::new(Block::new(disk, "root").unwrap());
+        other.bus.restore(&state).unwrap_err().to_string()
+    };
+    assert!(refused(true).contains("is read-only, and was writable"));
+    image.as_file().set_len(512).unwrap();
+    assert!(refused(false).contains("has 1 sectors"));
+}

@@ -29,11 +29,11 @@ mod event {
 }
 
 /// A control message for the guest, with the bytes that follow it.
-struct Message {
-    port: u32,
-    event: u16,
-    value: u16,
-    tail: Vec<u8>,
+pub(super) struct Message {
+    pub(super) port: u32,
+    pub(super) event: u16,
+    pub(super) value: u16,
+    pub(super) tail: Vec<u8>,
 }
 
 impl Message {
@@ -66,11 +66,11 @@ pub(super) struct Port {
     pub(super) queue: Option<Virtqueue>,
     pub(super) output: Arc<Shared<Output>>,
     /// The guest said that it has set the port up.
-    ready: bool,
+    pub(super) ready: bool,
     /// The guest has it open.
-    open: bool,
+    pub(super) open: bool,
     /// The guest was told that the host closed it.
-    end_told: bool,
+    pub(super) end_told: bool,
 }
 
 impl Port {
@@ -88,7 +88,7 @@ impl Port {
         }
     }
 
-    fn set_open(&mut self, open: bool) {
+    pub(super) fn set_open(&mut self, open: bool) {
         if self.open != open {
             self.open = open;
             self.output.visit(|output| output.set_opened(open));
@@ -150,8 +150,8 @@ pub(super) struct Input {
     pub(super) gone: bool,
     /// Told when a port has room again, or will never have.
     pub(super) room: Arc<Condvar>,
-    messages: VecDeque<Message>,
-    chain: Chain,
+    pub(super) messages: VecDeque<Message>,
+    pub(super) chain: Chain,
 }
 
 impl Input {

@@ -7,16 +7,20 @@
 
 mod input;
 mod output;
+mod saved;
 
 use std::io;
 use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
 use input::{Input, Port};
+pub use output::InHand;
 use output::{Host, Output};
+pub use saved::{ConsoleState, MessageState, PortState};
+use trapgate_pci::StateError;
 
 use crate::worker::{Shared, Worker};
-use crate::{Activation, Device, DeviceType};
+use crate::{Activation, Device, DeviceState, DeviceType, SavedDevice};
 
 /// `VIRTIO_CONSOLE_F_SIZE` and `VIRTIO_CONSOLE_F_MULTIPORT` (virtio 1.2, 5.3.3), as bits.
 const FEATURE_SIZE: u64 = 1 << 0;
@@ -155,41 +159,7 @@ impl Device for Console {
     }
 
     fn activate(&mut self, activation: Activation) {
-        let Activation {
-            features,
-            memory,
-            notifier,
-            mut queues,
-        } = activation;
-        let multiport = features & FEATURE_MULTIPORT != 0;
-        let mut take = |index: usize| queues.get_mut(index).and_then(Option::take);
-        let (control_in, control_out) = if multiport {
-            (take(CONTROL_IN), take(CONTROL_OUT))
-        } else {
-            (None, None)
-        };
-        let ports = if multiport { self.outputs.len() } else { 1 };
-        self.input.visit(|input| {
-            for (index, port) in input.ports.iter_mut().enumerate().take(ports) {
-                let first = self.first_queue(index);
-                port.queue = take(first);
-                let transmit = take(first + 1);
-                port.output.visit(|output| {
-                    output.active = transmit.map(|queue| output::Active {
-                        queue,
-                        memory: Arc::clone(&memory),
-                        notifier: Arc::clone(&notifier),
-                    });
-                });
-            }
-            input.activate(input::Active {
-                memory,
-                notifier,
-                multiport,
-                control_in,
-                control_out,
-            });
-        });
+        self.attach(activation, Input::activate);
         self.input.kick();
         for output in &self.outputs {
             output.kick();
@@ -231,9 +201,65 @@ impl Device for Console {
             output.resume();
         }
     }
+
+    fn save(&mut self) -> SavedDevice {
+        self.saved()
+    }
+
+    fn restore(
+        &mut self,
+        state: &DeviceState,
+        activation: Option<Activation>,
+    ) -> Result<(), StateError> {
+        self.pause();
+        let DeviceState::Console(state) = state else {
+            return Err(state.of_another("console"));
+        };
+        self.take_state(state, activation)
+    }
 }
 
 impl Console {
+    /// Gives the queues to whom they are for, and then lets `start` have the rest.
+    fn attach(&mut self, activation: Activation, start: impl FnOnce(&mut Input, input::Active)) {
+        let Activation {
+            features,
+            memory,
+            notifier,
+            mut queues,
+        } = activation;
+        let multiport = features & FEATURE_MULTIPORT != 0;
+        let mut take = |index: usize| queues.get_mut(index).and_then(Option::take);
+        let (control_in, control_out) = if multiport {
+            (take(CONTROL_IN), take(CONTROL_OUT))
+        } else {
+            (None, None)
+        };
+        let ports = if multiport { self.outputs.len() } else { 1 };
+        self.input.visit(|input| {
+            for (index, port) in input.ports.iter_mut().enumerate().take(ports) {
+                let first = self.first_queue(index);
+                port.queue = take(first);
+                let transmit = take(first + 1);
+                port.output.visit(|output| {
+                    output.active = transmit.map(|queue| output::Active {
+                        queue,
+                        memory: Arc::clone(&memory),
+                        notifier: Arc::clone(&notifier),
+                    });
+                });
+            }
+            let active = input::Active {
+                memory,
+                notifier,
+                multiport,
+                control_in,
+                control_out,
+            };
+            start(input, active);
+        });
+    }
+
     /// The receive queue of a port; its transmit queue is the next (virtio 1.2, 5.3.2).
     fn first_queue(&self, port: usize) -> usize {
         if port == 0 { 0 } else { 2 * port + 2 }

@@ -4,11 +4,13 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use trapgate_memory::GuestMemory;
+use trapgate_pci::StateError;
 
 use crate::queue::{copy_out, length};
 use crate::worker::Job;
-use crate::{Chain, Notifier, PortOutput, ProtocolError, Virtqueue};
+use crate::{Chain, Notifier, PortOutput, ProtocolError, QueuePosition, Virtqueue};
 
 /// Bytes taken out of the guest at a time. They count as written as soon as they are here.
 const BATCH: usize = 64 << 10;
@@ -52,7 +54,60 @@ impl Host {
     }
 }
 
+/// A buffer of the guest's of which the host has taken a part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InHand {
+    /// Index of the first descriptor of its chain.
+    pub head: u16,
+    /// Bytes taken.
+    pub taken: u64,
+}
+
 impl Output {
+    /// How far its queue has come, and what is in hand.
+    pub(super) fn save(&self) -> (Option<QueuePosition>, Option<InHand>) {
+        let Self {
+            active,
+            chain,
+            taken,
+            // Said again to whoever is there after a restore.
+            opened: _,
+        } = self;
+        let in_hand = taken.map(|taken| InHand {
+            head: chain.head,
+            taken,
+        });
+        (
+            active.as_ref().map(|active| active.queue.position()),
+            in_hand,
+        )
+    }
+
+    /// Takes up again what was in hand; the queue is there already, if there is one.
+    pub(super) fn restore(&mut self, in_hand: Option<InHand>) -> Result<(), StateError> {
+        let Some(InHand { head, taken }) = in_hand else {
+            return Ok(());
+        };
+        let failed = |reason: String| StateError::Environment {
+            kind: "virtio-console",
+            reason,
+        };
+        let Some(active) = &self.active else {
+            return Err(failed(
+                "a buffer is in hand, and its queue is off".to_owned(),
+            ));
+        };
+        active
+            .queue
+            .pop_again(head, &mut self.chain)
+            .map_err(|error| failed(error.to_string()))?;
+        let valid = taken <= length(&self.chain.readable);
+        StateError::check(valid, "virtio-console", "bytes taken of a buffer", taken)?;
+        self.taken = Some(taken);
+        Ok(())
+    }
+
     /// The port changed from closed to open, or back.
     pub(super) fn set_opened(&mut self, open: bool) {
         // A guest that toggles faster than the host listens: leave one of its pulses out.

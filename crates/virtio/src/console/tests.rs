@@ -2,6 +2,8 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::ProtocolError;
 use crate::driver::{
@@ -565,4 +567,126 @@ fn rings_full_of_garbage_are_survived() {
     assert!(guest.handle.drain(PATIENCE));
     let written = guest.logs[2].0.lock().unwrap().0[before..].to_vec();
     assert!(written.ends_with(b"alive"));
+}
+
+fn lone(output: impl PortOutput) -> Console {
+    Console::new(vec![port("", true, output)]).unwrap()
+}
+
+#[test]
+fn output_of_which_a_part_was_taken_goes_on_where_it_stopped() {
+    // Given a host that has taken a first batch of a large buffer
+    let ((reached, arrivals), (let_go, go_on)) = (channel(), channel());
+    let mut driver = Driver::new(lone(Gate { reached, go_on }));
+    driver.start(0);
+    let text: String = (0..300_000)
+        .map(|at| char::from(b'a' + (at % 23) as u8))
+        .collect();
+    driver.memory.write(BUFFERS, text.as_bytes()).unwrap();
+    driver.send(
+        1,
+        0,
+        &[
+            (BUFFERS, 100_000, false),
+            (BUFFERS + 100_000, 200_000, false),
+        ],
+    );
+    let taken = arrivals.recv().unwrap().len();
+    assert!(taken < text.len());
+    // When the machine goes on elsewhere
+    let log = Log::default();
+    let console = lone(log.clone());
+    let handle = console.handle();
+    let mut driver = driver.moved(|| console);
+    drop(let_go);
+    driver.bus.resume();
+    // Then the rest arrives there, once
+    assert_eq!(driver.wait_used(1), (0, 0));
+    assert!(handle.drain(PATIENCE));
+    assert!(log.text() == text[taken..], "{} bytes", log.text().len());
+    assert_eq!(log.opened(), [true]);
+}
+
+#[test]
+fn input_and_messages_that_wait_are_there_after_a_restore() {
+    // Given a port that is open, with input, a new size, and an end that the guest has not seen
+    let mut guest = Guest::new();
+    guest.bring_up(0, 3);
+    guest.bring_up(1, 2);
+    guest.driver.bus.pause();
+    guest.handle.input(1, b"kept");
+    guest.handle.close_input(1);
+    guest.handle.resize(100, 30);
+    // When it goes on elsewhere
+    let logs = [Log::default(), Log::default(), Log::default()];
+    let console = Console::new(vec![
+        port("console", true, logs[0].clone()),
+        port("trapgate.stdin", false, logs[1].clone()),
+        port("trapgate.stdout", false, logs[2].clone()),
+    ])
+    .unwrap();
+    let handle = console.handle();
+    let driver = guest.driver.moved(|| console);
+    let mut guest = Guest {
+        driver,
+        handle,
+        logs,
+    };
+    guest.driver.bus.resume();
+    // Then nothing is lost, and the end comes after the input
+    guest.give_room(1, 64);
+    assert_eq!(guest.take(1), b"kept");
+    assert_eq!(guest.hear(), (0, event::RESIZE, 0, vec![100, 0, 30, 0]));
+    assert_eq!(guest.hear(), (1, event::PORT_OPEN, 0, vec![]));
+    assert_eq!(guest.handle.input(1, b"more"), 0);
+    guest.write(0, "hello");
+    assert!(guest.handle.drain(PATIENCE));
+    assert_eq!(guest.logs[0].text(), "hello");
+    // And whoever takes the output now knows which ports are open
+    assert_eq!(
+        guest.logs.each_ref().map(Log::opened),
+        [vec![true], vec![true], vec![]]
+    );
+}
+
+#[test]
+fn a_console_with_other_ports_is_refused() {
+    let (driver, _handle, _log) = single();
+    driver.bus.pause();
+    let state = driver.bus.save();
+    for ports in [
+        vec![port("other", true, ())],
+        vec![port("", true, ()), port("more", false, ())],
+    ] {
+        let other = Driver::new(Console::new(ports).unwrap());
+        assert!(other.bus.restore(&state).is_err());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_state_with_any_number_changed_is_refused_or_does_no_harm(
+        index in 0usize..60,
+        to in prop_oneof![any::<u64>(), 0u64..0x1_0000, Just(u64::MAX)],
+    ) {
+        let mut guest = Guest::new();
+        guest.bring_up(0, 3);
+        guest.handle.input(1, b"waits");
+        guest.handle.resize(100, 30);
+        guest.driver.bus.pause();
+        let make = || {
+            let ports = ["console", "trapgate.stdin", "trapgate.stdout"];
+            let ports = ports.map(|name| port(name, name == "console", ()));
+            Console::new(ports.into()).unwrap()
+        };
+        if let Some(mut changed) = guest.driver.takes_changed(index, to, make) {
+            changed.bus.resume();
+            changed.send(1, 0, &[(BUFFERS, 8, false)]);
+            changed.send(CONTROL_TX, 0, &[(BUFFERS, 8, false)]);
+            changed.bus.pause();
+            changed.bus.reset();
+        }
+    }
 }

@@ -1,10 +1,14 @@
 //! The PCI transport (virtio 1.2, 4.1): a PCI function in front of a [`Device`].
 
+mod saved;
+
 use std::sync::Arc;
 
+pub(crate) use saved::NotifierState;
 use trapgate_memory::GuestMemory;
 use trapgate_pci::{
-    BarKind, ConfigSpace, Function, Identity, InterruptLine, MessageSink, Window, register,
+    BarKind, ConfigSpace, Function, Identity, InterruptLine, MessageSink, SavedFunction,
+    StateError, Window, register,
 };
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -292,31 +296,35 @@ impl VirtioPci {
         }
     }
 
+    /// The queue of this index, as the driver has set it up.
+    fn queue(&self, index: u16) -> Result<Virtqueue, ProtocolError> {
+        let negotiated = |feature: u32| self.driver_features & 1 << feature != 0;
+        let registers = self.queues[usize::from(index)];
+        Virtqueue::new(
+            index,
+            registers.max_size,
+            registers.rings,
+            (
+                negotiated(VIRTIO_RING_F_EVENT_IDX),
+                negotiated(VIRTIO_RING_F_INDIRECT_DESC),
+            ),
+            Arc::clone(&self.memory),
+            Arc::clone(&self.notifier),
+        )
+    }
+
     fn activate(&mut self) {
         if self.notifier.status() & STATUS_FEATURES_OK == 0 {
             self.notifier.fail(ProtocolError::Initialization);
             return;
         }
-        let negotiated = |feature: u32| self.driver_features & 1 << feature != 0;
-        let ring_features = (
-            negotiated(VIRTIO_RING_F_EVENT_IDX),
-            negotiated(VIRTIO_RING_F_INDIRECT_DESC),
-        );
         let mut queues = Vec::new();
         for (index, registers) in (0..).zip(&self.queues) {
             if !registers.enabled {
                 queues.push(None);
                 continue;
             }
-            let queue = Virtqueue::new(
-                index,
-                registers.max_size,
-                registers.rings,
-                ring_features,
-                Arc::clone(&self.memory),
-                Arc::clone(&self.notifier),
-            );
-            match queue {
+            match self.queue(index) {
                 Ok(queue) => queues.push(Some(queue)),
                 Err(error) => {
                     self.notifier.fail(error);
@@ -499,6 +507,14 @@ impl Function for VirtioPci {
 
     fn resume(&mut self) {
         self.device.resume();
+    }
+
+    fn save(&mut self) -> SavedFunction {
+        self.saved()
+    }
+
+    fn restore(&mut self, saved: &SavedFunction) -> Result<(), StateError> {
+        self.take_state(saved)
     }
 }
 

@@ -1,10 +1,13 @@
 use std::sync::{Arc, Mutex};
 
+use proptest::collection::vec;
+use proptest::prelude::*;
+
 use super::*;
 use crate::driver::{
     BUFFERS, Driver, EVENT_INDEX, INDIRECT, NEEDS_RESET, RAM, Random, VERSION_1, common,
 };
-use crate::{Chain, DeviceType};
+use crate::{Chain, DeviceState, DeviceType, SavedDevice};
 
 #[derive(Default)]
 struct Log {
@@ -85,6 +88,26 @@ impl Device for Echo {
     }
     fn pause(&mut self) {}
     fn resume(&mut self) {}
+    fn save(&mut self) -> SavedDevice {
+        let position = |queue: &Option<Virtqueue>| queue.as_ref().map(Virtqueue::position);
+        let mut queues: Vec<_> = self.queues.iter().map(position).collect();
+        queues.resize(2, None);
+        SavedDevice {
+            queues,
+            state: DeviceState::Entropy,
+        }
+    }
+    fn restore(
+        &mut self,
+        state: &DeviceState,
+        activation: Option<Activation>,
+    ) -> Result<(), StateError> {
+        assert_eq!(*state, DeviceState::Entropy);
+        if let Some(activation) = activation {
+            self.activate(activation);
+        }
+        Ok(())
+    }
 }
 
 fn echo() -> (Driver, Arc<Mutex<Log>>) {
@@ -484,4 +507,79 @@ fn any_register_access_is_survived() {
     driver.start(0);
     driver.request(0, &[(BUFFERS, 1, false)]);
     assert_eq!(driver.sink.take(), [0x41]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_restored_function_reads_and_saves_as_the_one_that_was_saved(
+        runs in any::<bool>(),
+        writes in vec((prop_oneof![0u64..0x40, 0x4000u64..0x4040], any::<u16>()), 0..24),
+    ) {
+        let (mut driver, _) = echo();
+        if runs {
+            driver.start(1 << 5);
+            driver.request(0, &[(BUFFERS, 8, true)]);
+        }
+        let window = driver.structures[&1];
+        for (offset, value) in writes {
+            // A reset would leave little to look at.
+            let resets = (19..=20).contains(&offset);
+            driver.poke(window + offset, &if resets { [0xff; 2] } else { value.to_le_bytes() });
+        }
+        let common = |driver: &Driver| -> Vec<[u8; 4]> {
+            (0..0x40).step_by(4).map(|field| driver.common(field)).collect()
+        };
+        let before = common(&driver);
+
+        let (device, _) = Echo::new();
+        let restored = driver.moved(|| device);
+
+        prop_assert_eq!(common(&restored), before);
+    }
+
+    #[test]
+    fn a_state_with_any_number_changed_is_refused_or_does_no_harm(
+        index in 0usize..24,
+        to in prop_oneof![any::<u64>(), 0u64..0x1_0000, Just(u64::MAX)],
+    ) {
+        let (mut driver, _) = echo();
+        driver.start(1 << 5 | EVENT_INDEX);
+        driver.request(0, &[(BUFFERS, 8, true)]);
+        let (device, _) = Echo::new();
+        if let Some(mut changed) = driver.takes_changed(index, to, || device) {
+            changed.send(0, 0, &[(BUFFERS, 8, true)]);
+            changed.bus.reset();
+        }
+    }
+}
+
+#[test]
+fn a_line_that_is_held_is_held_after_a_restore_and_falls_when_its_cause_is_read() {
+    let (mut driver, _) = echo();
+    driver.start_without_msix(0);
+    driver.request(0, &[(BUFFERS, 8, true)]);
+    assert!(driver.line.level());
+    let (device, _) = Echo::new();
+    let restored = driver.moved(|| device);
+    assert!(restored.line.level());
+    assert_eq!(restored.isr(), 1);
+    assert!(!restored.line.level());
+}
+
+#[test]
+fn a_broken_device_stays_broken_until_it_is_reset() {
+    let (mut driver, _) = echo();
+    driver.start(0);
+    driver.offer(0, 99);
+    driver.ring(0);
+    driver.wait_for_failure();
+    let (device, log) = Echo::new();
+    let mut restored = driver.moved(|| device);
+    restored.ring(0);
+    assert_eq!(restored.status() & NEEDS_RESET, NEEDS_RESET);
+    assert!(log.lock().unwrap().doorbells.is_empty());
+    restored.start(0);
+    restored.request(0, &[(BUFFERS, 8, true)]);
 }

@@ -1,0 +1,123 @@
+//! Calls of the kernel's that `kvm-ioctls` does not have.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::{KVM_EXIT_IO_IN, kvm_device_attr, kvm_interrupt, kvm_run, kvm_sregs2};
+use kvm_ioctls::VcpuFd;
+
+/// The kernel's `_IO` macro family (`include/uapi/asm-generic/ioctl.h`).
+const fn number(direction: u32, number: u32, size: usize) -> u64 {
+    const KVMIO: u32 = 0xae;
+    (direction << 30 | (size as u32) << 16 | KVMIO << 8 | number) as u64
+}
+
+const WRITE: u32 = 1;
+const READ: u32 = 2;
+
+const KVM_INTERRUPT: u64 = number(WRITE, 0x86, size_of::<kvm_interrupt>());
+const KVM_GET_SREGS2: u64 = number(READ, 0xcc, size_of::<kvm_sregs2>());
+const KVM_SET_SREGS2: u64 = number(WRITE, 0xcd, size_of::<kvm_sregs2>());
+const KVM_GET_DEVICE_ATTR: u64 = number(WRITE, 0xe2, size_of::<kvm_device_attr>());
+const KVM_SET_DEVICE_ATTR: u64 = number(WRITE, 0xe1, size_of::<kvm_device_attr>());
+
+fn result(returned: i32) -> io::Result<()> {
+    if returned < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// KVM_INTERRUPT: queues an external interrupt for delivery, without an irqchip in the kernel.
+pub(crate) fn interrupt(vcpu: &VcpuFd, vector: u8) -> io::Result<()> {
+    let argument = kvm_interrupt { irq: vector.into() };
+    // SAFETY: the descriptor is a vCPU's; the kernel reads a `kvm_interrupt`, which lives.
+    result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_INTERRUPT, &raw const argument) })
+}
+
+/// KVM_GET_SREGS2.
+pub(crate) fn sregs2(vcpu: &VcpuFd) -> io::Result<kvm_sregs2> {
+    let mut sregs = kvm_sregs2::default();
+    // SAFETY: the descriptor is a vCPU's; the kernel writes a `kvm_sregs2`, which lives.
+    result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_SREGS2, &raw mut sregs) })?;
+    Ok(sregs)
+}
+
+/// KVM_SET_SREGS2.
+pub(crate) fn set_sregs2(vcpu: &VcpuFd, sregs: &kvm_sregs2) -> io::Result<()> {
+    // SAFETY: the descriptor is a vCPU's; the kernel reads a `kvm_sregs2`, which lives.
+    result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SREGS2, &raw const *sregs) })
+}
+
+/// KVM_VCPU_TSC_OFFSET: what is added to the host's TSC, scaled.
+pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> io::Result<u64> {
+    let mut offset = 0;
+    let attribute = tsc_attribute(&raw mut offset);
+    // SAFETY: the descriptor is a vCPU's; the kernel writes a `u64` at the attribute's address, which
+    // lives.
+    result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_DEVICE_ATTR, &raw const attribute) })?;
+    Ok(offset)
+}
+
+/// As [`tsc_offset`], the other way.
+pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, mut offset: u64) -> io::Result<()> {
+    let attribute = tsc_attribute(&raw mut offset);
+    // SAFETY: the descriptor is a vCPU's; the kernel reads a `u64` at the attribute's address, which
+    // lives.
+    result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_DEVICE_ATTR, &raw const attribute) })
+}
+
+fn tsc_attribute(offset: *mut u64) -> kvm_device_attr {
+    kvm_device_attr {
+        group: kvm_bindings::KVM_VCPU_TSC_CTRL,
+        attr: kvm_bindings::KVM_VCPU_TSC_OFFSET.into(),
+        addr: offset as u64,
+        flags: 0,
+    }
+}
+
+/// An access to a port that the kernel reports.
+pub(crate) struct PortAccess<'a> {
+    pub(crate) port: u16,
+    /// Bytes of each element: 1, 2 or 4.
+    pub(crate) size: usize,
+    pub(crate) is_input: bool,
+    /// One element, or as many as a string instruction moves.
+    pub(crate) data: &'a mut [u8],
+}
+
+/// The access of which KVM_EXIT_IO tells.
+pub(crate) fn port_access(run: &mut kvm_run) -> PortAccess<'_> {
+    // SAFETY: every member of the union is plain data of integers, so that reading any is
+    // defined; the caller has just seen KVM_EXIT_IO.
+    let io = unsafe { run.__bindgen_anon_1.io };
+    let size = usize::from(io.size);
+    let start = (&raw mut *run).cast::<u8>();
+    // SAFETY: the kernel gives the offset of the data from the start of the mapping of `run`,
+    // which is several pages long and lives as long as the vCPU that `run` is borrowed from.
+    let data = unsafe {
+        std::slice::from_raw_parts_mut(start.add(io.data_offset as usize), io.count as usize * size)
+    };
+    PortAccess {
+        port: io.port,
+        size,
+        is_input: u32::from(io.direction) == KVM_EXIT_IO_IN,
+        data,
+    }
+}
+
+/// Answers KVM_EXIT_X86_RDMSR or KVM_EXIT_X86_WRMSR: the value that was read, or anything if it
+/// was a write; `None` raises #GP(0).
+pub(crate) fn answer_msr(run: &mut kvm_run, value: Option<u64>) {
+    // SAFETY: as in `port_access`, for an exit of this kind.
+    let msr = unsafe { &mut run.__bindgen_anon_1.msr };
+    msr.error = value.is_none().into();
+    msr.data = value.unwrap_or_default();
+}
+
+/// The kernel's code of the internal error that it reports.
+pub(crate) fn suberror(run: &kvm_run) -> u64 {
+    // SAFETY: as in `port_access`, for an exit of this kind.
+    unsafe { run.__bindgen_anon_1.internal.suberror }.into()
+}

@@ -1,0 +1,113 @@
+//! How other threads get a vCPU out of the guest.
+//!
+//! A signal makes KVM_RUN return. If it comes just before KVM_RUN it would be lost, so that the
+//! signal's handler sets `immediate_exit` in the page that the kernel looks at
+//! (`Documentation/virt/kvm/api.rst`, `immediate_exit`).
+#![allow(unsafe_code)]
+
+use std::cell::Cell;
+use std::ptr;
+use std::sync::Once;
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering, fence};
+
+use kvm_ioctls::VcpuFd;
+
+thread_local! {
+    /// `immediate_exit` of the vCPU that this thread runs, or null. Needs neither to be
+    /// initialised nor dropped, so that a signal handler may read it.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// A real-time signal that the C library leaves to programs and that nobody here uses otherwise.
+fn signal() -> libc::c_int {
+    libc::SIGRTMIN() + 3
+}
+
+extern "C" fn handle(_signal: libc::c_int) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: `Running` keeps this pointer here only while the vCPU's page is mapped, and clears
+        // it on this same thread, which is in this handler now.
+        unsafe { AtomicU8::from_ptr(flag) }.store(1, Ordering::Relaxed);
+    }
+}
+
+/// Installs the handler, once in the process.
+fn install() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        // SAFETY: zero bytes are a valid `sigaction`; the handler only reads a thread-local and
+        // stores a byte, which is async-signal-safe.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handle as *const () as usize;
+            action.sa_flags = libc::SA_RESTART;
+            libc::sigaction(signal(), &raw const action, ptr::null_mut());
+        }
+    });
+}
+
+/// The thread that runs a vCPU, if one does.
+#[derive(Debug, Default)]
+pub(crate) struct Kick {
+    thread: AtomicI32,
+}
+
+impl Kick {
+    /// Gets the vCPU out of the guest, if it is there. The caller has told before, by a word that
+    /// the vCPU's thread looks at, what for.
+    pub(crate) fn kick(&self) {
+        let thread = self.thread.load(Ordering::SeqCst);
+        if thread != 0 {
+            // SAFETY: sends a signal that has a handler. If the thread has left the guest meanwhile,
+            // or ended and its number is another's of this process, the handler does nothing.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal()) };
+        }
+    }
+
+    /// This thread is about to run the vCPU, until what is returned is dropped.
+    pub(crate) fn enter(&self, vcpu: &mut VcpuFd) -> Running<'_> {
+        install();
+        IMMEDIATE_EXIT.set(&raw mut vcpu.get_kvm_run().immediate_exit);
+        // SAFETY: the set is a local, initialised by `sigemptyset`; only this thread's mask changes.
+        let thread = unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&raw mut set);
+            libc::sigaddset(&raw mut set, signal());
+            libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, ptr::null_mut());
+            libc::gettid()
+        };
+        self.thread.store(thread, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        Running { kick: self }
+    }
+}
+
+/// A thread runs a vCPU.
+pub(crate) struct Running<'a> {
+    kick: &'a Kick,
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.kick.thread.store(0, Ordering::SeqCst);
+        IMMEDIATE_EXIT.set(ptr::null_mut());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stray_kick_is_harmless() {
+        install();
+        let kick = Kick::default();
+        kick.kick();
+        // SAFETY: asks for a number.
+        kick.thread
+            .store(unsafe { libc::gettid() }, Ordering::SeqCst);
+        kick.kick();
+        assert!(IMMEDIATE_EXIT.get().is_null());
+    }
+}

@@ -1,0 +1,145 @@
+//! A virtual machine of the kernel's.
+
+use std::sync::Arc;
+
+use kvm_ioctls::{Kvm, VmFd};
+use trapgate_engine::World;
+use trapgate_memory::GuestMemory;
+use trapgate_x86::CpuProfile;
+use trapgate_x86::profile::CpuidContext;
+
+use crate::KvmError;
+use crate::cpuid::{self, Lacks};
+use crate::error::call;
+use crate::facts::{self, Facts};
+use crate::memory::Slots;
+use crate::msrs;
+use crate::pace::Pace;
+use crate::vcpu::KvmVcpu;
+
+/// Three pages that processors without "unrestricted guest" need in the guest's addresses, and one
+/// for real mode (KVM_SET_TSS_ADDR, KVM_SET_IDENTITY_MAP_ADDR): above every device of a PC and
+/// below the firmware's flash, where there is neither RAM nor device.
+const IDENTITY_MAP: u64 = 0xfffb_c000;
+const TSS: usize = 0xfffb_d000;
+
+/// A virtual machine of the kernel's: memory, and what its processors share.
+#[derive(Debug)]
+pub struct KvmMachine {
+    machine: VmFd,
+    facts: Facts,
+    profile: CpuProfile,
+    count: u32,
+    lacks: Lacks,
+    hidden: Vec<&'static str>,
+    pub(crate) kept: Vec<u32>,
+    pub(crate) pace: Pace,
+    pub(crate) memory: Arc<GuestMemory>,
+    // After `machine`, which uses it, is closed.
+    slots: Slots,
+}
+
+impl KvmMachine {
+    /// A machine for `count` processors of a profile, with all of `memory`.
+    ///
+    /// # Errors
+    /// The device does not open, or this KVM lacks something, or cannot give what the profile promises
+    /// ([`KvmError::Profile`], [`KvmError::TscRate`]).
+    pub fn new(
+        memory: Arc<GuestMemory>,
+        profile: CpuProfile,
+        count: u32,
+        lacks: Lacks,
+    ) -> Result<Arc<Self>, KvmError> {
+        let kvm: Kvm = facts::open()?;
+        let facts = Facts::of(&kvm)?;
+        if facts.nearest_tsc_hz(profile.tsc_hz) != profile.tsc_hz {
+            return Err(KvmError::TscRate {
+                hz: profile.tsc_hz,
+                host_hz: facts.tsc_hz,
+            });
+        }
+        let context = CpuidContext::default();
+        let (_, hidden) = cpuid::table(&profile, &context, facts.cpuid.as_slice(), lacks)?;
+        let machine = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
+        machine
+            .set_identity_map_address(IDENTITY_MAP)
+            .map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        machine
+            .set_tss_address(TSS)
+            .map_err(call("KVM_SET_TSS_ADDR"))?;
+        let kept = msrs::kept_by_kernel(&facts.msrs);
+        msrs::filter(&machine, &kept, &[])?;
+        let slots = Slots::new(&machine, Arc::clone(&memory))?;
+        Ok(Arc::new(Self {
+            machine,
+            facts,
+            profile,
+            count,
+            lacks,
+            hidden,
+            kept,
+            pace: Pace::new(),
+            memory,
+            slots,
+        }))
+    }
+
+    /// Processor `index`, after reset. It owns its view of the world.
+    ///
+    /// # Errors
+    /// The kernel gives no more processors.
+    pub fn vcpu(self: &Arc<Self>, world: Box<dyn World>, index: u32) -> Result<KvmVcpu, KvmError> {
+        let vcpu = self
+            .machine
+            .create_vcpu(index.into())
+            .map_err(call("KVM_CREATE_VCPU"))?;
+        let context = CpuidContext {
+            processor: index,
+            processors: self.count,
+            ..CpuidContext::default()
+        };
+        let supported = self.facts.cpuid.as_slice();
+        let (table, _) = cpuid::table(&self.profile, &context, supported, self.lacks)?;
+        vcpu.set_cpuid2(&table).map_err(call("KVM_SET_CPUID2"))?;
+        if self.facts.tsc_scaling {
+            vcpu.set_tsc_khz((self.profile.tsc_hz / 1000) as u32)
+                .map_err(call("KVM_SET_TSC_KHZ"))?;
+        }
+        KvmVcpu::new(Arc::clone(self), vcpu, world)
+    }
+
+    /// What this KVM can do.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// The profile that its guests see.
+    pub fn profile(&self) -> &CpuProfile {
+        &self.profile
+    }
+
+    /// Features of the profile that guests are told they do not have.
+    pub fn hidden_features(&self) -> &[&'static str] {
+        &self.hidden
+    }
+
+    /// Begins to log the guest's writes; [`Self::collect_writes`] tells of them. While they are
+    /// logged the guest's first write to each page is slow.
+    ///
+    /// # Errors
+    /// The kernel has no memory for the log.
+    pub fn log_writes(&self, on: bool) -> Result<(), KvmError> {
+        self.slots.log(&self.machine, on)
+    }
+
+    /// Reports pages that the guest wrote since the last call, or since logging began, to the memory's traces:
+    /// a page that is `CLEAN` loses the flag and its listeners hear of it, as when any
+    /// other engine or a device writes.
+    ///
+    /// # Errors
+    /// Writes are not logged.
+    pub fn collect_writes(&self) -> Result<(), KvmError> {
+        self.slots.collect(&self.machine)
+    }
+}

@@ -1,0 +1,368 @@
+//! A processor that the host's hardware runs: the loop around KVM_RUN.
+
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, kvm_guest_debug};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use trapgate_engine::{Exit, Failure, Signal, Signals, StateError, Vcpu, World};
+use trapgate_x86::{Activity, CpuState};
+
+use crate::error::call;
+use crate::kick::Kick;
+use crate::machine::KvmMachine;
+use crate::state::Ours;
+use crate::{KvmError, calls};
+
+/// A processor that the host's hardware runs.
+pub struct KvmVcpu {
+    pub(crate) vcpu: VcpuFd,
+    pub(crate) machine: Arc<KvmMachine>,
+    pub(crate) world: Box<dyn World>,
+    kick: Arc<Kick>,
+    signals: Arc<Signals>,
+    /// State that the kernel does not keep.
+    pub(crate) ours: Ours,
+    pub(crate) activity: Activity,
+    /// IA32_APIC_BASE as the kernel knows it, which shows it in CPUID.
+    pub(crate) apic_base: u64,
+    /// The kernel has not taken the answer to the last exit, without which the state is that of half
+    /// an instruction.
+    pub(crate) answer_waits: bool,
+    /// RFLAGS.IF, and whether the processor takes an interrupt now: as of the last exit, or of the state
+    /// that was set since.
+    pub(crate) interrupts_on: bool,
+    pub(crate) ready: bool,
+    /// The interrupt controller signalled an interrupt that could not be taken yet.
+    pub(crate) interrupt_waits: bool,
+    /// The stretch between two pauses in which the TSC was last set, see [`crate::pace`]; 0 if it
+    /// is not.
+    pub(crate) stretch: usize,
+    /// The state's offset of the TSC, if it is not set.
+    pub(crate) tsc_offset: u64,
+}
+
+/// What one KVM_RUN ended with.
+enum Ended {
+    /// The guest asked for something, and the answer waits for the kernel to take it.
+    Answered,
+    /// As [`Self::Answered`], once this is answered.
+    Port,
+    ReadMsr(u32),
+    WriteMsr(u32, u64),
+    /// Nothing that concerns the guest.
+    Nothing,
+    Halted,
+    ShutDown,
+    Stepped,
+    /// The kernel gave up, with a code for it.
+    InternalError,
+    Failed(&'static str, u64),
+}
+
+impl KvmVcpu {
+    pub(crate) fn new(
+        machine: Arc<KvmMachine>,
+        vcpu: VcpuFd,
+        world: Box<dyn World>,
+    ) -> Result<Self, KvmError> {
+        let kick = Arc::new(Kick::default());
+        let interrupter = Arc::clone(&kick);
+        let mut new = Self {
+            vcpu,
+            machine,
+            world,
+            signals: Arc::new(Signals::with_interrupter(move || interrupter.kick())),
+            kick,
+            ours: Ours::default(),
+            activity: Activity::Running,
+            apic_base: 0,
+            answer_waits: false,
+            interrupts_on: false,
+            ready: false,
+            interrupt_waits: false,
+            stretch: 0,
+            tsc_offset: 0,
+        };
+        new.import(&CpuState::default())?;
+        Ok(new)
+    }
+
+    /// Signals from outside, and interrupts. Gives the exit if the guest is not to go on.
+    fn between_entries(&mut self) -> Result<Option<Exit>, KvmError> {
+        let signals = Arc::clone(&self.signals);
+        // The hardware's translations are the kernel's, which looks after them.
+        signals.take(Signal::Flush);
+        if signals.take(Signal::Nmi) {
+            self.vcpu.nmi().map_err(call("KVM_NMI"))?;
+            if self.activity == Activity::Halted {
+                self.activity = Activity::Running;
+            }
+        }
+        if signals.take(Signal::Interrupt) {
+            self.interrupt_waits = true;
+        }
+        if signals.take(Signal::Kick) {
+            return Ok(Some(Exit::Kicked));
+        }
+        match self.activity {
+            Activity::Running | Activity::Halted => {}
+            Activity::WaitForSipi => return Ok(Some(Exit::Halted)),
+            Activity::Shutdown => return Ok(Some(Exit::ShutDown)),
+        }
+        // The shadow of STI ends with the HLT after it.
+        let ready = self.ready || self.activity == Activity::Halted;
+        if self.interrupt_waits && self.interrupts_on && ready {
+            match self.world.take_interrupt() {
+                Some(vector) => {
+                    calls::interrupt(&self.vcpu, vector).map_err(named("KVM_INTERRUPT"))?;
+                    self.activity = Activity::Running;
+                    // There may be another behind it, from the other interrupt controller.
+                    self.ready = false;
+                }
+                None => self.interrupt_waits = false,
+            }
+        }
+        Ok((self.activity == Activity::Halted).then_some(Exit::Halted))
+    }
+
+    /// Lets the guest run until it asks for something, and deals with that.
+    fn enter(&mut self) -> Result<Option<Exit>, KvmError> {
+        let priority = u64::from(self.world.task_priority());
+        let window = self.interrupt_waits;
+        let run = self.vcpu.get_kvm_run();
+        run.request_interrupt_window = window.into();
+        run.cr8 = priority;
+        let ended = self.run_kernel(false)?;
+        let run = self.vcpu.get_kvm_run();
+        let priority_now = run.cr8;
+        self.interrupts_on = run.if_flag != 0;
+        self.ready = run.ready_for_interrupt_injection != 0;
+        if priority_now != priority {
+            self.world.set_task_priority(priority_now as u8);
+            self.interrupt_waits = true;
+        }
+        self.act(ended)
+    }
+
+    /// One KVM_RUN. `only_answer`: it returns as soon as the kernel has taken the last answer.
+    fn run_kernel(&mut self, only_answer: bool) -> Result<Ended, KvmError> {
+        self.vcpu.set_kvm_immediate_exit(only_answer.into());
+        // Whoever kicked before the flag was cleared left a signal in the word; who does so after it
+        // sets the flag again (`kick`).
+        fence(Ordering::SeqCst);
+        if self.signals.any() {
+            self.vcpu.set_kvm_immediate_exit(1);
+        }
+        self.answer_waits = false;
+        let ended = match self.vcpu.run() {
+            Ok(VcpuExit::MmioRead(gpa, data)) => {
+                self.world.read_memory(gpa, data);
+                Ended::Answered
+            }
+            Ok(VcpuExit::MmioWrite(gpa, data)) => {
+                self.world.write_memory(gpa, data);
+                Ended::Answered
+            }
+            Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => Ended::Port,
+            Ok(VcpuExit::X86Rdmsr(read)) => Ended::ReadMsr(read.index),
+            Ok(VcpuExit::X86Wrmsr(write)) => Ended::WriteMsr(write.index, write.data),
+            Ok(VcpuExit::Hlt) => Ended::Halted,
+            Ok(VcpuExit::Shutdown) => Ended::ShutDown,
+            Ok(VcpuExit::Debug(_)) => Ended::Stepped,
+            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::SetTpr) => Ended::Nothing,
+            Ok(VcpuExit::InternalError) => Ended::InternalError,
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                Ended::Failed("the processor refused to enter the guest", reason)
+            }
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => {
+                Ended::Failed("KVM could not reach guest memory", gpa)
+            }
+            Ok(VcpuExit::Unsupported(reason)) => {
+                Ended::Failed("KVM left the guest for an unknown reason", reason.into())
+            }
+            Ok(_) => Ended::Failed("KVM left the guest for a reason that has no place here", 0),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ended::Nothing,
+            Err(error) => return Err(call("KVM_RUN")(error)),
+        };
+        Ok(ended)
+    }
+
+    /// Deals with what a KVM_RUN ended with. Gives the exit if the guest is not to go on.
+    fn act(&mut self, ended: Ended) -> Result<Option<Exit>, KvmError> {
+        match ended {
+            Ended::Nothing => {}
+            Ended::Answered => self.answer_waits = true,
+            Ended::Port => {
+                self.answer_waits = true;
+                self.access_port();
+            }
+            Ended::ReadMsr(index) => {
+                self.answer_waits = true;
+                let value = self.read_msr(index);
+                calls::answer_msr(self.vcpu.get_kvm_run(), value);
+            }
+            Ended::WriteMsr(index, value) => {
+                self.answer_waits = true;
+                let written = self.write_msr(index, value)?;
+                calls::answer_msr(self.vcpu.get_kvm_run(), written.map(|()| value));
+            }
+            Ended::Halted => self.activity = Activity::Halted,
+            Ended::ShutDown => {
+                self.activity = Activity::Shutdown;
+                return Ok(Some(Exit::ShutDown));
+            }
+            Ended::Stepped => return Ok(Some(Exit::Debug)),
+            Ended::InternalError => {
+                let code = calls::suberror(self.vcpu.get_kvm_run());
+                return Ok(Some(
+                    self.failed("KVM could not emulate what it had to", code),
+                ));
+            }
+            Ended::Failed(what, code) => return Ok(Some(self.failed(what, code))),
+        }
+        Ok(None)
+    }
+
+    fn access_port(&mut self) {
+        let access = calls::port_access(self.vcpu.get_kvm_run());
+        for element in access.data.chunks_exact_mut(access.size.max(1)) {
+            let mut bytes = [0; 4];
+            let length = element.len().min(4);
+            if access.is_input {
+                let value = self.world.read_port(access.port, length as u8);
+                element[..length].copy_from_slice(&value.to_le_bytes()[..length]);
+            } else {
+                bytes[..length].copy_from_slice(&element[..length]);
+                let value = u32::from_le_bytes(bytes);
+                self.world.write_port(access.port, length as u8, value);
+            }
+        }
+    }
+
+    fn failed(&self, what: &'static str, code: u64) -> Exit {
+        let rip = self.vcpu.get_regs().map_or(0, |regs| regs.rip);
+        Exit::Failed(Failure { what, code, rip })
+    }
+
+    /// Gives the kernel the answer to the last exit, so that the state is that between two
+    /// instructions.
+    fn complete(&mut self) -> Result<Option<Exit>, KvmError> {
+        let mut exit = None;
+        // An instruction that accesses several devices asks for each of them.
+        while self.answer_waits {
+            let ended = self.run_kernel(true)?;
+            exit = self.act(ended)?.or(exit);
+        }
+        Ok(exit)
+    }
+
+    fn run_until_exit(&mut self) -> Result<Exit, KvmError> {
+        self.start_tsc()?;
+        let mut exit = loop {
+            if let Some(exit) = self.between_entries()? {
+                break exit;
+            }
+            if let Some(exit) = self.enter()? {
+                break exit;
+            }
+        };
+        if let Some(other) = self.complete()? {
+            if exit == Exit::Kicked {
+                self.signals.raise(Signal::Kick);
+            }
+            exit = other;
+        }
+        self.note_tsc()?;
+        Ok(exit)
+    }
+
+    fn run_on_this_thread(&mut self) -> Exit {
+        let kick = Arc::clone(&self.kick);
+        let _running = kick.enter(&mut self.vcpu);
+        match self.run_until_exit() {
+            Ok(exit) => exit,
+            Err(KvmError::Call { call, source }) => {
+                self.failed(call, source.raw_os_error().unwrap_or_default() as u64)
+            }
+            Err(_) => self.failed("KVM lacks something", 0),
+        }
+    }
+
+    fn set_debug(&mut self, control: u32) -> Result<(), KvmError> {
+        let debug = kvm_guest_debug {
+            control,
+            ..kvm_guest_debug::default()
+        };
+        self.vcpu
+            .set_guest_debug(&debug)
+            .map_err(call("KVM_SET_GUEST_DEBUG"))
+    }
+}
+
+/// Gives a failed call of [`calls`] its name.
+pub(crate) fn named(call: &'static str) -> impl FnOnce(io::Error) -> KvmError {
+    move |source| KvmError::Call { call, source }
+}
+
+impl Vcpu for KvmVcpu {
+    fn run(&mut self) -> Exit {
+        self.run_on_this_thread()
+    }
+
+    /// As the hardware does it, by the trap flag: a guest that looks at its flags meanwhile, by
+    /// PUSHF or in the frame of an event, sees it. An event that is delivered takes the first
+    /// instruction of its handler with it.
+    fn step(&mut self) -> Exit {
+        if self
+            .set_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)
+            .is_err()
+        {
+            return self.failed("KVM cannot run single steps", 0);
+        }
+        let exit = self.run_on_this_thread();
+        match self.set_debug(0) {
+            Ok(()) => exit,
+            Err(_) => self.failed("KVM cannot end single steps", 0),
+        }
+    }
+
+    fn state(&mut self) -> CpuState {
+        match self.export() {
+            Ok(state) => state,
+            // The kernel gives a processor's registers to whoever has its descriptor: this would be a
+            // defect of ours.
+            Err(error) => panic!("cannot take a processor's state: {}", chain(&error)),
+        }
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
+        self.import(state).map_err(|error| StateError::Host {
+            what: "KVM does not take this state",
+            reason: chain(&error),
+        })
+    }
+
+    fn signals(&self) -> Arc<Signals> {
+        Arc::clone(&self.signals)
+    }
+
+    /// The hardware does not count for us.
+    fn instructions(&self) -> u64 {
+        0
+    }
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
