@@ -16,4 +16,4 @@ mod run;
 mod stubs;
 mod unit;
 
-pub use run::{JitError, Translating};
+pub use run::{JitError, Translating, usable};

@@ -47,6 +47,17 @@ pub enum JitError {
     },
 }
 
+/// What speaks for this engine on this host, or why it can't run.
+///
+/// # Errors
+/// [`JitError::Host`].
+pub fn usable() -> Result<String, JitError> {
+    if !std::is_x86_feature_detected!("bmi2") {
+        return Err(JitError::Host("BMI2"));
+    }
+    Ok("translates x86-64 code to host code".to_owned())
+}
+
 /// Which table of jump targets code of a mode uses.
 pub(crate) fn class(mode: Mode) -> usize {
     if mode.is_user() { 0 } else { 1 + mode.view() }
@@ -200,16 +211,14 @@ impl Translating {
         index: u32,
         count: u32,
     ) -> Result<Self, JitError> {
-        if !std::is_x86_feature_detected!("bmi2") {
-            return Err(JitError::Host("BMI2"));
-        }
+        usable()?;
         let doorbell = Arc::new(Doorbell {
             word: std::sync::Mutex::new(None),
         });
         let bell = Arc::clone(&doorbell);
         let signals = Arc::new(Signals::with_interrupter(move || bell.ring()));
         // Registers of 256 bits with dirty upper halves make SSE code slow, so only where a guest may use them.
-        let wide = profile.level >= Level::V3 && std::is_x86_feature_detected!("avx");
+        let wide = profile.level == Level::V3 && std::is_x86_feature_detected!("avx");
         let mut interp = Interpreter::with_signals(
             memory,
             world,

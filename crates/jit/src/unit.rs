@@ -208,8 +208,8 @@ impl Translator {
                 }
                 // The interpreter raises what is due.
                 instruction = Instruction::default();
-                instruction.set_ip(request.rip + start as u64);
                 instruction.set_len(1);
+                instruction.set_ip(request.rip + start as u64);
                 self.push(instruction, Kind::OperateLast);
                 unit.length = start as u64 + 15.min(rest as u64);
                 break;

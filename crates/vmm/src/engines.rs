@@ -42,7 +42,7 @@ pub fn engines(host: &Host) -> Vec<EngineReport> {
 fn usable(kind: EngineKind, host: &Host) -> Result<String, String> {
     match kind {
         EngineKind::Kvm => Err(format!("not in this version ({})", host.kvm)),
-        EngineKind::Jit => Err("not in this version".to_owned()),
+        EngineKind::Jit => trapgate_jit::usable().map_err(|error| error.to_string()),
         EngineKind::Interp => Ok("runs on every x86-64 Linux host".to_owned()),
     }
 }
@@ -54,7 +54,10 @@ pub(crate) type Constructor =
 /// How processors of an engine are made; `None` for those that are not in this version.
 fn constructor(kind: EngineKind) -> Option<Constructor> {
     match kind {
-        EngineKind::Kvm | EngineKind::Jit => None,
+        EngineKind::Kvm => None,
+        EngineKind::Jit => Some(|memory, world, profile, index, count| {
+            Box::new(trapgate_jit::Translating::new(memory, world, profile, index, count).unwrap())
+        }),
         EngineKind::Interp => Some(|memory, world, profile, index, count| {
             Box::new(Interpreter::new(memory, world, profile, index, count))
         }),
