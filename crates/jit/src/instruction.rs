@@ -61,6 +61,8 @@ pub(crate) struct Plan {
     pub(crate) visitors: [Option<(usize, Reg)>; 2],
     /// The guest's RCX must be in RCX.
     pub(crate) counts: bool,
+    /// RCX then holds the guest's: PCMPESTRI and PCMPISTRI put their result there.
+    pub(crate) indexes: bool,
     /// An operand is AH, DH or BH: no REX prefix.
     pub(crate) high: bool,
     /// MOVZX from AH and its like to a register that needs a REX prefix: by way of [`SPARE`].
@@ -250,6 +252,13 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
             instruction.mnemonic(),
             Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b
         ),
+        indexes: matches!(
+            instruction.mnemonic(),
+            Mnemonic::Pcmpestri
+                | Mnemonic::Pcmpistri
+                | Mnemonic::Vpcmpestri
+                | Mnemonic::Vpcmpistri
+        ),
         high: false,
         detour: false,
         writes_memory: false,
@@ -321,7 +330,7 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
         }
     }
     let mut free = [
-        (!plan.counts && !(plan.high && memory)).then_some(SPARE),
+        (!plan.counts && !plan.indexes && !(plan.high && memory)).then_some(SPARE),
         (!memory).then_some(ADDRESS),
     ]
     .into_iter()

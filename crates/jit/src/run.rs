@@ -117,6 +117,9 @@ pub struct Statistics {
     pub dropped: u64,
     /// Times that all code was thrown away.
     pub flushes: u64,
+    /// Instructions that the interpreter did for host code, by kind: those always left to it, and those
+    /// whose access was slow.
+    pub by_mnemonic: std::collections::HashMap<(iced_x86::Mnemonic, bool), u64>,
 }
 
 /// What only Rust code uses of a vCPU.
@@ -164,6 +167,15 @@ struct Doorbell {
 
 impl Drop for Translating {
     fn drop(&mut self) {
+        if std::env::var_os("JIT_STATS").is_some() {
+            let mut statistics = self.statistics();
+            let mut kinds: Vec<_> = std::mem::take(&mut statistics.by_mnemonic).into_iter().collect();
+            kinds.sort_by_key(|kind| std::cmp::Reverse(kind.1));
+            eprintln!("{statistics:#?}");
+            for ((mnemonic, slow), count) in kinds.into_iter().take(40) {
+                eprintln!("{count:10} {mnemonic:?}{}", if slow { " (access)" } else { "" });
+            }
+        }
         // Nobody may touch the context from now on.
         *self
             ._doorbell
@@ -263,7 +275,7 @@ impl Translating {
                     target_modes: [None; CLASSES],
                     unmatched: unmatched(),
                     ended: Ended::Look,
-                    exact: false,
+                    exact: std::env::var_os("JIT_EXACT").is_some(),
                     local_high: false,
                     page: Box::new([0; 4096]),
                     statistics: Statistics::default(),
@@ -354,8 +366,10 @@ impl Translating {
         if context.interp.has_dropped() {
             context.see_dropped();
         }
+        let found = context.find_here();
+        // Translating may have taken rights to write away.
         context.apply_changes();
-        let target = match context.find_here() {
+        let target = match found {
             Ok(Some(target)) => target,
             Ok(None) => {
                 context.rust.statistics.interpreted += 1;
@@ -469,6 +483,7 @@ impl Context {
 
     fn slow_access(&mut self, site: Site) -> u64 {
         self.rust.statistics.slow_accesses += 1;
+        *self.rust.statistics.by_mnemonic.entry((site.code.mnemonic(), true)).or_default() += 1;
         self.run_site(site)
     }
 
@@ -476,6 +491,7 @@ impl Context {
     fn operate(&mut self) -> u64 {
         self.rust.statistics.operations += 1;
         let site = self.rust.sites[self.site as usize];
+        *self.rust.statistics.by_mnemonic.entry((site.code.mnemonic(), false)).or_default() += 1;
         self.run_site(site)
     }
 

@@ -5,7 +5,7 @@
 //! boundary. The arithmetic flags are in the host's flags, in memory, or in both; where they are is known
 //! when the code is written.
 
-use iced_x86::{Decoder, DecoderOptions, Encoder, FlowControl, Instruction, OpKind, Register};
+use iced_x86::{Code, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, OpKind, Register};
 use trapgate_interp::Interpreter;
 use trapgate_interp::op::Op;
 use trapgate_x86::registers::sreg;
@@ -40,6 +40,8 @@ pub(crate) struct Site {
     pub(crate) stack: bool,
     pub(crate) segment: u8,
     pub(crate) mode: Mode,
+    /// What kind of instruction it is, for statistics.
+    pub(crate) code: Code,
     /// What an indirect jump has added to RSP already.
     pub(crate) popped: i32,
 }
@@ -536,6 +538,7 @@ impl Writer<'_> {
             stack: false,
             segment: sreg::DS as u8,
             mode: self.request.mode,
+            code: guest.instruction.code(),
             popped: 0,
         }
     }
@@ -605,8 +608,9 @@ impl Writer<'_> {
         self.translate(guest, 8, write, true, sreg::SS);
     }
 
-    /// The memory operand of an instruction: its host address to [`ADDRESS`].
-    fn operand(&mut self, guest: &Guest, size: usize, write: bool) {
+    /// The memory operand of an instruction: its host address to [`ADDRESS`]. The interpreter does an access
+    /// that is not aligned to `alignment` bytes.
+    fn operand(&mut self, guest: &Guest, size: usize, write: bool, alignment: usize) {
         let instruction = &guest.instruction;
         let (base, index) = (instruction.memory_base(), instruction.memory_index());
         let stack = base == Register::RSP
@@ -618,6 +622,10 @@ impl Writer<'_> {
             sreg::DS
         };
         self.linear_address(instruction);
+        if alignment > 1 {
+            self.asm.test_byte(ADDRESS, alignment as u8 - 1);
+            self.operate_if(guest, condition::NE);
+        }
         self.translate(guest, size, write, stack, segment);
     }
 
@@ -645,7 +653,7 @@ impl Writer<'_> {
             }
             Kind::PushMemory => {
                 self.give_up_flags(guest.live_in);
-                self.operand(guest, 8, false);
+                self.operand(guest, 8, false, 1);
                 self.asm.load(SPARE, Mem::at(ADDRESS, 0));
                 self.stack_access(guest, true);
                 self.asm.store(Mem::at(ADDRESS, 0), SPARE);
@@ -734,16 +742,13 @@ impl Writer<'_> {
         if memory {
             let size = instruction.memory_size().size();
             self.give_up_flags(guest.live_in);
-            self.operand(guest, size, plan.writes_memory);
+            // A LOCKed access across cache lines would lock the host's bus.
             let alignment = if plan.harmless.locked {
                 size
             } else {
                 plan.harmless.alignment
             };
-            if alignment > 1 {
-                self.asm.test_byte(ADDRESS, alignment as u8 - 1);
-                self.operate_if(guest, condition::NE);
-            }
+            self.operand(guest, size, plan.writes_memory, alignment);
         }
         self.before(guest);
         if plan.high && memory {
@@ -789,6 +794,9 @@ impl Writer<'_> {
             }
         }
         self.encode(&instruction);
+        if plan.indexes {
+            self.asm.mov(GUEST_RCX, COUNTER);
+        }
         if plan.detour {
             let guest = number(guest.instruction.op0_register());
             match HOME[guest] {
@@ -858,7 +866,7 @@ impl Writer<'_> {
         let instruction = &guest.instruction;
         self.give_up_flags(guest.live_in);
         let divisor = if instruction.op0_kind() == OpKind::Memory {
-            self.operand(guest, if wide { 8 } else { 4 }, false);
+            self.operand(guest, if wide { 8 } else { 4 }, false, 1);
             if wide {
                 self.asm.load(ADDRESS, Mem::at(ADDRESS, 0));
             } else {
@@ -916,7 +924,7 @@ impl Writer<'_> {
     fn indirect_target(&mut self, guest: &Guest) {
         let instruction = &guest.instruction;
         if instruction.op0_kind() == OpKind::Memory {
-            self.operand(guest, 8, false);
+            self.operand(guest, 8, false, 1);
             self.asm.load(ADDRESS, Mem::at(ADDRESS, 0));
         } else {
             let register = number(instruction.op0_register());
