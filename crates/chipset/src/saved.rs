@@ -7,9 +7,9 @@
 
 use crate::ticks::NS_PER_SECOND;
 
-/// The latest VM time that a machine can be restored at: 146 years, nanoseconds. Sums of two times
-/// stay far from overflow.
-pub const LATEST: u64 = 1 << 62;
+/// The latest VM time that a machine can be restored at: 73 years, nanoseconds. Sums of two times stay
+/// far from overflow, and so does a machine that goes on from there.
+pub const LATEST: u64 = 1 << 61;
 
 /// A saved state that no device can have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use trapgate_api::directory::Name;
 use trapgate_vmm::{DiskConfig, EngineChoice, EngineKind};
 
 use crate::{disk_argument, size, status};
@@ -34,6 +35,8 @@ Examples:
   trapgate run                   boots Linux to a shell; the first run fetches a kernel
   trapgate run -- uname -a       runs one command in a fresh Linux, and prints what it prints
   trapgate run builtin           boots a tiny guest that needs no download
+  trapgate run --detach          boots Linux in the background; trapgate console attaches to it
+  trapgate ps                    lists the machines that run
   trapgate doctor                says what this host offers, and what it lacks
 
 `trapgate run --help` says more.";
@@ -43,6 +46,22 @@ Examples:
 pub(crate) enum Action {
     /// Boot a machine: to a shell, or to run one command
     Run(RunArguments),
+    /// List the machines that run
+    #[command(after_help = status::CLIENT_HELP)]
+    Ps(PsArguments),
+    /// Stand a machine still, its clock too
+    #[command(after_help = status::CLIENT_HELP)]
+    Pause(MachineArguments),
+    /// Let a paused machine go on
+    #[command(after_help = status::CLIENT_HELP)]
+    Resume(MachineArguments),
+    /// Ask a machine to shut down, and stop it if it doesn't
+    Stop(StopArguments),
+    /// Save a machine to a directory; it goes on afterwards
+    #[command(after_help = status::CLIENT_HELP)]
+    Snapshot(SnapshotArguments),
+    /// Attach this terminal to a machine's; Ctrl-] detaches
+    Console(ConsoleArguments),
     /// Say what this host offers, and what each missing thing costs
     Doctor(DoctorArguments),
 }
@@ -127,6 +146,28 @@ pub(crate) struct RunArguments {
     #[arg(long, value_enum, value_name = "ENGINE", default_value_t = Engine::Auto)]
     pub(crate) engine: Engine,
 
+    /// Give the machine a name; without one it is called vm1, vm2, and so on
+    #[arg(
+        long,
+        value_name = "NAME",
+        long_help = "Give the machine a name, by which `trapgate ps`, `console`, `stop` and the others know it: letters, \
+            digits, `-`, `_` and `.`. No two machines of yours that run have the same. Without it the machine gets the \
+            first of vm1, vm2, and so on that is free."
+    )]
+    pub(crate) name: Option<Name>,
+
+    /// Run the machine in the background, and print its name
+    #[arg(
+        long,
+        short,
+        conflicts_with = "verbose",
+        long_help = "Run the machine in the background: print its name and end as soon as it runs. Its terminal waits for \
+            `trapgate console NAME`. What trapgate has to say of it later is in the file NAME.log beside its control \
+            socket, in $XDG_RUNTIME_DIR/trapgate or else in trapgate-UID in the directory for temporary files; \
+            the file goes away if all went well."
+    )]
+    pub(crate) detach: bool,
+
     /// Print nothing of trapgate's own but errors
     #[arg(long, short)]
     pub(crate) quiet: bool,
@@ -159,6 +200,73 @@ Examples:
 {}",
         status::HELP
     )
+}
+
+/// Arguments of `trapgate ps`.
+#[derive(Args, Debug)]
+pub(crate) struct PsArguments {
+    /// Print JSON, for programs
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A machine that runs.
+#[derive(Args, Debug)]
+pub(crate) struct MachineArguments {
+    /// Name of the machine, see `trapgate ps`
+    pub(crate) name: Name,
+}
+
+/// Arguments of `trapgate stop`.
+#[derive(Args, Debug)]
+#[command(
+    long_about = "Presses the machine's power button, which asks the guest to shut down, and resumes the machine if it \
+        is paused. If the guest is still there after a while the machine is stopped as if its power cord were \
+        pulled. If you interrupt this command before, the guest has been asked but is not forced.",
+    after_help = status::CLIENT_HELP
+)]
+pub(crate) struct StopArguments {
+    /// Name of the machine, see `trapgate ps`
+    pub(crate) name: Name,
+
+    /// Pull the power cord at once
+    #[arg(long)]
+    pub(crate) now: bool,
+
+    /// How long the guest may take to shut down
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 30,
+        conflicts_with = "now",
+        value_parser = clap::value_parser!(u32).range(..=86_400)
+    )]
+    pub(crate) grace: u32,
+}
+
+/// Arguments of `trapgate snapshot`.
+#[derive(Args, Debug)]
+pub(crate) struct SnapshotArguments {
+    /// Name of the machine, see `trapgate ps`
+    pub(crate) name: Name,
+
+    /// Directory to make; there must be nothing of this name
+    #[arg(value_name = "DIR")]
+    pub(crate) directory: PathBuf,
+}
+
+/// Arguments of `trapgate console`.
+#[derive(Args, Debug)]
+#[command(
+    long_about = "Attaches this terminal to the guest's: first you see what the guest wrote last (up to 16 KiB), then \
+        what it writes, and your keys go to it. Several may be attached at once.\n\n\
+        The key Ctrl-] detaches; the machine goes on. Without a terminal, standard input goes to the guest, and \
+        this ends with the machine.",
+    after_help = status::CLIENT_HELP
+)]
+pub(crate) struct ConsoleArguments {
+    /// Name of the machine, see `trapgate ps`
+    pub(crate) name: Name,
 }
 
 /// Arguments of `trapgate doctor`.

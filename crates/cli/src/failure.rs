@@ -40,7 +40,7 @@ impl Failure {
     }
 
     /// Adds an error and what caused it.
-    fn chain(mut self, error: &dyn Error) -> Self {
+    pub(crate) fn chain(mut self, error: &dyn Error) -> Self {
         let mut next = Some(error);
         while let Some(error) = next {
             let text = error.to_string();

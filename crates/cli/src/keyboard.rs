@@ -1,5 +1,7 @@
 //! Our standard input, on its way to the guest.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Sender, TrySendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
@@ -23,6 +25,8 @@ const KEYS: usize = 4096;
 pub(crate) enum Sink {
     Serial(SerialHandle),
     Port(PortHandle),
+    /// Of another process.
+    Console(Arc<UnixStream>),
 }
 
 impl Sink {
@@ -31,6 +35,7 @@ impl Sink {
         match self {
             Self::Serial(serial) => serial.input_all(data),
             Self::Port(port) => port.input_all(data),
+            Self::Console(stream) => (&**stream).write_all(data).is_ok(),
         }
     }
 
@@ -39,6 +44,8 @@ impl Sink {
             // A serial port has no end; this is what comes closest. A guest that leaves it full won't read it.
             Self::Serial(serial) => drop(serial.input(&[END_OF_TRANSMISSION])),
             Self::Port(port) => port.close_input(),
+            // Others may type on: what the guest writes is still of interest.
+            Self::Console(_) => {}
         }
     }
 }

@@ -2,7 +2,10 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
+mod clients;
+mod console;
 mod curtain;
+mod detach;
 mod disk_argument;
 mod doctor;
 mod failure;
@@ -14,6 +17,7 @@ mod run;
 mod serial_log;
 mod signals;
 mod size;
+mod socket;
 mod status;
 mod stock;
 mod terminal;
@@ -40,6 +44,12 @@ fn main() -> ExitCode {
     restore_terminal_before_panics();
     let result = match &arguments.action {
         Action::Run(run) => run::run(run),
+        Action::Ps(ps) => clients::ps(ps),
+        Action::Pause(machine) => clients::pause(&machine.name),
+        Action::Resume(machine) => clients::resume(&machine.name),
+        Action::Stop(stop) => clients::stop(stop),
+        Action::Snapshot(snapshot) => clients::snapshot(snapshot),
+        Action::Console(machine) => console::console(&machine.name),
         Action::Doctor(doctor) => doctor::doctor(doctor),
     };
     terminal::restore();

@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
+use trapgate_api::terminal::Terminal;
 use trapgate_image::{STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session, session_archive};
 use trapgate_virtio::Disk;
 use trapgate_vmm::{
-    Choice, DiskConfig, Hooks, Host, Machine, MachineConfig, OnReset, Outcome, Port, PortOutput,
-    choose,
+    Choice, DiskConfig, Hooks, Host, Identity, Machine, MachineConfig, OnReset, Outcome, Port,
+    PortOutput, choose,
 };
 
 use crate::arguments::RunArguments;
@@ -23,11 +24,14 @@ use crate::keyboard::{Keyboard, Sink};
 use crate::output::{HostOutput, Stream};
 use crate::progress::Progress;
 use crate::serial_log::SerialLog;
+use crate::socket::{self, Socket};
 use crate::stock::{Fetched, Stock, fetch};
-use crate::{signals, status, terminal};
+use crate::{detach, signals, status, terminal};
 
 /// How long the guest may take to write its disks and power off after the command has ended.
 const POWER_OFF: Duration = Duration::from_secs(120);
+/// The exit status of a machine that was stopped by force: that of a process that SIGTERM (15) ends.
+const STOPPED: u8 = status::SIGNAL + 15;
 /// Lines of the kernel's that are shown when it failed.
 const EXCERPT: usize = 16;
 
@@ -70,6 +74,8 @@ impl Console {
         let input = terminal::stdin_is_terminal();
         match (source.has_init(), run.command.is_empty()) {
             (false, _) => Self::Serial,
+            // For whoever attaches.
+            (true, _) if run.detach => Self::Terminal,
             // As ssh does: a shell on a terminal is interactive, and one that reads a file is not. A command's
             // output may be wanted byte for byte, so it gets a terminal only if nobody could tell.
             (true, true) if input => Self::Terminal,
@@ -89,6 +95,9 @@ impl Console {
 /// # Errors
 /// What went wrong, for a person.
 pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
+    if arguments.detach && !detach::is_child() {
+        return detach::launch(arguments);
+    }
     let (events, inbox) = channel();
     signals::watch(events.clone())?;
 
@@ -110,6 +119,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     source.check_memory(arguments.memory)?;
     check_disks(&arguments.disks)?;
 
+    let claim = socket::claim(arguments.name.as_ref(), arguments.detach, arguments.quiet)?;
     let console = Console::of(&source, arguments);
     let progress = Progress::new(arguments.quiet);
     let loaded = load(arguments, &source, console, &events, &inbox, &progress);
@@ -128,9 +138,21 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     config.initrds = guest.initrds;
     config.command_line = guest.command_line;
 
+    let name = claim
+        .as_ref()
+        .map_or_else(String::new, |claim| claim.name().to_string());
+    let identity = Identity {
+        name,
+        guest: guest.name.clone(),
+        engine: choice.clone(),
+        cpus: arguments.cpus,
+        memory_bytes: arguments.memory,
+    };
+    let mut socket = Socket::new(claim, identity, console != Console::Streams);
     let scene = Scene {
         console,
-        interactive: console.is_interactive(),
+        detach: arguments.detach,
+        interactive: !arguments.detach && console.is_interactive(),
         has_command: !arguments.command.is_empty(),
         quiet: arguments.quiet,
         verbose: arguments.verbose,
@@ -141,11 +163,31 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         keyboard: Keyboard::default(),
         log: Arc::default(),
         curtain: Curtain::default(),
+        viewers: socket.terminal(),
     };
-    let result = scene.play(&config, &inbox);
+    let result = scene.play(&config, &inbox, &mut socket);
     scene.progress.clear();
     terminal::restore();
+    if arguments.detach {
+        last_words(&result, &socket);
+    }
+    socket.end();
     result
+}
+
+/// What remains of a machine in the background: nothing if all was well.
+fn last_words(result: &Result<u8, Failure>, socket: &Socket) {
+    match result {
+        // A status of success, or that of a machine that was stopped, by whatever means: somebody wanted it.
+        Ok(status::SUCCESS | STOPPED) => {
+            if let Some(claim) = socket.claim() {
+                claim.remove_log();
+            }
+        }
+        Ok(status) => terminal::say(&format!("trapgate: ended with status {status}")),
+        // It is said at the very end.
+        Err(_) => {}
+    }
 }
 
 fn check_disks(disks: &[DiskConfig]) -> Result<(), Failure> {
@@ -230,6 +272,8 @@ fn interrupted(signal: i32) -> u8 {
 /// Everything around the machine that outlives it when it restarts.
 struct Scene {
     console: Console,
+    /// In the background: nobody is here to see anything.
+    detach: bool,
     interactive: bool,
     has_command: bool,
     quiet: bool,
@@ -241,6 +285,8 @@ struct Scene {
     keyboard: Keyboard,
     log: Arc<Mutex<SerialLog>>,
     curtain: Curtain,
+    /// Those who attach to the guest's terminal.
+    viewers: Option<Terminal>,
 }
 
 /// Whether there is to be another machine.
@@ -250,9 +296,14 @@ enum Next {
 }
 
 impl Scene {
-    fn play(&self, config: &MachineConfig, inbox: &Receiver<Event>) -> Result<u8, Failure> {
+    fn play(
+        &self,
+        config: &MachineConfig,
+        inbox: &Receiver<Event>,
+        socket: &mut Socket,
+    ) -> Result<u8, Failure> {
         let has_disks = config.disks.iter().any(|disk| !disk.read_only);
-        if self.console != Console::Terminal {
+        if self.console != Console::Terminal && !self.detach {
             if self.console == Console::Serial && !self.interactive {
                 self.keyboard.hold();
             }
@@ -263,7 +314,7 @@ impl Scene {
             if first {
                 self.progress.boot(&self.name);
             }
-            let run = self.once(config, inbox, has_disks, first)?;
+            let run = self.once(config, inbox, socket, has_disks, first)?;
             match run {
                 Next::End(status) => return Ok(status),
                 Next::Restart => {
@@ -283,6 +334,7 @@ impl Scene {
         &self,
         config: &MachineConfig,
         inbox: &Receiver<Event>,
+        socket: &mut Socket,
         has_disks: bool,
         first: bool,
     ) -> Result<Next, Failure> {
@@ -294,16 +346,10 @@ impl Scene {
         let machine = Machine::start(config.clone(), self.hooks())
             .map_err(|error| Failure::machine(&name, &error))?;
         let machine = Arc::new(machine);
-        let taken = if self.console == Console::Serial && first {
-            self.progress.clear();
-            self.announce(None);
-            self.take_keyboard()
-        } else {
-            Ok(())
-        };
+        let on_stage = self.enter(&machine, socket, first);
         // In any case: a machine does not end while its output waits.
         self.curtain.raise();
-        taken?;
+        on_stage?;
         self.connect(&machine);
         let waiter = {
             let (machine, events) = (Arc::clone(&machine), self.events.clone());
@@ -321,6 +367,7 @@ impl Scene {
         machine.wait();
         // It has the machine too, and with it the locks of the disks.
         let _ = waiter.join();
+        socket.disconnect();
         if self.verbose {
             let counters = machine.counters();
             terminal::say(&format!(
@@ -333,6 +380,29 @@ impl Scene {
             Verdict::Status(status) => Ok(Next::End(status)),
             Verdict::Ended { init } => self.judge(machine.wait(), init),
         }
+    }
+
+    /// What has to be said and done before the guest's first words.
+    fn enter(
+        &self,
+        machine: &Arc<Machine>,
+        socket: &mut Socket,
+        first: bool,
+    ) -> Result<(), Failure> {
+        socket.connect(machine)?;
+        if !first {
+            return Ok(());
+        }
+        if let Some(claim) = socket.claim().filter(|_| self.detach) {
+            self.progress.clear();
+            detach::ready(claim)?;
+        }
+        if self.console != Console::Serial {
+            return Ok(());
+        }
+        self.progress.clear();
+        self.announce(None);
+        self.take_keyboard()
     }
 
     /// Follows a machine until we know how the run ends.
@@ -361,7 +431,9 @@ impl Scene {
                         self.announce(Some(started.elapsed()));
                         if self.console == Console::Terminal {
                             self.take_keyboard()?;
-                            self.keyboard.start(self.interactive, self.events.clone())?;
+                            if !self.detach {
+                                self.keyboard.start(self.interactive, self.events.clone())?;
+                            }
                         }
                     }
                     self.resize(machine);
@@ -452,8 +524,14 @@ impl Scene {
             Outcome::PoweredOff => Ok(Next::End(status::SUCCESS)),
             // As a process would: the low byte.
             Outcome::Exited(value) => Ok(Next::End((value & 0xff) as u8)),
-            // Only `watch` stops it, and then it has the verdict.
-            Outcome::Stopped => Ok(Next::End(status::SUCCESS)),
+            // By a client: when `watch` stops it, it has the verdict.
+            Outcome::Stopped => {
+                terminal::restore();
+                if !self.quiet {
+                    terminal::say("trapgate: stopped by `trapgate stop`; the machine is off");
+                }
+                Ok(Next::End(STOPPED))
+            }
             Outcome::Failed(trapgate_vmm::Failure::Restart(error)) => {
                 Err(Failure::machine(&self.name, error))
             }
@@ -520,7 +598,10 @@ impl Scene {
             }),
         ));
         if self.console == Console::Terminal {
-            hooks.terminal = Some(Box::new(output(Stream::Output)));
+            hooks.terminal = Some(Box::new(Screens {
+                ours: (!self.detach).then(|| output(Stream::Output)),
+                viewers: self.viewers.clone(),
+            }));
         } else {
             hooks.ports.push(port(STDIN_PORT, Box::new(())));
             hooks
@@ -535,21 +616,25 @@ impl Scene {
 
     fn serial_output(&self) -> impl FnMut(&[u8]) + Send + 'static {
         let stream = match self.console {
+            Console::Serial if self.detach => None,
             Console::Serial => Some(Stream::Output),
             _ if self.verbose => Some(Stream::Error),
             _ => None,
         };
-        let mut shown = stream
+        let ours = stream
             .map(|stream| HostOutput::new(stream, self.events.clone(), self.progress.clone()));
+        let viewers = self.viewers.clone();
+        let mut shown = Screens {
+            ours,
+            viewers: viewers.filter(|_| self.console == Console::Serial),
+        };
         let (log, events) = (Arc::clone(&self.log), self.events.clone());
         let (keyboard, curtain) = (self.keyboard.clone(), self.curtain.clone());
         let has_init = self.console != Console::Serial;
         let mut told = false;
         move |bytes: &[u8]| {
             curtain.wait();
-            if let Some(output) = &mut shown {
-                output.put(bytes);
-            }
+            shown.write(bytes);
             let mut log = log.lock().unwrap_or_else(PoisonError::into_inner);
             if !log.spoken() {
                 keyboard.release();
@@ -564,6 +649,9 @@ impl Scene {
 
     /// Gives the machine our input.
     fn connect(&self, machine: &Machine) {
+        if self.detach {
+            return;
+        }
         let sink = match self.console {
             Console::Serial => Some(Sink::Serial(machine.serial())),
             Console::Terminal => machine.terminal().map(Sink::Port),
@@ -581,7 +669,24 @@ impl Scene {
     }
 }
 
-enum Verdict {
+/// All that show what the guest writes to its terminal.
+struct Screens {
+    ours: Option<HostOutput>,
+    viewers: Option<Terminal>,
+}
+
+impl PortOutput for Screens {
+    fn write(&mut self, data: &[u8]) {
+        if let Some(ours) = &mut self.ours {
+            ours.put(data);
+        }
+        if let Some(viewers) = &self.viewers {
+            viewers.push(data);
+        }
+    }
+}
+
+pub(crate) enum Verdict {
     /// The run is over, with this status.
     Status(u8),
     /// The machine ended by itself.
@@ -606,7 +711,7 @@ fn advice(reason: &str) -> Option<&'static str> {
 }
 
 /// `terminal` says that the output is, or was, a terminal.
-fn output_failed(error: io::Error, terminal: bool) -> Result<Verdict, Failure> {
+pub(crate) fn output_failed(error: io::Error, terminal: bool) -> Result<Verdict, Failure> {
     if terminal && error.raw_os_error() == Some(Errno::IO.raw_os_error()) {
         // The window was closed; that we see it here before SIGHUP (1) arrives is chance.
         return Ok(Verdict::Status(status::SIGNAL + 1));

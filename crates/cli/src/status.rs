@@ -5,6 +5,8 @@
 
 /// All is well; for a machine, that it was powered off.
 pub(crate) const SUCCESS: u8 = 0;
+/// A machine that runs refused what it was asked for, or ended meanwhile.
+pub(crate) const REFUSED: u8 = 1;
 /// The command line makes no sense.
 pub(crate) const USAGE: u8 = 120;
 /// A kernel, an initrd or a disk can't be used.
@@ -31,4 +33,14 @@ Exit status:
   124  the guest crashed (triple fault), or reset itself before it was up
   125  trapgate itself failed
   126, 127  the command can't be executed in the guest, or was not found there
-  129, 130, 141, 143  trapgate was ended by SIGHUP, Ctrl-C, a closed pipe, SIGTERM";
+  129, 130, 141, 143  trapgate was ended by SIGHUP, Ctrl-C, a closed pipe, SIGTERM; 143 also
+       if `trapgate stop` had to use force";
+
+/// The same for what is asked of machines that run.
+pub(crate) const CLIENT_HELP: &str = "\
+Exit status:
+    0  done
+    1  the machine refused, or ended meanwhile
+  120  there is no such machine, or the command line is wrong
+  122  this host lacks something, or the machine does not answer
+  125  trapgate itself failed";

@@ -32,7 +32,7 @@ impl EngineKind {
 
     /// Whether the processors of one machine must not run at the same time.
     pub const fn takes_turns(self) -> bool {
-        matches!(self, Self::Interp)
+        matches!(self, Self::Interp | Self::Jit)
     }
 }
 
@@ -95,6 +95,11 @@ impl Kvm {
             (KvmDevice::Missing, hardware) => Self::NoDevice { hardware },
             (KvmDevice::Fails(error), _) => Self::Broken(error),
         }
+    }
+
+    /// Whether the device opens.
+    pub fn opens(&self) -> bool {
+        matches!(self, Self::Hardware(_) | Self::Paravirtual)
     }
 
     /// Whether it can run guests, and runs them on the hardware.

@@ -36,6 +36,14 @@ pub enum KvmError {
         /// What there is.
         host_hz: u64,
     },
+    /// The guest's TSC would go back.
+    #[error(
+        "this KVM gives guests the host's TSC, and this guest's is up to {seconds} s ahead of it: it would go back"
+    )]
+    TscAhead {
+        /// By how much, rounded up.
+        seconds: u64,
+    },
     /// A call failed.
     #[error("KVM refused {call}")]
     Call {
@@ -53,4 +61,9 @@ pub(crate) fn call(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmE
         call,
         source: io::Error::from_raw_os_error(error.errno()),
     }
+}
+
+/// As [`call`], for those of [`crate::calls`].
+pub(crate) fn named(call: &'static str) -> impl FnOnce(io::Error) -> KvmError {
+    move |source| KvmError::Call { call, source }
 }

@@ -8,10 +8,15 @@ use kvm_bindings::{
     KVM_CAP_VCPU_ATTRIBUTES, KVM_CAP_VCPU_EVENTS, KVM_CAP_X86_MSR_FILTER,
     KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_XCRS, KVM_CAP_XSAVE, KVM_MAX_CPUID_ENTRIES,
 };
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
+
+use trapgate_x86::CpuProfile;
+use trapgate_x86::profile::CpuidContext;
 
 use crate::KvmError;
-use crate::error::call;
+use crate::calls;
+use crate::cpuid::{self, Lacks};
+use crate::error::{call, named};
 
 /// The interface's version since Linux 2.6.22.
 const API_VERSION: i32 = 12;
@@ -33,6 +38,9 @@ pub struct Facts {
     pub guest_debug: bool,
     /// The guest's TSC may run at another speed than the host's.
     pub tsc_scaling: bool,
+    /// The guest's TSC may be ahead of the host's, or behind. Where it may not, a guest's TSC is the host's, goes on
+    /// while the guest is paused, and cannot be set.
+    pub tsc_offset: bool,
     /// Speed of a guest's TSC that is not scaled, in Hz.
     pub tsc_hz: u64,
     /// The most processors of a machine.
@@ -112,11 +120,22 @@ impl Facts {
             ioeventfd: kvm.check_extension(Cap::Ioeventfd),
             guest_debug: kvm.check_extension(Cap::SetGuestDebug),
             tsc_scaling: kvm.check_extension(Cap::TscControl),
+            tsc_offset: offsets_tsc(&vcpu)?,
             tsc_hz: u64::from(khz) * 1000,
             vcpus: kvm.get_max_vcpus(),
             cpuid: supported,
             msrs: msrs.as_slice().to_vec(),
         })
+    }
+
+    /// Whether guests can have what a profile promises, its TSC's frequency aside.
+    ///
+    /// # Errors
+    /// [`KvmError::Profile`], with the features that are missing.
+    pub fn check_profile(&self, profile: &CpuProfile) -> Result<(), KvmError> {
+        let context = CpuidContext::default();
+        cpuid::table(profile, &context, self.cpuid.as_slice(), Lacks::Refuse)?;
+        Ok(())
     }
 
     /// The frequency of a TSC that a guest can have: what was wanted if it can be had, else the
@@ -132,4 +151,12 @@ impl Facts {
 
 pub(crate) fn open() -> Result<Kvm, KvmError> {
     Kvm::new().map_err(|error| KvmError::Open(io::Error::from_raw_os_error(error.errno())))
+}
+
+/// Whether an offset of the TSC is kept: a KVM without hardware takes it and forgets it.
+fn offsets_tsc(vcpu: &VcpuFd) -> Result<bool, KvmError> {
+    const SOME: u64 = 1 << 40;
+    calls::set_tsc_offset(vcpu, SOME).map_err(named("KVM_VCPU_TSC_OFFSET"))?;
+    let kept = calls::tsc_offset(vcpu).map_err(named("KVM_VCPU_TSC_OFFSET"))?;
+    Ok(kept == SOME)
 }

@@ -6,7 +6,8 @@ use trapgate_x86::msr::{IA32_APIC_BASE, IA32_TSC_DEADLINE, X2APIC_FIRST, X2APIC_
 use trapgate_x86::pvclock;
 use trapgate_x86::stored_msr::{self, Written};
 
-use crate::vcpu::{KvmVcpu, named};
+use crate::error::named;
+use crate::vcpu::KvmVcpu;
 use crate::{KvmError, calls, msrs};
 
 /// KVM_SYSTEM_TIME: the clock is on.
@@ -50,7 +51,10 @@ impl KvmVcpu {
         }
         let written = stored_msr::write(&mut self.ours.system, index, value);
         match written {
-            Some(Written::SystemTime) => self.write_system_time()?,
+            Some(Written::SystemTime) => {
+                self.note_tsc()?;
+                self.write_system_time(self.current_offset()?);
+            }
             Some(Written::WallClock) => self.write_wall_clock(),
             Some(Written::Stored) | None => {}
         }
@@ -70,18 +74,16 @@ impl KvmVcpu {
     }
 
     /// The paravirtual clock where the guest asked for it, as the interpreter writes it: it starts at
-    /// VM time zero, so that it need not be written again.
-    fn write_system_time(&mut self) -> Result<(), KvmError> {
+    /// VM time zero, so that it need not be written again unless the TSC is moved.
+    pub(crate) fn write_system_time(&self, tsc_offset: u64) {
         let register = self.ours.system.paravirtual.system_time;
         if register & CLOCK_ENABLED == 0 {
-            return Ok(());
+            return;
         }
-        self.note_tsc()?;
-        let (at_zero, hz) = (self.current_offset()?, self.machine.profile().tsc_hz);
+        let hz = self.machine.profile().tsc_hz;
         write_versioned(&self.machine.memory, register & !CLOCK_ENABLED, |version| {
-            pvclock::time_info(at_zero, 0, hz, version)
+            pvclock::time_info(tsc_offset, 0, hz, version)
         });
-        Ok(())
     }
 
     fn write_wall_clock(&mut self) {

@@ -91,16 +91,26 @@ pub(crate) fn values(system: &SystemState, profile: &CpuProfile, kept: &[u32]) -
     kept.iter().map(|&index| (index, value(index))).collect()
 }
 
-/// The inverse of [`values`].
+/// The inverse of [`values`]. The values are taken as they are: the kernel may admit more than the
+/// profile does, and whoever restores them must see that.
 pub(crate) fn store(system: &mut SystemState, values: &[(u32, u64)]) {
     for &(index, value) in values {
-        match index {
-            IA32_TSC_ADJUST => system.tsc_adjust = value,
-            // The kernel admits more of its bits than the profile names.
-            IA32_SPEC_CTRL => system.spec_ctrl = value,
-            // What the kernel lets a guest write, the profile admits.
-            _ => drop(stored_msr::write(system, index, value)),
-        }
+        let register = match index {
+            STAR => &mut system.star,
+            LSTAR => &mut system.lstar,
+            CSTAR => &mut system.cstar,
+            SFMASK => &mut system.sfmask,
+            KERNEL_GS_BASE => &mut system.kernel_gs_base,
+            IA32_SYSENTER_CS => &mut system.sysenter_cs,
+            IA32_SYSENTER_ESP => &mut system.sysenter_esp,
+            IA32_SYSENTER_EIP => &mut system.sysenter_eip,
+            IA32_PAT => &mut system.pat,
+            IA32_TSC_ADJUST => &mut system.tsc_adjust,
+            IA32_SPEC_CTRL => &mut system.spec_ctrl,
+            TSC_AUX => &mut system.tsc_aux,
+            _ => continue,
+        };
+        *register = value;
     }
 }
 

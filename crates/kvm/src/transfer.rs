@@ -6,11 +6,11 @@ use trapgate_x86::msr::IA32_APIC_BASE;
 use trapgate_x86::registers::rflags;
 use trapgate_x86::{Activity, CpuState};
 
-use crate::error::call;
+use crate::error::{call, named};
 use crate::events::Events;
 use crate::registers::Special;
 use crate::state::{ApicRegisters, KernelState, join, split};
-use crate::vcpu::{KvmVcpu, named};
+use crate::vcpu::KvmVcpu;
 use crate::{KvmError, calls, msrs};
 
 impl KvmVcpu {
@@ -43,6 +43,7 @@ impl KvmVcpu {
 
     /// Replaces the state. After an error it is neither the old nor the new one.
     pub(crate) fn import(&mut self, state: &CpuState) -> Result<(), KvmError> {
+        self.check_tsc(state.system.tsc_offset)?;
         let apic = ApicRegisters {
             task_priority: self.world.task_priority(),
             base: self.world.read_apic_msr(IA32_APIC_BASE).unwrap_or_default(),

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use kvm_ioctls::VcpuFd;
 use trapgate_x86::msr::IA32_TSC;
 
+use crate::error::named;
 use crate::pace::ticks;
-use crate::vcpu::{KvmVcpu, named};
+use crate::vcpu::KvmVcpu;
 use crate::{KvmError, calls, msrs};
 
 fn kernel_offset(vcpu: &VcpuFd) -> Result<u64, KvmError> {
@@ -33,12 +34,36 @@ impl KvmVcpu {
         if stretch == self.stretch {
             return Ok(());
         }
-        self.tsc_offset = self.current_offset()?;
-        let offset = lead.wrapping_add(self.tsc_offset);
+        let wanted = self.current_offset()?;
+        let offset = lead.wrapping_add(wanted);
         calls::set_tsc_offset(&self.vcpu, offset).map_err(named("KVM_VCPU_TSC_OFFSET"))?;
+        self.tsc_offset = kernel_offset(&self.vcpu)?.wrapping_sub(lead);
         self.stretch = stretch;
         self.world.set_tsc_offset(self.tsc_offset);
+        if self.tsc_offset != wanted {
+            // The guest's clock goes by its TSC.
+            self.write_system_time(self.tsc_offset);
+        }
         Ok(())
+    }
+
+    /// Whether the TSC of a state would go back here: a KVM without hardware gives its guests the
+    /// host's.
+    pub(crate) fn check_tsc(&mut self, state_offset: u64) -> Result<(), KvmError> {
+        if self.machine.facts().tsc_offset {
+            return Ok(());
+        }
+        let hz = self.machine.profile().tsc_hz;
+        let now = ticks(self.world.clock(), hz).wrapping_add(state_offset);
+        let behind = now.saturating_sub(host_tsc(&self.vcpu)?);
+        // As much as two readings of different clocks, and their drift, may differ; the move itself takes
+        // that long.
+        if behind < hz / 100 {
+            return Ok(());
+        }
+        Err(KvmError::TscAhead {
+            seconds: behind / hz.max(1) + 1,
+        })
     }
 
     /// Notes how VM time and the TSC stand now, for states that are taken out.

@@ -1,7 +1,6 @@
 //! A processor that the host's hardware runs: the loop around KVM_RUN.
 
 use std::error::Error;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -10,7 +9,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use trapgate_engine::{Exit, Failure, Signal, Signals, StateError, Vcpu, World};
 use trapgate_x86::{Activity, CpuState};
 
-use crate::error::call;
+use crate::error::{call, named};
 use crate::kick::Kick;
 use crate::machine::KvmMachine;
 use crate::state::Ours;
@@ -300,11 +299,6 @@ impl KvmVcpu {
             .set_guest_debug(&debug)
             .map_err(call("KVM_SET_GUEST_DEBUG"))
     }
-}
-
-/// Gives a failed call of [`calls`] its name.
-pub(crate) fn named(call: &'static str) -> impl FnOnce(io::Error) -> KvmError {
-    move |source| KvmError::Call { call, source }
 }
 
 impl Vcpu for KvmVcpu {

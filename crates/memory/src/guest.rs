@@ -11,6 +11,7 @@ use vm_memory::{
 };
 
 use crate::access::HostAddress;
+use crate::saved::Restored;
 use crate::trace::{PageTraces, Traces};
 use crate::{PAGE_SIZE, TraceFlags};
 
@@ -40,6 +41,44 @@ pub enum MemoryError {
         /// Guest-physical start of the range.
         start: u64,
         /// Its length in bytes.
+        length: u64,
+    },
+    /// Memory cannot be written to a file.
+    #[error("cannot write the guest's memory to a file")]
+    Save {
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file cannot be mapped.
+    #[error("cannot map the file with the guest's memory")]
+    Map {
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file with a guest's memory does not have its size.
+    #[error("the file with the guest's memory has {found} bytes, and should have {expected}")]
+    FileLength {
+        /// Its size.
+        found: u64,
+        /// The size of the guest's memory.
+        expected: u64,
+    },
+    /// A list of what is in a file with a guest's memory is wrong.
+    #[error(
+        "the list of saved memory has a part at {offset:#x} that is unaligned, out of order, or outside of the memory"
+    )]
+    Chunk {
+        /// Where the part is said to be.
+        offset: u64,
+    },
+    /// Saved memory is not what was saved.
+    #[error("saved memory is damaged: the {length} bytes at {offset:#x} in its file have changed")]
+    Damaged {
+        /// Where in the file.
+        offset: u64,
+        /// Bytes.
         length: u64,
     },
     /// An access touches addresses that are not RAM.
@@ -80,41 +119,44 @@ pub fn pc_ram_ranges(bytes: u64) -> Vec<RamRange> {
 
 /// A range with the place of its mapping in this process.
 #[derive(Clone, Copy, Debug)]
-struct Mapped {
-    start: u64,
-    length: u64,
-    file_offset: u64,
-    host: HostAddress,
+pub(crate) struct Mapped {
+    pub(crate) start: u64,
+    pub(crate) length: u64,
+    /// Where it starts if all ranges are laid one behind the other, as in the memory file.
+    pub(crate) file_offset: u64,
+    pub(crate) host: HostAddress,
 }
 
-/// All RAM of one guest: one sparse memfd, mapped shared. Pages that the guest never touches cost
-/// nothing.
+/// Where the bytes come from.
+#[derive(Debug)]
+pub(crate) enum Backing {
+    /// A memfd, mapped shared.
+    Fresh(File),
+    /// Pages of the process's own, which are copies of a file's where there was something saved.
+    Restored(Restored),
+}
+
+/// All RAM of one guest. Pages that the guest never touches cost nothing.
 #[derive(Debug)]
 pub struct GuestMemory {
     space: GuestSpace,
-    mapped: Vec<Mapped>,
+    pub(crate) mapped: Vec<Mapped>,
     traces: Arc<Traces>,
-    file: File,
+    pub(crate) backing: Backing,
 }
 
 impl GuestMemory {
     /// Reserves RAM for `ranges`, which are in ascending order.
     pub fn new(ranges: &[RamRange]) -> Result<Self, MemoryError> {
-        let mut bytes = 0;
-        let mut end = 0;
-        for range in ranges {
-            let aligned = (range.start | range.length) % PAGE_SIZE == 0;
-            if !aligned || range.length == 0 || range.start < end {
-                return Err(MemoryError::Range {
-                    start: range.start,
-                    length: range.length,
-                });
-            }
-            end = range.start + range.length;
-            bytes += range.length;
-        }
+        let bytes = total(ranges)?;
+        let file = memory_file(bytes).map_err(|source| MemoryError::Reserve { bytes, source })?;
+        Self::map(ranges, Backing::Fresh(file))
+    }
+
+    /// Maps RAM for `ranges`.
+    pub(crate) fn map(ranges: &[RamRange], backing: Backing) -> Result<Self, MemoryError> {
+        let bytes = total(ranges)?;
         let reserve = |source| MemoryError::Reserve { bytes, source };
-        let file = memory_file(bytes).map_err(reserve)?;
         let traces = Arc::new(Traces::new((bytes / PAGE_SIZE) as usize));
 
         let mut regions = Vec::new();
@@ -122,11 +164,19 @@ impl GuestMemory {
         let mut file_offset = 0;
         for range in ranges {
             let page_traces = PageTraces::new(Arc::clone(&traces), range.start, file_offset);
-            let backing = file.try_clone().map_err(reserve)?;
-            let mapping = MmapRegionBuilder::new_with_bitmap(range.length as usize, page_traces)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-                .with_file_offset(FileOffset::new(backing, file_offset))
+            let builder = MmapRegionBuilder::new_with_bitmap(range.length as usize, page_traces)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+            let builder = match &backing {
+                Backing::Fresh(file) => {
+                    let file = file.try_clone().map_err(reserve)?;
+                    builder
+                        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                        .with_file_offset(FileOffset::new(file, file_offset))
+                }
+                Backing::Restored(_) => builder
+                    .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+            };
+            let mapping = builder
                 .build()
                 .map_err(|error| reserve(io::Error::other(error)))?;
             mapped.push(Mapped {
@@ -150,7 +200,7 @@ impl GuestMemory {
             space,
             mapped,
             traces,
-            file,
+            backing,
         })
     }
 
@@ -209,8 +259,11 @@ impl GuestMemory {
     /// it was written. The caller sees to it that nobody uses the memory meanwhile.
     pub fn zero(&self) -> Result<(), MemoryError> {
         for range in &self.mapped {
-            let hole = discard(&self.file, range.file_offset, range.length);
-            hole.map_err(|source| MemoryError::Reserve {
+            let zeroed = match &self.backing {
+                Backing::Fresh(file) => discard(file, range.file_offset, range.length),
+                Backing::Restored(restored) => restored.forget(range),
+            };
+            zeroed.map_err(|source| MemoryError::Reserve {
                 bytes: self.size(),
                 source,
             })?;
@@ -247,6 +300,24 @@ impl GuestMemory {
             .write_slice(data, GuestAddress(gpa))
             .map_err(|_| not_ram)
     }
+}
+
+/// Bytes in all ranges, which must be in ascending order.
+pub(crate) fn total(ranges: &[RamRange]) -> Result<u64, MemoryError> {
+    let mut bytes = 0;
+    let mut end = 0;
+    for range in ranges {
+        let aligned = (range.start | range.length) % PAGE_SIZE == 0;
+        if !aligned || range.length == 0 || range.start < end {
+            return Err(MemoryError::Range {
+                start: range.start,
+                length: range.length,
+            });
+        }
+        end = range.start + range.length;
+        bytes += range.length;
+    }
+    Ok(bytes)
 }
 
 #[allow(unsafe_code)]

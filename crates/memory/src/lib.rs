@@ -1,4 +1,5 @@
-//! Guest-physical memory: one sparse memfd, mapped into the process, with trace flags on every page.
+//! Guest-physical memory, mapped into the process, with trace flags on every page: a sparse memfd, or
+//! what was saved in a file, of which a copy is made page by page as the guest writes.
 //!
 //! Everything that writes guest memory goes through one of two doors, and both honour the traces
 //! (`DESIGN.md`, idea 3): an engine, which looks a page's [`Traces`] up before it builds a writable
@@ -10,10 +11,12 @@
 
 mod access;
 mod guest;
+mod saved;
 mod trace;
 
 pub use access::HostAddress;
 pub use guest::{GuestMemory, GuestSpace, MemoryError, RamRange, pc_ram_ranges};
+pub use saved::{CHUNK, SavedChunk};
 pub use trace::{PageTraces, TraceFlags, TraceListener, Traces};
 
 /// Bytes in the smallest page of the architecture, the unit of tracing.

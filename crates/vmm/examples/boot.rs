@@ -84,7 +84,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     eprintln!(
         "{} through {}, on {} ({}), {:?} to load",
         machine.kernel_version().unwrap_or("an unnamed kernel"),
-        machine.protocol(),
+        machine
+            .protocol()
+            .map_or_else(String::new, |way| way.to_string()),
         machine.engine().kind,
         machine.engine().reason,
         begun.elapsed(),

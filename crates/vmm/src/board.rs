@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use trapgate_chipset::{Chipset, CpuSignal, Effects};
+use trapgate_chipset::{Chipset, ChipsetState, CpuSignal, Effects};
 use trapgate_engine::Signal;
 use trapgate_pci::{InterruptLine, Message as MsiMessage, MessageSink};
 
@@ -201,6 +201,28 @@ impl Board {
         self.clock.resume();
         cell.running = true;
         self.timer.notify_one();
+    }
+
+    /// The state of the chipset, and the input that waits for COM1.
+    pub(crate) fn save(&self) -> (ChipsetState, Vec<u8>) {
+        let cell = lock(&self.cell);
+        let Cell {
+            chipset,
+            // Emptied with each operation.
+            effects: _,
+            // Of the threads, which are not saved.
+            armed: _,
+            running: _,
+            ended: _,
+            serial_input,
+        } = &*cell;
+        (chipset.save(), serial_input.iter().copied().collect())
+    }
+
+    /// Takes back input that waited for COM1; no more than there is room for.
+    pub(crate) fn restore_serial_input(&self, waiting: &[u8]) {
+        let waiting = waiting.iter().take(SERIAL_BUFFER);
+        lock(&self.cell).serial_input = waiting.copied().collect();
     }
 
     /// Puts another chipset into the place of the one that was there, and the clock, which stands

@@ -15,7 +15,7 @@ const PAUSED: u64 = 1 << 63;
 pub(crate) struct Clock {
     base: Instant,
     /// With [`PAUSED`]: the time at which the clock stands. Without: what is taken from the
-    /// nanoseconds since `base` to give the time. One word, so that a reader sees both parts of it
+    /// nanoseconds since `base` (modulo 2^63) to give the time. One word, so that a reader sees both parts of it
     /// or neither.
     word: AtomicU64,
     epoch: AtomicU64,
@@ -31,6 +31,14 @@ impl Clock {
         }
     }
 
+    /// A clock that stands at `now`, as one did that was saved.
+    pub(crate) fn at(epoch: u64, now: u64) -> Self {
+        Self {
+            word: AtomicU64::new(now & !PAUSED | PAUSED),
+            ..Self::new(epoch)
+        }
+    }
+
     fn host(&self) -> u64 {
         // 2^63 ns are 292 years.
         self.base.elapsed().as_nanos() as u64
@@ -42,7 +50,9 @@ impl Clock {
         if word & PAUSED != 0 {
             word & !PAUSED
         } else {
-            self.host().saturating_sub(word)
+            // 63 bits with a sign: a clock that was restored may be ahead of the host's.
+            let time = self.host().wrapping_sub(word) << 1;
+            (time.cast_signed() >> 1).max(0).cast_unsigned()
         }
     }
 
@@ -61,8 +71,8 @@ impl Clock {
     /// Lets the clock go on where it stands.
     pub(crate) fn resume(&self) {
         let now = self.now();
-        self.word
-            .store(self.host().saturating_sub(now), Ordering::Release);
+        let word = self.host().wrapping_sub(now) & !PAUSED;
+        self.word.store(word, Ordering::Release);
     }
 
     /// Puts a clock that is paused to 0.
@@ -107,6 +117,17 @@ mod tests {
         let after = clock.now();
         assert!(after >= before);
         assert!(Duration::from_nanos(after) + Duration::from_millis(20) <= host.elapsed());
+    }
+
+    #[test]
+    fn restored_clock_goes_on_where_it_stood() {
+        // Later than the host's own clock would be.
+        let clock = Clock::at(7, 1 << 50);
+        sleep(Duration::from_millis(2));
+        assert_eq!((clock.now(), clock.epoch()), (1 << 50, 7));
+        clock.resume();
+        let now = clock.now();
+        assert!((1 << 50..(1 << 50) + 60_000_000_000).contains(&now));
     }
 
     #[test]

@@ -1,14 +1,17 @@
 //! What a machine is built from, as plain data.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use trapgate_engine::probe::EngineKind;
 use trapgate_x86::profile::Level;
 
-use crate::MachineError;
+use crate::snapshot::SavedFile;
+use crate::{MachineError, SnapshotError};
 
 const MIB: u64 = 1 << 20;
 /// Physical addresses have 40 bits (`trapgate_x86::profile::PHYSICAL_ADDRESS_BITS`), of which the upper half is left
@@ -19,20 +22,53 @@ const MIN_MEMORY: u64 = 4 * MIB;
 /// Most processors: as many as xAPIC IDs, less what the firmware tables have no room for.
 const MAX_CPUS: u32 = 128;
 
-/// The bytes of a file, kept as long as the machine may reset: a `Vec`, a `&'static [u8]`, or whatever
-/// else gives bytes, such as a mapped file.
+/// The bytes of a file, kept as long as the machine may reset: a `Vec`, a `&'static [u8]`, whatever
+/// else gives bytes, or a file of a snapshot that is read when it is needed.
 #[derive(Clone)]
-pub struct Content(Arc<dyn AsRef<[u8]> + Send + Sync>);
+pub struct Content(Bytes);
+
+#[derive(Clone)]
+enum Bytes {
+    Here(Arc<dyn AsRef<[u8]> + Send + Sync>),
+    Saved(Arc<SavedFile>),
+}
 
 impl Content {
     /// Wraps bytes.
     pub fn new(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(bytes))
+        Self(Bytes::Here(Arc::new(bytes)))
+    }
+
+    /// A file of a snapshot.
+    pub(crate) fn saved(file: SavedFile) -> Self {
+        Self(Bytes::Saved(Arc::new(file)))
+    }
+
+    /// The file of the snapshot that it came from.
+    pub(crate) fn saved_file(&self) -> Option<&SavedFile> {
+        match &self.0 {
+            Bytes::Here(_) => None,
+            Bytes::Saved(file) => Some(file),
+        }
     }
 
     /// The bytes.
-    pub fn bytes(&self) -> &[u8] {
-        (*self.0).as_ref()
+    ///
+    /// # Errors
+    /// For a file of a snapshot that cannot be read any more.
+    pub fn bytes(&self) -> Result<&[u8], SnapshotError> {
+        match &self.0 {
+            Bytes::Here(bytes) => Ok((**bytes).as_ref()),
+            Bytes::Saved(file) => file.bytes(),
+        }
+    }
+
+    /// How many bytes there are.
+    pub fn length(&self) -> u64 {
+        match &self.0 {
+            Bytes::Here(bytes) => (**bytes).as_ref().len() as u64,
+            Bytes::Saved(file) => file.length(),
+        }
     }
 }
 
@@ -56,7 +92,7 @@ impl From<&'static [u8]> for Content {
 
 impl fmt::Debug for Content {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} bytes", self.bytes().len())
+        write!(f, "{} bytes", self.length())
     }
 }
 
@@ -107,7 +143,8 @@ impl FromStr for EngineChoice {
 }
 
 /// What becomes of the machine when the guest resets it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum OnReset {
     /// It boots again.
     #[default]
@@ -117,7 +154,8 @@ pub enum OnReset {
 }
 
 /// What becomes of the machine when a processor has a triple fault.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum OnTripleFault {
     /// It ends with [`crate::Outcome::TripleFault`], since that is hardly ever what a guest wants.
     #[default]
@@ -147,7 +185,8 @@ pub struct MachineConfig {
     pub engine: EngineChoice,
     /// Instructions that the guest's processors have.
     pub level: Level,
-    /// Ticks of the guest's TSC in a second.
+    /// Ticks of the guest's TSC in a second, where the engine is free to choose: KVM on hardware that cannot
+    /// scale it gives a new machine the host's frequency.
     pub tsc_hz: u64,
     /// Time of day at the start, nanoseconds since 1970-01-01 UTC; `None` for the host's.
     pub epoch: Option<u64>,
@@ -157,6 +196,8 @@ pub struct MachineConfig {
     pub on_reset: OnReset,
     /// What a triple fault does.
     pub on_triple_fault: OnTripleFault,
+    /// What the machine's owner wants to find again in a snapshot of it; nothing here reads it.
+    pub notes: BTreeMap<String, String>,
 }
 
 impl Default for MachineConfig {
@@ -177,6 +218,7 @@ impl Default for MachineConfig {
             entropy: true,
             on_reset: OnReset::Restart,
             on_triple_fault: OnTripleFault::Report,
+            notes: BTreeMap::new(),
         }
     }
 }

@@ -125,6 +125,11 @@ impl Crew {
         self.changed.notify_all();
     }
 
+    /// Whether something happened that the supervisor has not dealt with.
+    pub(crate) fn is_held(&self) -> bool {
+        lock(&self.state).held
+    }
+
     /// Makes the crew stand still, and waits until it does. Undone by [`Self::go`].
     pub(crate) fn stop(&self) {
         lock(&self.state).stops += 1;

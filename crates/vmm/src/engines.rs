@@ -1,14 +1,19 @@
 //! Which engines there are, which of them can run here, and which is taken.
 
+use std::cell::OnceCell;
+use std::error::Error;
 use std::sync::Arc;
 
 use trapgate_engine::probe::{EngineKind, Host};
 use trapgate_engine::{Vcpu, World};
 use trapgate_interp::Interpreter;
+use trapgate_jit::Translating;
+use trapgate_kvm::{Facts, KvmMachine, Lacks};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::CpuProfile;
+use trapgate_x86::profile::Level;
 
-use crate::{EngineChoice, MachineError};
+use crate::{EngineChoice, MachineConfig, MachineError};
 
 /// An engine, and whether it can be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,48 +39,148 @@ pub fn engines(host: &Host) -> Vec<EngineReport> {
         .into_iter()
         .map(|kind| EngineReport {
             kind,
-            usable: usable(kind, host),
+            usable: usable(kind, MachineConfig::default().level, host),
         })
         .collect()
 }
 
-fn usable(kind: EngineKind, host: &Host) -> Result<String, String> {
+/// What speaks for an engine, or why it cannot be used for processors of this level.
+fn usable(kind: EngineKind, level: Level, host: &Host) -> Result<String, String> {
     match kind {
-        EngineKind::Kvm => Err(format!("not in this version ({})", host.kvm)),
-        EngineKind::Jit => trapgate_jit::usable().map_err(|error| error.to_string()),
+        EngineKind::Kvm => usable_kvm(level, host),
+        EngineKind::Jit => trapgate_jit::usable().map_err(|error| one_line(&error)),
         EngineKind::Interp => Ok("runs on every x86-64 Linux host".to_owned()),
     }
 }
 
-/// Makes processor `index` of `count`, the last two arguments.
-pub(crate) type Constructor =
-    fn(Arc<GuestMemory>, Box<dyn World>, CpuProfile, u32, u32) -> Box<dyn Vcpu>;
+fn usable_kvm(level: Level, host: &Host) -> Result<String, String> {
+    if !host.kvm.opens() {
+        return Err(host.kvm.to_string());
+    }
+    let facts = Facts::probe().map_err(|error| one_line(&error))?;
+    let profile = CpuProfile::new(level, facts.tsc_hz);
+    match (facts.check_profile(&profile), host.kvm.is_hardware()) {
+        (Ok(()), true) => Ok(host.kvm.to_string()),
+        (Err(error), true) => Err(one_line(&error)),
+        (Ok(()), false) => Ok(format!("{}; by name only", host.kvm)),
+        (Err(error), false) => Ok(format!(
+            "{}; by name only, and {}",
+            host.kvm,
+            one_line(&error)
+        )),
+    }
+}
+
+/// An error and its causes.
+fn one_line(error: &dyn Error) -> String {
+    match error.source() {
+        Some(cause) => format!("{error}: {}", one_line(cause)),
+        None => error.to_string(),
+    }
+}
+
+/// Makes processor `index` of `count`, the last two arguments. All calls of one constructor make
+/// processors of one machine, and have the same memory, profile and count.
+pub(crate) type Constructor = dyn Fn(
+    Arc<GuestMemory>,
+    Box<dyn World>,
+    CpuProfile,
+    u32,
+    u32,
+) -> Result<Box<dyn Vcpu>, MachineError>;
 
 /// How processors of an engine are made; `None` for those that are not in this version.
-fn constructor(kind: EngineKind) -> Option<Constructor> {
+fn constructor(kind: EngineKind, host: &Host) -> Option<Box<Constructor>> {
     match kind {
-        EngineKind::Kvm => None,
-        EngineKind::Jit => Some(|memory, world, profile, index, count| {
-            Box::new(trapgate_jit::Translating::new(memory, world, profile, index, count).unwrap())
-        }),
-        EngineKind::Interp => Some(|memory, world, profile, index, count| {
-            Box::new(Interpreter::new(memory, world, profile, index, count))
-        }),
+        EngineKind::Kvm => Some(kvm_constructor(host)),
+        EngineKind::Jit => Some(Box::new(|memory, world, profile, index, count| {
+            Ok(Box::new(Translating::new(
+                memory, world, profile, index, count,
+            )?))
+        })),
+        EngineKind::Interp => Some(Box::new(|memory, world, profile, index, count| {
+            Ok(Box::new(Interpreter::new(
+                memory, world, profile, index, count,
+            )))
+        })),
     }
+}
+
+fn kvm_constructor(host: &Host) -> Box<Constructor> {
+    let lacks = if host.kvm.is_hardware() {
+        Lacks::Refuse
+    } else {
+        Lacks::Hide
+    };
+    let made: OnceCell<Arc<KvmMachine>> = OnceCell::new();
+    Box::new(move |memory, world, profile, index, count| {
+        let machine = match made.get() {
+            Some(machine) => machine,
+            None => {
+                let machine = KvmMachine::new(memory, profile, count, lacks)?;
+                made.get_or_init(|| machine)
+            }
+        };
+        Ok(Box::new(machine.vcpu(world, index)?))
+    })
 }
 
 /// As [`choose`], with the way to make processors of what was chosen.
 pub(crate) fn take(
-    choice: EngineChoice,
+    config: &MachineConfig,
     host: &Host,
-) -> Result<(Choice, Constructor), MachineError> {
-    let choice = choose(choice, host)?;
-    match constructor(choice.kind) {
+) -> Result<(Choice, Box<Constructor>), MachineError> {
+    let choice = choose_for(config.engine, config.level, host)?;
+    match constructor(choice.kind, host) {
         Some(make) => Ok((choice, make)),
         None => Err(MachineError::Engine {
             engine: choice.kind,
             reason: "not in this version".to_owned(),
         }),
+    }
+}
+
+/// As [`take`], for a machine whose TSC has run at a frequency already: an engine that cannot have it is
+/// not taken by itself, and refused by name.
+pub(crate) fn take_saved(
+    config: &MachineConfig,
+    host: &Host,
+) -> Result<(Choice, Box<Constructor>), MachineError> {
+    let taken = take(config, host)?;
+    let kind = taken.0.kind;
+    let hz = tsc_hz(kind, config.tsc_hz)?;
+    if hz == config.tsc_hz {
+        return Ok(taken);
+    }
+    let reason = format!(
+        "its time-stamp counter runs at {hz} Hz, and the saved machine's at {}",
+        config.tsc_hz
+    );
+    if config.engine != EngineChoice::Auto {
+        return Err(MachineError::Engine {
+            engine: kind,
+            reason,
+        });
+    }
+    let kind = match usable(EngineKind::Jit, config.level, host) {
+        Ok(_) => EngineKind::Jit,
+        Err(_) => EngineKind::Interp,
+    };
+    let by_name = MachineConfig {
+        engine: EngineChoice::Only(kind),
+        ..config.clone()
+    };
+    let (_, make) = take(&by_name, host)?;
+    let reason = format!("not {}: {reason}", taken.0.kind);
+    Ok((Choice { kind, reason }, make))
+}
+
+/// The frequency that the TSC of a new machine has on an engine, where `wanted` is what was asked for: the
+/// hardware may not be able to scale its own.
+pub(crate) fn tsc_hz(kind: EngineKind, wanted: u64) -> Result<u64, MachineError> {
+    match kind {
+        EngineKind::Kvm => Ok(Facts::probe()?.nearest_tsc_hz(wanted)),
+        EngineKind::Jit | EngineKind::Interp => Ok(wanted),
     }
 }
 
@@ -85,23 +190,52 @@ pub(crate) fn take(
 /// # Errors
 /// [`MachineError::Engine`] if the one that was asked for cannot be used.
 pub fn choose(choice: EngineChoice, host: &Host) -> Result<Choice, MachineError> {
+    choose_for(choice, MachineConfig::default().level, host)
+}
+
+fn choose_for(choice: EngineChoice, level: Level, host: &Host) -> Result<Choice, MachineError> {
     match choice {
-        EngineChoice::Only(engine) => match usable(engine, host) {
+        EngineChoice::Only(engine) => match usable(engine, level, host) {
             Ok(_) => Ok(Choice {
                 kind: engine,
                 reason: "asked for".to_owned(),
             }),
             Err(reason) => Err(MachineError::Engine { engine, reason }),
         },
-        EngineChoice::Auto => Ok(Choice {
-            kind: EngineKind::Interp,
-            reason: "the only one in this version".to_owned(),
-        }),
+        EngineChoice::Auto => Ok(automatic(
+            usable(EngineKind::Kvm, level, host),
+            host,
+            usable(EngineKind::Jit, level, host).is_ok(),
+        )),
+    }
+}
+
+fn automatic(kvm: Result<String, String>, host: &Host, jit: bool) -> Choice {
+    let reason = match kvm {
+        Ok(reason) if host.kvm.is_hardware() => {
+            return Choice {
+                kind: EngineKind::Kvm,
+                reason,
+            };
+        }
+        // What speaks for it by name is longer than what this is about.
+        Ok(_) => host.kvm.to_string(),
+        Err(reason) => reason,
+    };
+    Choice {
+        kind: if jit {
+            EngineKind::Jit
+        } else {
+            EngineKind::Interp
+        },
+        reason,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use trapgate_engine::probe::{Hardware, Kvm};
+
     use super::*;
 
     #[test]
@@ -118,9 +252,47 @@ mod tests {
 
     #[test]
     fn engine_that_cannot_be_used_is_refused_by_name() {
-        let host = Host::probe();
+        let host = host(Kvm::NoDevice { hardware: None });
         let error = choose(EngineChoice::Only(EngineKind::Kvm), &host).unwrap_err();
         assert!(error.to_string().contains("`kvm`"), "{error}");
         assert!(error.fix().is_some());
+    }
+
+    fn host(kvm: Kvm) -> Host {
+        Host {
+            kvm,
+            ..Host::probe()
+        }
+    }
+
+    #[test]
+    fn hardware_is_taken_and_nothing_else_of_kvm_by_itself() {
+        let works = || Ok("works".to_owned());
+        let hardware = host(Kvm::Hardware(Hardware::Vmx));
+        let choice = automatic(works(), &hardware, false);
+        assert_eq!((choice.kind, &*choice.reason), (EngineKind::Kvm, "works"));
+
+        let paravirtual = host(Kvm::Paravirtual);
+        let choice = automatic(works(), &paravirtual, false);
+        assert_eq!(choice.kind, EngineKind::Interp);
+        assert!(choice.reason.contains("paravirtual"), "{}", choice.reason);
+
+        // Hardware that lacks something of the profile.
+        let choice = automatic(Err("it lacks smap".to_owned()), &hardware, true);
+        assert_eq!(
+            (choice.kind, &*choice.reason),
+            (EngineKind::Jit, "it lacks smap")
+        );
+    }
+
+    #[test]
+    fn kvm_that_does_not_open_says_why() {
+        for (kvm, says) in [
+            (Kvm::NoDevice { hardware: None }, "no /dev/kvm"),
+            (Kvm::NoPermission { hardware: None }, "permission"),
+        ] {
+            let error = usable(EngineKind::Kvm, Level::V2, &host(kvm)).unwrap_err();
+            assert!(error.contains(says), "{error}");
+        }
     }
 }

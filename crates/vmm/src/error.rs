@@ -8,6 +8,8 @@ use trapgate_memory::MemoryError;
 use trapgate_pci::PciError;
 use trapgate_virtio::DiskError;
 
+use crate::SnapshotError;
+
 const MIB: u64 = 1 << 20;
 
 /// Why a machine cannot be built, or cannot go on. [`Self::fix`] says what to do about it.
@@ -66,6 +68,12 @@ pub enum MachineError {
         /// Why not.
         reason: String,
     },
+    /// KVM cannot run the machine.
+    #[error("KVM cannot run this machine")]
+    Kvm(#[from] trapgate_kvm::KvmError),
+    /// The translator cannot make a processor.
+    #[error(transparent)]
+    Jit(#[from] trapgate_jit::JitError),
     /// The engine does not take the state in which a kernel is entered.
     #[error("the engine `{engine}` refused the state of processor {cpu}: {source}")]
     State {
@@ -79,6 +87,9 @@ pub enum MachineError {
     /// Guest memory cannot be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A file of the snapshot that the machine was restored from cannot be read any more.
+    #[error(transparent)]
+    Snapshot(#[from] Box<SnapshotError>),
     /// The kernel cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -102,6 +113,12 @@ pub enum MachineError {
     },
 }
 
+impl From<SnapshotError> for MachineError {
+    fn from(error: SnapshotError) -> Self {
+        Self::Snapshot(Box::new(error))
+    }
+}
+
 impl MachineError {
     /// What to do about it, as a sentence for a person, where there is something to do.
     pub fn fix(&self) -> Option<String> {
@@ -122,13 +139,14 @@ impl MachineError {
                 let names = EngineKind::ALL.map(EngineKind::name).join("`, `");
                 Some(format!("pass `--engine` with `auto`, `{names}`"))
             }
-            Self::Engine { .. } => Some(
+            Self::Engine { .. } | Self::Kvm(_) | Self::Jit(_) => Some(
                 "leave `--engine` out, and see `trapgate doctor` for what this host offers"
                     .to_owned(),
             ),
             Self::Memory(MemoryError::Reserve { .. }) => {
                 Some("give the guest less memory with `--memory`".to_owned())
             }
+            Self::Snapshot(error) => error.fix(),
             Self::Boot(error) => Some(error.fix()),
             Self::Disk(error) => error.fix(),
             Self::Bus(_) => Some("use fewer disks".to_owned()),

@@ -22,6 +22,7 @@
 mod board;
 mod clock;
 mod config;
+mod control;
 mod crew;
 mod engines;
 mod error;
@@ -30,21 +31,28 @@ mod outcome;
 mod pc;
 mod processor;
 mod serial;
+mod snapshot;
 mod supervisor;
 mod turns;
 mod world;
 
+#[cfg(test)]
+mod crossing;
 #[cfg(test)]
 mod testing;
 
 pub use config::{
     Content, DiskConfig, EngineChoice, MachineConfig, ModuleConfig, OnReset, OnTripleFault,
 };
+pub use control::{Identity, RemoteControl};
 pub use engines::{Choice, EngineReport, choose, engines};
 pub use error::MachineError;
 pub use machine::{Hooks, Machine, MachineHandle, Pause, Port, PortHandle, SerialSink};
 pub use outcome::{Counters, Failure, Outcome, ProcessorCounters, ResetCause, TripleFault};
 pub use serial::SerialHandle;
+pub use snapshot::{
+    FORMAT_VERSION, Header, Part, Profile, Snapshot, SnapshotError, SnapshotReport,
+};
 pub use trapgate_boot::{BootError, Protocol};
 pub use trapgate_chipset::ResetCause as ChipsetReset;
 pub use trapgate_engine::probe::{self, EngineKind, Host};

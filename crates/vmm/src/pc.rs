@@ -17,22 +17,21 @@ use trapgate_virtio::{
 use trapgate_x86::profile::PHYSICAL_ADDRESS_BITS;
 
 use crate::board::{Board, Line};
-use crate::{Hooks, MachineConfig, MachineError};
+use crate::{Content, Hooks, MachineConfig, MachineError, ModuleConfig};
 
 /// ISA interrupts that are PCI's, and the SCI's: level-triggered, as firmware sets the 8259A's
 /// edge/level control registers (0x4d0, 0x4d1).
 const LEVEL_TRIGGERED: u16 = 1 << map::SCI_GSI | 1 << slot_gsi(0) | 1 << slot_gsi(1);
 
 /// Reserves the RAM.
-pub(crate) fn memory(config: &MachineConfig) -> Result<Arc<GuestMemory>, MachineError> {
-    let memory = GuestMemory::new(&pc_ram_ranges(config.memory_bytes))?;
-    Ok(Arc::new(memory))
+pub(crate) fn memory(config: &MachineConfig) -> Result<GuestMemory, MachineError> {
+    Ok(GuestMemory::new(&pc_ram_ranges(config.memory_bytes))?)
 }
 
-/// The chipset as firmware leaves it. `epoch` is in nanoseconds.
-pub(crate) fn chipset(config: &MachineConfig, epoch: u64) -> Result<Chipset, MachineError> {
+/// What the chipset is built from. `epoch` is in nanoseconds.
+pub(crate) fn chipset_config(config: &MachineConfig, epoch: u64) -> ChipsetConfig {
     let ranges = pc_ram_ranges(config.memory_bytes);
-    let mut chipset = Chipset::new(ChipsetConfig {
+    ChipsetConfig {
         cpus: config.cpus as usize,
         tsc_hz: config.tsc_hz,
         utc_base: epoch,
@@ -40,7 +39,12 @@ pub(crate) fn chipset(config: &MachineConfig, epoch: u64) -> Result<Chipset, Mac
         memory_below_4g: ranges[0].length,
         memory_above_4g: ranges.get(1).map_or(0, |range| range.length),
         com2: false,
-    })?;
+    }
+}
+
+/// The chipset as firmware leaves it. `epoch` is in nanoseconds.
+pub(crate) fn chipset(config: &MachineConfig, epoch: u64) -> Result<Chipset, MachineError> {
+    let mut chipset = Chipset::new(chipset_config(config, epoch))?;
     chipset.port_write(map::ELCR_PORT, 2, LEVEL_TRIGGERED.into(), 0);
     Ok(chipset)
 }
@@ -89,21 +93,22 @@ fn platform(config: &MachineConfig) -> Result<Platform, MachineError> {
 }
 
 /// Puts the kernel, and the firmware's tables, into memory that is all zeros.
-pub(crate) fn load_kernel(
-    config: &MachineConfig,
+pub(crate) fn load_kernel<'a>(
+    config: &'a MachineConfig,
     memory: &GuestMemory,
 ) -> Result<Entry, MachineError> {
-    let initrds: Vec<&[u8]> = config.initrds.iter().map(|initrd| initrd.bytes()).collect();
-    let modules: Vec<Module<'_>> = config
-        .modules
-        .iter()
-        .map(|module| Module {
-            data: module.content.bytes(),
+    let initrds = config.initrds.iter().map(Content::bytes);
+    let initrds = initrds.collect::<Result<Vec<_>, _>>()?;
+    let module = |module: &'a ModuleConfig| {
+        Ok::<_, MachineError>(Module {
+            data: module.content.bytes()?,
             command_line: &module.command_line,
         })
-        .collect();
+    };
+    let modules = config.modules.iter().map(module);
+    let modules = modules.collect::<Result<Vec<_>, _>>()?;
     let request = Request {
-        kernel: config.kernel.bytes(),
+        kernel: config.kernel.bytes()?,
         vmlinux: None,
         initrds: &initrds,
         command_line: &config.command_line,

@@ -1,9 +1,9 @@
 //! The thread of a processor.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use trapgate_engine::{Exit, Signal, Signals, Vcpu};
+use trapgate_engine::{Counter, Exit, Signal, Signals, Vcpu};
 use trapgate_x86::{Activity, CpuState};
 
 use crate::board::Board;
@@ -18,9 +18,32 @@ pub(crate) struct Tally {
     instructions: AtomicU64,
     halts: AtomicU64,
     kicks: AtomicU64,
+    /// Runs the guest: its numbers are those of its last exit.
+    inside: AtomicBool,
+    exits: AtomicU64,
+    /// What the engine keeps.
+    pub(crate) engine: Vec<Counter>,
 }
 
 impl Tally {
+    pub(crate) fn new(engine: Vec<Counter>) -> Self {
+        Self {
+            engine,
+            ..Self::default()
+        }
+    }
+
+    /// How often the processor has left the guest, if it is in it.
+    pub(crate) fn inside(&self) -> Option<u64> {
+        let exits = self.exits.load(Ordering::Acquire);
+        self.inside.load(Ordering::Acquire).then_some(exits)
+    }
+
+    /// Whether the processor has told its numbers since it had left the guest so many times.
+    pub(crate) fn told_since(&self, exits: u64) -> bool {
+        self.exits.load(Ordering::Acquire) != exits
+    }
+
     pub(crate) fn read(&self) -> ProcessorCounters {
         ProcessorCounters {
             instructions: self.instructions.load(Ordering::Relaxed),
@@ -78,14 +101,20 @@ impl Processor {
     fn enter(&mut self) {
         let exit = {
             let _turn = self.turns.as_deref().map(|turns| turns.take(self.index));
+            self.tally.inside.store(true, Ordering::Release);
             self.vcpu.run()
         };
         let Tally {
             instructions,
             halts,
             kicks,
+            inside,
+            exits,
+            ..
         } = &*self.tally;
         instructions.store(self.vcpu.instructions(), Ordering::Relaxed);
+        inside.store(false, Ordering::Release);
+        exits.fetch_add(1, Ordering::Release);
         match exit {
             Exit::Halted => {
                 halts.fetch_add(1, Ordering::Relaxed);
@@ -133,8 +162,14 @@ impl Processor {
                 self.change(&state);
             }
             Message::Report(answer) => {
+                let mut state = self.vcpu.state();
+                // Signalled, and not yet noticed.
+                if self.signals.take(Signal::Nmi) {
+                    state.system.nmi_pending = true;
+                    self.signals.raise(Signal::Nmi);
+                }
                 // Whoever asked may have gone.
-                let _ = answer.send((self.index, self.vcpu.state()));
+                let _ = answer.send((self.index, state));
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use trapgate_boot::Entry;
@@ -100,6 +100,8 @@ impl Agenda {
 /// Stands a machine still: processors, devices, clock.
 pub(crate) struct Brake {
     depth: Mutex<usize>,
+    /// Held by whoever changes a machine that stands still, or needs it not to be changed.
+    changes: Mutex<()>,
     crew: Arc<Crew>,
     bus: Arc<Bus>,
     board: Arc<Board>,
@@ -110,10 +112,17 @@ impl Brake {
     pub(crate) fn new(crew: Arc<Crew>, bus: Arc<Bus>, board: Arc<Board>) -> Self {
         Self {
             depth: Mutex::new(1),
+            changes: Mutex::new(()),
             crew,
             bus,
             board,
         }
+    }
+
+    /// Keeps others from changing the machine while it stands still: several may want it to, and a
+    /// reset is not to come into the middle of a snapshot. To be held before [`Self::engage`].
+    pub(crate) fn hold_changes(&self) -> MutexGuard<'_, ()> {
+        lock(&self.changes)
     }
 
     /// Stands the machine still, and waits until it does.
@@ -171,7 +180,7 @@ impl Ending {
 
 /// What the supervisor works with.
 pub(crate) struct Supervisor {
-    pub(crate) config: MachineConfig,
+    pub(crate) config: Arc<MachineConfig>,
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) board: Arc<Board>,
     pub(crate) bus: Arc<Bus>,
@@ -245,6 +254,7 @@ impl Supervisor {
 
     /// Does what the reset line of a PC and its firmware do.
     fn restart(&self) -> Result<(), MachineError> {
+        let _changes = self.brake.hold_changes();
         self.brake.engage();
         // Nothing moves now: whatever else was reported belongs to the machine as it was.
         self.agenda.clear();

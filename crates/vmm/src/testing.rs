@@ -116,9 +116,9 @@ pub(crate) fn machine(
         kind: EngineKind::Interp,
         reason: "a test".to_owned(),
     };
-    Machine::start_on(config, hooks, choice, &|memory, world, _, index, _| {
+    Machine::start_on(config, hooks, choice, &move |memory, world, _, index, _| {
         let script = scripts[index as usize].lock().unwrap().take().unwrap();
-        Box::new(Scripted {
+        Ok(Box::new(Scripted {
             guest: Guest {
                 world,
                 memory,
@@ -127,7 +127,7 @@ pub(crate) fn machine(
                 runs: 0,
             },
             script,
-        })
+        }))
     })
     .unwrap()
 }

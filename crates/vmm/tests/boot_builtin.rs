@@ -68,7 +68,7 @@ fn builtin_guest_answers_a_person_and_powers_off() {
     let (machine, serial) = start("hello", |config| {
         config.command_line = "said by the test".to_owned();
     });
-    assert_eq!(machine.protocol(), Protocol::Pvh);
+    assert_eq!(machine.protocol(), Some(Protocol::Pvh));
     serial.wait_for("> ");
     assert!(machine.serial().input_all(b"6 * (3 + 4)\r"));
 

@@ -7,12 +7,14 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use trapgate_boot::Protocol;
+use trapgate_boot::{Entry, Protocol};
+use trapgate_chipset::Chipset;
 use trapgate_engine::probe::Host;
-use trapgate_engine::{Vcpu, World};
+use trapgate_engine::{Signal, Vcpu};
 use trapgate_memory::GuestMemory;
 use trapgate_pci::Bus;
-use trapgate_virtio::{ConsoleHandle, PortOutput};
+use trapgate_virtio::block::SECTOR;
+use trapgate_virtio::{ConsoleHandle, Disk, PortOutput};
 use trapgate_x86::{CpuProfile, CpuState};
 
 use crate::board::Board;
@@ -21,12 +23,16 @@ use crate::crew::{Crew, Message};
 use crate::pc::{self, Consoles};
 use crate::processor::{Processor, Tally};
 use crate::serial::SerialOutput;
+use crate::snapshot::{self, MachineState, Materials};
 use crate::supervisor::{
     Agenda, Brake, Ending, Event, Supervisor, panic_message, start_processors,
 };
 use crate::turns::Turns;
 use crate::world::PcWorld;
-use crate::{Choice, Counters, MachineConfig, MachineError, Outcome, SerialHandle, engines};
+use crate::{
+    Choice, Counters, MachineConfig, MachineError, Outcome, SerialHandle, Snapshot, SnapshotError,
+    engines,
+};
 
 /// Ports of one console device.
 const MOST_PORTS: usize = 31;
@@ -98,13 +104,15 @@ impl PortHandle {
 /// A running machine. Dropping it stops it.
 pub struct Machine {
     engine: Choice,
-    protocol: Protocol,
+    protocol: Option<Protocol>,
     kernel_version: Option<String>,
-    board: Arc<Board>,
-    crew: Arc<Crew>,
+    pub(crate) board: Arc<Board>,
+    pub(crate) crew: Arc<Crew>,
     agenda: Arc<Agenda>,
-    brake: Arc<Brake>,
-    consoles: Arc<Consoles>,
+    pub(crate) brake: Arc<Brake>,
+    pub(crate) consoles: Arc<Consoles>,
+    /// What else a snapshot is made from.
+    pub(crate) source: snapshot::Source,
     ending: Arc<Ending>,
     tallies: Vec<Arc<Tally>>,
     resets: Arc<AtomicU64>,
@@ -132,58 +140,151 @@ impl MachineHandle {
     }
 }
 
+/// What a machine begins with.
+struct Beginning<'a> {
+    disks: Vec<Disk>,
+    memory: Arc<GuestMemory>,
+    chipset: Chipset,
+    clock: Clock,
+    protocol: Option<Protocol>,
+    kernel_version: Option<String>,
+    start: Start<'a>,
+}
+
+/// How it goes on from there.
+enum Start<'a> {
+    /// A kernel is in memory, and firmware would have left the processors so.
+    Kernel(Box<Entry>),
+    /// As it was when it was saved.
+    Saved(&'a MachineState),
+}
+
 /// Makes processor `index` of `count`.
-pub(crate) type MakeVcpu<'a> =
-    &'a dyn Fn(Arc<GuestMemory>, Box<dyn World>, CpuProfile, u32, u32) -> Box<dyn Vcpu>;
+pub(crate) type MakeVcpu<'a> = &'a engines::Constructor;
 
 impl Machine {
     /// Builds a machine and lets it run.
     ///
     /// # Errors
     /// Any [`MachineError`]; [`MachineError::fix`] says what to do about it.
-    pub fn start(config: MachineConfig, hooks: Hooks) -> Result<Self, MachineError> {
+    pub fn start(mut config: MachineConfig, hooks: Hooks) -> Result<Self, MachineError> {
         config.validate()?;
-        let (choice, make) = engines::take(config.engine, &Host::probe())?;
-        Self::start_on(config, hooks, choice, &make)
+        let (choice, make) = engines::take(&config, &Host::probe())?;
+        config.tsc_hz = engines::tsc_hz(choice.kind, config.tsc_hz)?;
+        Self::start_on(config, hooks, choice, &*make)
     }
 
     /// As [`Self::start`], with processors that `make` gives.
     pub(crate) fn start_on(
         config: MachineConfig,
-        mut hooks: Hooks,
+        hooks: Hooks,
         engine: Choice,
         make: MakeVcpu<'_>,
     ) -> Result<Self, MachineError> {
         config.validate()?;
+        // What a person can get wrong comes first, before there are threads.
+        let disks = pc::open_disks(&config)?;
+        let memory = pc::memory(&config)?;
+        let entry = pc::load_kernel(&config, &memory)?;
+        let epoch = config.epoch.unwrap_or_else(time_of_day);
+        let beginning = Beginning {
+            disks,
+            memory: Arc::new(memory),
+            chipset: pc::chipset(&config, epoch)?,
+            clock: Clock::new(epoch),
+            protocol: Some(entry.protocol),
+            kernel_version: entry.version.clone(),
+            start: Start::Kernel(Box::new(entry)),
+        };
+        Self::begin(config, hooks, engine, make, beginning)
+    }
+
+    /// Builds the machine that was saved, and lets it go on where it stood.
+    ///
+    /// # Errors
+    /// Any [`SnapshotError`]; [`SnapshotError::fix`] says what to do about it.
+    pub fn restore(snapshot: &Snapshot, hooks: Hooks) -> Result<Self, SnapshotError> {
+        let (choice, make) = engines::take_saved(snapshot.config(), &Host::probe())?;
+        Self::restore_on(snapshot, hooks, choice, &*make)
+    }
+
+    /// As [`Self::restore`], with processors that `make` gives.
+    pub(crate) fn restore_on(
+        snapshot: &Snapshot,
+        hooks: Hooks,
+        engine: Choice,
+        make: MakeVcpu<'_>,
+    ) -> Result<Self, SnapshotError> {
+        let Materials {
+            disks,
+            chipset,
+            memory,
+        } = snapshot.materials(&hooks)?;
+        let state = snapshot.state();
+        let beginning = Beginning {
+            disks,
+            memory: Arc::new(memory),
+            chipset,
+            clock: Clock::at(state.clock.epoch, state.clock.now),
+            protocol: None,
+            kernel_version: snapshot.header().guest.clone(),
+            start: Start::Saved(state),
+        };
+        let machine = Self::begin(snapshot.config().clone(), hooks, engine, make, beginning)?;
+        Ok(machine)
+    }
+
+    /// Builds the machine around what it begins with, and lets it run.
+    fn begin(
+        config: MachineConfig,
+        mut hooks: Hooks,
+        engine: Choice,
+        make: MakeVcpu<'_>,
+        beginning: Beginning<'_>,
+    ) -> Result<Self, MachineError> {
+        let Beginning {
+            disks,
+            memory,
+            chipset,
+            clock,
+            protocol,
+            kernel_version,
+            start,
+        } = beginning;
         if hooks.ports.len() > MOST_PORTS {
             return Err(MachineError::Ports {
                 ports: hooks.ports.len(),
             });
         }
-        // What a person can get wrong comes first, before there are threads.
-        let disks = pc::open_disks(&config)?;
-        let memory = pc::memory(&config)?;
-        let entry = pc::load_kernel(&config, &memory)?;
-        let (protocol, kernel_version) = (entry.protocol, entry.version.clone());
-
+        let config = Arc::new(config);
         let count = config.cpus as usize;
         let crew = Arc::new(Crew::new(count));
         let agenda = Arc::new(Agenda::default());
         let serial = Arc::new(SerialOutput::default());
-        let epoch = config.epoch.unwrap_or_else(time_of_day);
         let board = Arc::new(Board::new(
-            pc::chipset(&config, epoch)?,
-            Clock::new(epoch),
+            chipset,
+            clock,
             Arc::clone(&crew),
             Arc::clone(&agenda),
             Arc::clone(&serial),
         ));
         let bus = Arc::new(Bus::new());
+        let source = snapshot::Source {
+            config: Arc::clone(&config),
+            memory: Arc::clone(&memory),
+            bus: Arc::clone(&bus),
+            disks: disks.iter().map(|disk| disk.sectors() * SECTOR).collect(),
+            has_terminal: hooks.terminal.is_some(),
+        };
         let consoles = pc::add_devices(&config, disks, &mut hooks, &bus, &board, &memory)?;
         let consoles = Arc::new(consoles);
+        if let Start::Saved(state) = &start {
+            bus.restore(&state.bus).map_err(SnapshotError::from)?;
+            board.restore_serial_input(&state.serial_input);
+        }
 
         let profile = CpuProfile::new(config.level, config.tsc_hz);
-        let vcpus: Vec<Box<dyn Vcpu>> = (0..count)
+        let mut vcpus: Vec<Box<dyn Vcpu>> = (0..count)
             .map(|cpu| {
                 let world = PcWorld {
                     board: Arc::clone(&board),
@@ -199,12 +300,28 @@ impl Machine {
                     count,
                 )
             })
-            .collect();
+            .collect::<Result<_, MachineError>>()?;
         let signals: Vec<_> = vcpus.iter().map(|vcpu| vcpu.signals()).collect();
         crew.set_signals(signals.clone());
+        if let Start::Saved(state) = &start {
+            for (cpu, (vcpu, state)) in vcpus.iter_mut().zip(&state.processors).enumerate() {
+                vcpu.set_state(state)
+                    .map_err(|source| MachineError::State {
+                        engine: engine.kind,
+                        cpu,
+                        source,
+                    })?;
+                if board.operate(|chipset, _| chipset.interrupt_pending(cpu)) {
+                    signals[cpu].raise(Signal::Interrupt);
+                }
+            }
+        }
         let turns =
             (count > 1 && engine.kind.takes_turns()).then(|| Arc::new(Turns::new(signals.clone())));
-        let tallies: Vec<Arc<Tally>> = (0..count).map(|_| Arc::default()).collect();
+        let tallies: Vec<_> = vcpus
+            .iter()
+            .map(|vcpu| Arc::new(Tally::new(vcpu.counters())))
+            .collect();
 
         // From here on threads must be ended if one does not start.
         let mut threads = Threads {
@@ -239,7 +356,9 @@ impl Machine {
         // The process confines itself here (DESIGN.md, idea 4): every file is open and every thread
         // but the supervisor's is started, and no instruction of the guest has run.
 
-        start_processors(&config, &crew, entry);
+        if let Start::Kernel(entry) = start {
+            start_processors(&config, &crew, *entry);
+        }
         let brake = Arc::new(Brake::new(
             Arc::clone(&crew),
             Arc::clone(&bus),
@@ -275,6 +394,7 @@ impl Machine {
             agenda,
             brake,
             consoles,
+            source,
             ending,
             tallies,
             resets,
@@ -318,13 +438,35 @@ impl Machine {
         Pause { machine: self }
     }
 
+    /// Stands the machine still until [`Self::release_brake`].
+    pub(crate) fn engage_brake(&self) {
+        self.brake.engage();
+    }
+
+    /// Undoes one [`Self::engage_brake`].
+    pub(crate) fn release_brake(&self) {
+        self.brake.release();
+    }
+
+    /// The state of each processor of a machine that stands still; none once it has ended.
+    pub(crate) fn processor_states(&self) -> Vec<CpuState> {
+        let (answer, answers) = mpsc::channel();
+        for cpu in 0..self.tallies.len() {
+            self.crew.post(cpu, Message::Report(answer.clone()));
+        }
+        drop(answer);
+        let mut states: Vec<(usize, CpuState)> = answers.iter().collect();
+        states.sort_by_key(|(cpu, _)| *cpu);
+        states.into_iter().map(|(_, state)| state).collect()
+    }
+
     /// The engine, and why it was taken.
     pub fn engine(&self) -> &Choice {
         &self.engine
     }
 
-    /// The way into the kernel that was taken.
-    pub fn protocol(&self) -> Protocol {
+    /// The way into the kernel that was taken; `None` for a machine that was restored.
+    pub fn protocol(&self) -> Option<Protocol> {
         self.protocol
     }
 
@@ -360,6 +502,31 @@ impl Machine {
             clock: self.board.clock.now(),
             resets: self.resets.load(Ordering::Relaxed),
         }
+    }
+
+    /// Calls the processors that run out of the guest, so that the next [`Self::counters`] are no older than this. Waits a
+    /// few milliseconds at most.
+    pub(crate) fn refresh_counters(&self) {
+        let running = self.tallies.iter().enumerate();
+        let running: Vec<_> = running
+            .filter_map(|(cpu, tally)| Some((cpu, tally, tally.inside()?)))
+            .collect();
+        for (cpu, ..) in &running {
+            self.crew.raise(*cpu, Signal::Kick);
+        }
+        for _ in 0..20 {
+            let told = |(_, tally, exits): &(_, &Arc<Tally>, u64)| tally.told_since(*exits);
+            if running.iter().all(told) {
+                return;
+            }
+            thread::sleep(Duration::from_micros(250));
+        }
+    }
+
+    /// What the engine counts, by processor.
+    pub(crate) fn engine_counters(&self) -> Vec<Vec<trapgate_engine::Counter>> {
+        let engine = |tally: &Arc<Tally>| tally.engine.clone();
+        self.tallies.iter().map(engine).collect()
     }
 }
 
@@ -429,14 +596,7 @@ pub struct Pause<'a> {
 impl Pause<'_> {
     /// The state of each processor; none once the machine has ended.
     pub fn processors(&self) -> Vec<CpuState> {
-        let (answer, answers) = mpsc::channel();
-        for cpu in 0..self.machine.tallies.len() {
-            self.machine.crew.post(cpu, Message::Report(answer.clone()));
-        }
-        drop(answer);
-        let mut states: Vec<(usize, CpuState)> = answers.iter().collect();
-        states.sort_by_key(|(cpu, _)| *cpu);
-        states.into_iter().map(|(_, state)| state).collect()
+        self.machine.processor_states()
     }
 
     /// What the machine did until now, exactly.

@@ -1,0 +1,597 @@
+//! Guest memory in a file: written sparse, and mapped so that it need not be read.
+//!
+//! The file is as long as the RAM and has the ranges of RAM one behind the other; pages of zeros are
+//! holes in it. Beside it goes a list of the [`CHUNK`]s in which there is something, with a checksum of
+//! each. Restoring maps those of the file copy-on-write, and nothing where there is nothing: holes of a
+//! file would be filled with pages of the host's cache, and on a tmpfs for good.
+//!
+//! A file that is mapped must not change. If it is cut short, the host ends the process with SIGBUS
+//! when the guest touches what is gone; removing it is harmless.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, PoisonError};
+
+use crate::access::HostAddress;
+use crate::guest::{Backing, Mapped};
+use crate::{GuestMemory, MemoryError, PAGE_SIZE, RamRange};
+
+/// Bytes of guest memory that are listed, checked and mapped together. Small enough that a guest which
+/// has touched little has few of them, large enough that a guest with much memory has few as well.
+pub const CHUNK: u64 = 2 << 20;
+
+const PAGE: usize = PAGE_SIZE as usize;
+
+/// A chunk in which something was saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedChunk {
+    /// Where it is in the file, a multiple of [`CHUNK`]; it ends with the file at the latest.
+    pub offset: u64,
+    /// CRC-32 (that of zlib) of its bytes.
+    pub checksum: u32,
+}
+
+impl SavedChunk {
+    fn length(self, total: u64) -> u64 {
+        CHUNK.min(total - self.offset)
+    }
+}
+
+/// What restored memory remembers.
+#[derive(Debug)]
+pub(crate) struct Restored {
+    /// The parts of the memory that are mapped from the file: start and length, as in the file.
+    parts: Mutex<Vec<(u64, u64)>>,
+}
+
+impl Restored {
+    fn parts(&self) -> Vec<(u64, u64)> {
+        self.parts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Makes a range zeros again; nothing in it comes from the file any more.
+    pub(crate) fn forget(&self, range: &Mapped) -> io::Result<()> {
+        map_nothing(range.host, range.length)?;
+        let outside = |&(start, _): &(u64, u64)| {
+            !(range.file_offset..range.file_offset + range.length).contains(&start)
+        };
+        self.parts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(outside);
+        Ok(())
+    }
+}
+
+impl GuestMemory {
+    /// Writes all that is not zero to an empty file, and tells which chunks these are. The caller sees
+    /// to it that nobody changes the memory meanwhile.
+    ///
+    /// # Errors
+    /// [`MemoryError::Save`]; the file is then of no use.
+    pub fn save(&self, file: &File) -> Result<Vec<SavedChunk>, MemoryError> {
+        let failed = |source| MemoryError::Save { source };
+        let total = self.size();
+        file.set_len(total).map_err(failed)?;
+        let touched = self.touched().map_err(failed)?;
+        let mut chunks = Vec::new();
+        let mut buffer = vec![0; CHUNK as usize];
+        let mut touched = touched.into_iter().peekable();
+        let mut offset = 0;
+        while offset < total {
+            let length = CHUNK.min(total - offset);
+            let chunk = offset..offset + length;
+            let bytes = &mut buffer[..length as usize];
+            let mut clean = true;
+            // The parts that may have something in them, and may reach into the next chunk.
+            while let Some(part) = touched.peek().filter(|part| part.start < chunk.end) {
+                if std::mem::take(&mut clean) {
+                    bytes.fill(0);
+                }
+                let (start, end) = (part.start.max(chunk.start), part.end.min(chunk.end));
+                let ends_here = part.end <= chunk.end;
+                self.copy_out(
+                    start,
+                    &mut bytes[(start - offset) as usize..(end - offset) as usize],
+                );
+                if !ends_here {
+                    break;
+                }
+                touched.next();
+            }
+            if !clean && write_pages(file, offset, bytes).map_err(failed)? {
+                chunks.push(SavedChunk {
+                    offset,
+                    checksum: crc32fast::hash(bytes),
+                });
+            }
+            offset += length;
+        }
+        Ok(chunks)
+    }
+
+    /// Copies bytes that lie at `offset` in the file.
+    fn copy_out(&self, offset: u64, bytes: &mut [u8]) {
+        let mut offset = offset;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let Some(range) = self
+                .mapped
+                .iter()
+                .find(|range| offset.wrapping_sub(range.file_offset) < range.length)
+            else {
+                return;
+            };
+            let skipped = offset - range.file_offset;
+            let length = (range.length - skipped).min(rest.len() as u64);
+            let (now, later) = rest.split_at_mut(length as usize);
+            // All of it is RAM.
+            let _ = self.read(range.start + skipped, now);
+            offset += length;
+            rest = later;
+        }
+    }
+
+    /// The parts of memory that may hold something, ascending, as places in the file.
+    fn touched(&self) -> io::Result<Vec<std::ops::Range<u64>>> {
+        match &self.backing {
+            Backing::Fresh(file) => data(file, self.size()),
+            Backing::Restored(restored) => {
+                let mut parts: Vec<_> = restored
+                    .parts()
+                    .into_iter()
+                    .map(|(start, length)| start..start + length)
+                    .collect();
+                for range in &self.mapped {
+                    // Without the list of pages everything is looked at, which costs time only.
+                    let pages = present(range.host, range.length)
+                        .unwrap_or_else(|_| std::iter::once(0..range.length).collect());
+                    let start = range.file_offset;
+                    parts.extend(pages.iter().map(|p| start + p.start..start + p.end));
+                }
+                Ok(united(parts))
+            }
+        }
+    }
+
+    /// RAM for `ranges` as it was saved to `file`. Nothing is read now; what the guest writes does not
+    /// reach the file.
+    ///
+    /// # Errors
+    /// For a file or a list that is not of this memory, or that the host does not map.
+    pub fn restore(
+        ranges: &[RamRange],
+        file: &File,
+        chunks: &[SavedChunk],
+    ) -> Result<Self, MemoryError> {
+        let failed = |source| MemoryError::Map { source };
+        let total = checked_total(ranges, file, chunks)?;
+        let mut parts: Vec<(u64, u64)> = Vec::new();
+        for chunk in chunks {
+            let length = chunk.length(total);
+            match parts.last_mut() {
+                Some((start, before)) if *start + *before == chunk.offset => *before += length,
+                _ => parts.push((chunk.offset, length)),
+            }
+        }
+        let restored = Restored {
+            parts: Mutex::new(Vec::new()),
+        };
+        let memory = Self::map(ranges, Backing::Restored(restored))?;
+        let mut mapped_parts = Vec::new();
+        for range in &memory.mapped {
+            // As with a memfd: a page of 2 MiB for one byte would be more than the guest touched.
+            no_huge_pages(range.host, range.length).map_err(failed)?;
+            let end = range.file_offset + range.length;
+            for &(start, length) in &parts {
+                let (from, to) = (start.max(range.file_offset), (start + length).min(end));
+                if from < to {
+                    let host = range.host.offset(from - range.file_offset);
+                    map_file(host, to - from, file, from).map_err(failed)?;
+                    mapped_parts.push((from, to - from));
+                }
+            }
+        }
+        if let Backing::Restored(restored) = &memory.backing {
+            *restored
+                .parts
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = mapped_parts;
+        }
+        Ok(memory)
+    }
+
+    /// Reads all of a file with saved memory and compares it with its list, for those who want to know
+    /// before they restore it.
+    ///
+    /// # Errors
+    /// [`MemoryError::Damaged`] for the first part that is not what was saved.
+    pub fn check_saved(
+        ranges: &[RamRange],
+        file: &File,
+        chunks: &[SavedChunk],
+    ) -> Result<(), MemoryError> {
+        let total = checked_total(ranges, file, chunks)?;
+        let mut buffer = vec![0; CHUNK as usize];
+        for chunk in chunks {
+            let length = chunk.length(total);
+            let bytes = &mut buffer[..length as usize];
+            file.read_exact_at(bytes, chunk.offset)
+                .map_err(|source| MemoryError::Map { source })?;
+            if crc32fast::hash(bytes) != chunk.checksum {
+                return Err(MemoryError::Damaged {
+                    offset: chunk.offset,
+                    length,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of memory in `ranges`, if file and list are of as much.
+fn checked_total(
+    ranges: &[RamRange],
+    file: &File,
+    chunks: &[SavedChunk],
+) -> Result<u64, MemoryError> {
+    let total = crate::guest::total(ranges)?;
+    let found = file
+        .metadata()
+        .map_err(|source| MemoryError::Map { source })?
+        .len();
+    if found != total {
+        return Err(MemoryError::FileLength {
+            found,
+            expected: total,
+        });
+    }
+    let mut next = 0;
+    for &SavedChunk { offset, .. } in chunks {
+        if offset < next || offset >= total || !offset.is_multiple_of(CHUNK) {
+            return Err(MemoryError::Chunk { offset });
+        }
+        next = offset + 1;
+    }
+    Ok(total)
+}
+
+/// Writes the pages of a chunk that are not zeros; whether there were any.
+fn write_pages(file: &File, offset: u64, bytes: &[u8]) -> io::Result<bool> {
+    const ZEROS: [u8; PAGE] = [0; PAGE];
+    let mut any = false;
+    let mut start = None;
+    for at in (0..bytes.len()).step_by(PAGE).chain([bytes.len()]) {
+        let full = bytes
+            .get(at..at + PAGE)
+            .is_some_and(|page| page != ZEROS.as_slice());
+        match (full, start) {
+            (true, None) => start = Some(at),
+            (false, Some(from)) => {
+                file.write_all_at(&bytes[from..at], offset + from as u64)?;
+                any = true;
+                start = None;
+            }
+            _ => {}
+        }
+    }
+    Ok(any)
+}
+
+/// Sorts parts, and joins those that touch.
+fn united(mut parts: Vec<std::ops::Range<u64>>) -> Vec<std::ops::Range<u64>> {
+    parts.sort_by_key(|part| part.start);
+    let mut joined: Vec<std::ops::Range<u64>> = Vec::with_capacity(parts.len());
+    for part in parts {
+        match joined.last_mut() {
+            Some(last) if part.start <= last.end => last.end = last.end.max(part.end),
+            _ => joined.push(part),
+        }
+    }
+    joined
+}
+
+/// The parts of a file that are not holes.
+#[allow(unsafe_code)]
+fn data(file: &File, length: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
+    let seek = |from: u64, whence| {
+        // SAFETY: the descriptor is open as long as `file` is borrowed; nobody reads or writes at
+        // its position.
+        let found = unsafe { libc::lseek(file.as_raw_fd(), from as i64, whence) };
+        match found {
+            0.. => Ok(Some(found as u64)),
+            _ => match io::Error::last_os_error() {
+                // No data after this place.
+                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+                error => Err(error),
+            },
+        }
+    };
+    let mut parts = Vec::new();
+    let mut at = 0;
+    while at < length {
+        let Some(start) = seek(at, libc::SEEK_DATA)? else {
+            break;
+        };
+        let end = seek(start, libc::SEEK_HOLE)?.unwrap_or(length).min(length);
+        if end <= start {
+            break;
+        }
+        parts.push(start..end);
+        at = end;
+    }
+    Ok(parts)
+}
+
+/// The pages of a mapping of the process's own that were touched, by `/proc/self/pagemap` (Linux,
+/// `Documentation/admin-guide/mm/pagemap.rst`): bit 63 says present, bit 62 swapped out.
+fn present(host: HostAddress, length: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
+    const TOUCHED: u64 = 3 << 62;
+    let file = File::open("/proc/self/pagemap")?;
+    let first = host.as_ptr().addr() as u64 / PAGE_SIZE;
+    let mut parts: Vec<std::ops::Range<u64>> = Vec::new();
+    let mut entries = vec![0; 8 * PAGE];
+    let mut page = 0;
+    let pages = length / PAGE_SIZE;
+    while page < pages {
+        let count = (pages - page).min(entries.len() as u64 / 8);
+        let bytes = &mut entries[..8 * count as usize];
+        file.read_exact_at(bytes, 8 * (first + page))?;
+        for (index, entry) in (page..).zip(bytes.as_chunks::<8>().0) {
+            if u64::from_le_bytes(*entry) & TOUCHED == 0 {
+                continue;
+            }
+            let (start, end) = (index * PAGE_SIZE, (index + 1) * PAGE_SIZE);
+            match parts.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => parts.push(start..end),
+            }
+        }
+        page += count;
+    }
+    Ok(parts)
+}
+
+/// Replaces a part of a mapping of ours.
+#[allow(unsafe_code)]
+fn replace(host: HostAddress, length: u64, flags: i32, fd: i32, offset: u64) -> io::Result<()> {
+    // SAFETY: the addresses lie in a mapping of guest RAM that belongs to the caller's `GuestMemory`, to
+    // whose bytes nothing in the process has references; it stays mapped, with other contents.
+    let mapped = unsafe {
+        libc::mmap(
+            host.as_ptr().cast(),
+            length as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED | flags,
+            fd,
+            offset as i64,
+        )
+    };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn map_file(host: HostAddress, length: u64, file: &File, offset: u64) -> io::Result<()> {
+    replace(host, length, 0, file.as_raw_fd(), offset)
+}
+
+fn map_nothing(host: HostAddress, length: u64) -> io::Result<()> {
+    replace(host, length, libc::MAP_ANONYMOUS, -1, 0)?;
+    no_huge_pages(host, length)
+}
+
+#[allow(unsafe_code)]
+fn no_huge_pages(host: HostAddress, length: u64) -> io::Result<()> {
+    let address = host.as_ptr().cast();
+    // SAFETY: advice changes no contents; the addresses are of a mapping of ours.
+    let result = unsafe { libc::madvise(address, length as usize, libc::MADV_NOHUGEPAGE) };
+    match result {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            // A kernel without huge pages makes none.
+            error if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            error => Err(error),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LOW: u64 = 5 << 20;
+    const HIGH: u64 = 1 << 32;
+
+    /// Not a multiple of the chunk's size, so that chunks reach over the hole between the ranges.
+    fn ranges() -> Vec<RamRange> {
+        let range = |start, length| RamRange { start, length };
+        vec![range(0, LOW), range(HIGH, 4 << 20)]
+    }
+
+    fn fresh() -> GuestMemory {
+        GuestMemory::new(&ranges()).unwrap()
+    }
+
+    fn saved(memory: &GuestMemory) -> (File, Vec<SavedChunk>) {
+        let file = tempfile::tempfile().unwrap();
+        let chunks = memory.save(&file).unwrap();
+        GuestMemory::check_saved(&ranges(), &file, &chunks).unwrap();
+        (file, chunks)
+    }
+
+    fn restored((file, chunks): &(File, Vec<SavedChunk>)) -> GuestMemory {
+        GuestMemory::restore(&ranges(), file, chunks).unwrap()
+    }
+
+    fn all(memory: &GuestMemory) -> Vec<u8> {
+        let mut bytes = vec![0; memory.size() as usize];
+        let (low, high) = bytes.split_at_mut(LOW as usize);
+        memory.read(0, low).unwrap();
+        memory.read(HIGH, high).unwrap();
+        bytes
+    }
+
+    fn gpa(offset: u64) -> u64 {
+        if offset < LOW {
+            offset
+        } else {
+            HIGH + offset - LOW
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: 24,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
+        #[test]
+        fn memory_is_the_same_after_being_saved_and_restored_again_and_again(
+            rounds in proptest::collection::vec(
+                proptest::collection::vec((0u64..(9 << 20) - 8, 0u8..4), 0..20), 1..4),
+        ) {
+            let mut memory = fresh();
+            for writes in rounds {
+                for (offset, byte) in writes {
+                    // Zeros too, which make pages empty again.
+                    let room = if offset < LOW { LOW - offset } else { 8 };
+                    let length = room.min(8) as usize;
+                    memory.write(gpa(offset), &[byte; 8][..length]).unwrap();
+                }
+                let expected = all(&memory);
+                let snapshot = saved(&memory);
+                memory = restored(&snapshot);
+                prop_assert!(all(&memory) == expected);
+                // And from the copy alone, which nothing was written to.
+                prop_assert!(all(&restored(&saved(&memory))) == expected);
+            }
+        }
+    }
+
+    #[test]
+    fn pages_of_zeros_take_no_room_and_no_chunk() {
+        let memory = fresh();
+        memory.write(0x3000, &[0; 0x2000]).unwrap();
+        memory.write(0x20_1000, &[7]).unwrap();
+        let (file, chunks) = saved(&memory);
+        assert_eq!(
+            chunks.iter().map(|chunk| chunk.offset).collect::<Vec<_>>(),
+            [CHUNK]
+        );
+        assert!(file.metadata().unwrap().blocks() * 512 <= 64 << 10);
+    }
+
+    #[test]
+    fn writes_reach_neither_the_file_nor_another_that_is_restored_from_it() {
+        let memory = fresh();
+        memory.write(0x1000, &[1; 4]).unwrap();
+        let snapshot = saved(&memory);
+        let (one, other) = (restored(&snapshot), restored(&snapshot));
+        one.write(0x1000, &[2; 4]).unwrap();
+        one.write(HIGH, &[3; 4]).unwrap();
+        assert_eq!(one.host(0x1000).unwrap().load_u32(), 0x0202_0202);
+        assert_eq!(other.host(0x1000).unwrap().load_u32(), 0x0101_0101);
+        assert_eq!(other.host(HIGH).unwrap().load_u32(), 0);
+        GuestMemory::check_saved(&ranges(), &snapshot.0, &snapshot.1).unwrap();
+    }
+
+    #[test]
+    fn restored_memory_that_is_zeroed_is_as_new() {
+        let memory = fresh();
+        memory.write(0x1000, &[1; 4]).unwrap();
+        memory.write(HIGH, &[1; 4]).unwrap();
+        let memory = restored(&saved(&memory));
+        memory.write(0x2000, &[1; 4]).unwrap();
+        memory.zero().unwrap();
+        assert!(all(&memory).iter().all(|&byte| byte == 0));
+        assert!(saved(&memory).1.is_empty());
+        memory.write(0x1000, &[5]).unwrap();
+        assert_eq!(all(&restored(&saved(&memory)))[0x1000], 5);
+    }
+
+    #[test]
+    fn damage_is_found_by_looking_at_all() {
+        let memory = fresh();
+        memory.write(0x1000, &[1; 4]).unwrap();
+        let (file, chunks) = saved(&memory);
+        for at in [0x1002, 0x1f_ffff] {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+            let error = GuestMemory::check_saved(&ranges(), &file, &chunks).unwrap_err();
+            assert!(
+                matches!(error, MemoryError::Damaged { offset: 0, .. }),
+                "{error}"
+            );
+            file.write_all_at(&byte, at).unwrap();
+        }
+    }
+
+    #[test]
+    fn files_and_lists_of_other_memory_are_refused() {
+        let memory = fresh();
+        memory.write(0x1000, &[1; 4]).unwrap();
+        let (file, _) = saved(&memory);
+        let chunk = |offset| SavedChunk {
+            offset,
+            checksum: 0,
+        };
+        for list in [
+            &[chunk(1)][..],
+            &[chunk(9 << 20)],
+            &[chunk(u64::MAX - CHUNK + 1)],
+            &[chunk(CHUNK), chunk(0)],
+            &[chunk(0), chunk(0)],
+        ] {
+            let error = GuestMemory::restore(&ranges(), &file, list).unwrap_err();
+            assert!(matches!(error, MemoryError::Chunk { .. }), "{error}");
+        }
+        file.set_len(8 << 20).unwrap();
+        let error = GuestMemory::restore(&ranges(), &file, &[chunk(0)]).unwrap_err();
+        assert!(matches!(error, MemoryError::FileLength { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_takes_no_more_is_an_error() {
+        let memory = fresh();
+        memory.write(0x1000, &[1; 4]).unwrap();
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        assert!(matches!(memory.save(&full), Err(MemoryError::Save { .. })));
+    }
+
+    #[test]
+    fn what_is_not_touched_is_not_in_memory() {
+        let memory = fresh();
+        for page in 0..512 {
+            memory.write(page * PAGE_SIZE, &[1]).unwrap();
+        }
+        let memory = restored(&saved(&memory));
+        memory.write(0x5000, &[2]).unwrap();
+        memory.write(HIGH + 0x5000, &[2]).unwrap();
+        let own: usize = memory
+            .mapped
+            .iter()
+            .map(|range| {
+                let pages = present(range.host, range.length).unwrap();
+                pages
+                    .iter()
+                    .map(|part| (part.end - part.start) as usize)
+                    .sum::<usize>()
+            })
+            .sum();
+        // One page that was copied, one that is new, and the host may map neighbours from its cache.
+        assert!(own <= 64 << 10, "{own} bytes");
+    }
+}

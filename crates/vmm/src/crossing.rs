@@ -1,0 +1,368 @@
+//! A guest that is moved from engine to engine while it runs, at moments that a die throws.
+//!
+//! Every move is what a restore is: the processor's state is taken out of an engine, and put into a
+//! new one of the other kind. Memory and devices stay where they are. The guest `chain` hashes everything that
+//! a machine remembers, so that whatever is lost on the way shows in its result.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::time::Duration;
+
+use trapgate_engine::probe::EngineKind;
+use trapgate_engine::{Exit, Refused, Signal, Signals, StateError, Vcpu, World};
+use trapgate_interp::Interpreter;
+use trapgate_kvm::{Facts, KvmMachine, Lacks};
+use trapgate_memory::GuestMemory;
+use trapgate_x86::{CpuProfile, CpuState};
+
+use crate::{Choice, Content, Hooks, Machine, MachineConfig, Outcome, lock};
+
+/// Moves in each direction, unless `TRAPGATE_MOVES` says otherwise.
+const MOVES: u64 = 12;
+/// What this KVM's emulator of supervisor code cannot do, in the words of `chain`: ring 3 through
+/// SYSCALL, XSETBV, LSL, data breakpoints, RDTSCP. Hardware can all of it.
+const PARAVIRTUAL_CANNOT: &str = "without=ring3,xcr0,ldt,watch,tsc_aux";
+const SIGNALS: [Signal; 4] = [Signal::Kick, Signal::Interrupt, Signal::Nmi, Signal::Flush];
+
+/// One world for two engines, of which one runs.
+#[derive(Clone)]
+struct SharedWorld(Arc<Mutex<Box<dyn World>>>);
+
+impl World for SharedWorld {
+    fn read_memory(&mut self, gpa: u64, data: &mut [u8]) {
+        lock(&self.0).read_memory(gpa, data);
+    }
+    fn write_memory(&mut self, gpa: u64, data: &[u8]) {
+        lock(&self.0).write_memory(gpa, data);
+    }
+    fn read_port(&mut self, port: u16, size: u8) -> u32 {
+        lock(&self.0).read_port(port, size)
+    }
+    fn write_port(&mut self, port: u16, size: u8, value: u32) {
+        lock(&self.0).write_port(port, size, value);
+    }
+    fn take_interrupt(&mut self) -> Option<u8> {
+        lock(&self.0).take_interrupt()
+    }
+    fn read_apic_msr(&mut self, index: u32) -> Result<u64, Refused> {
+        lock(&self.0).read_apic_msr(index)
+    }
+    fn write_apic_msr(&mut self, index: u32, value: u64) -> Result<(), Refused> {
+        lock(&self.0).write_apic_msr(index, value)
+    }
+    fn task_priority(&mut self) -> u8 {
+        lock(&self.0).task_priority()
+    }
+    fn set_task_priority(&mut self, priority: u8) {
+        lock(&self.0).set_task_priority(priority);
+    }
+    fn clock(&mut self) -> u64 {
+        lock(&self.0).clock()
+    }
+    fn epoch(&mut self) -> u64 {
+        lock(&self.0).epoch()
+    }
+    fn set_tsc_offset(&mut self, offset: u64) {
+        lock(&self.0).set_tsc_offset(offset);
+    }
+}
+
+/// How other threads reach the engine that runs.
+#[derive(Default)]
+struct Control {
+    /// What the machine raises.
+    outer: OnceLock<Weak<Signals>>,
+    /// The engine's own.
+    inner: Mutex<Option<Arc<Signals>>>,
+    /// The machine wants the processor out of the guest.
+    kicked: AtomicBool,
+    /// The die wants it moved.
+    move_wanted: AtomicBool,
+    /// Moves that have been made, by the kind that was left.
+    moves: Mutex<Moves>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Moves {
+    from_interp: u64,
+    from_kvm: u64,
+}
+
+impl Control {
+    fn forward(&self) {
+        let Some(outer) = self.outer.get().and_then(Weak::upgrade) else {
+            return;
+        };
+        let inner = lock(&self.inner);
+        for signal in SIGNALS {
+            if outer.take(signal) {
+                if signal == Signal::Kick {
+                    self.kicked.store(true, Ordering::SeqCst);
+                }
+                if let Some(inner) = &*inner {
+                    inner.raise(signal);
+                }
+            }
+        }
+    }
+
+    fn order_move(&self) {
+        self.move_wanted.store(true, Ordering::SeqCst);
+        if let Some(inner) = &*lock(&self.inner) {
+            inner.raise(Signal::Kick);
+        }
+    }
+}
+
+/// A processor that is moved between engines.
+struct Wanderer {
+    /// Makes a new processor of each kind: interpreter, KVM.
+    make: Box<dyn Fn(EngineKind) -> Box<dyn Vcpu> + Send>,
+    engine: Box<dyn Vcpu>,
+    kind: EngineKind,
+    signals: Arc<Signals>,
+    control: Arc<Control>,
+}
+
+impl Wanderer {
+    fn new(
+        make: Box<dyn Fn(EngineKind) -> Box<dyn Vcpu> + Send>,
+        kind: EngineKind,
+        control: Arc<Control>,
+    ) -> Self {
+        let forwarder = Arc::clone(&control);
+        let signals = Arc::new(Signals::with_interrupter(move || forwarder.forward()));
+        control.outer.set(Arc::downgrade(&signals)).unwrap();
+        let engine = make(kind);
+        *lock(&control.inner) = Some(engine.signals());
+        Self {
+            make,
+            engine,
+            kind,
+            signals,
+            control,
+        }
+    }
+
+    fn change_engine(&mut self) {
+        let state = self.engine.state();
+        let kind = match self.kind {
+            EngineKind::Kvm => EngineKind::Interp,
+            _ => EngineKind::Kvm,
+        };
+        let mut engine = (self.make)(kind);
+        engine.set_state(&state).unwrap();
+        let mut inner = lock(&self.control.inner);
+        let (old, new) = (self.engine.signals(), engine.signals());
+        for signal in SIGNALS {
+            if old.is_raised(signal) {
+                new.raise(signal);
+            }
+        }
+        // As `vmm` does after a state was set: what waits in the interrupt controller.
+        new.raise(Signal::Interrupt);
+        *inner = Some(new);
+        drop(inner);
+        let mut moves = lock(&self.control.moves);
+        match self.kind {
+            EngineKind::Kvm => moves.from_kvm += 1,
+            _ => moves.from_interp += 1,
+        }
+        self.engine = engine;
+        self.kind = kind;
+    }
+}
+
+impl Vcpu for Wanderer {
+    fn run(&mut self) -> Exit {
+        loop {
+            match self.engine.run() {
+                // Here and not in the machine, which does not know of the engine's own signals.
+                Exit::Halted => self.engine.signals().sleep(None),
+                Exit::Kicked => {
+                    if self.control.move_wanted.swap(false, Ordering::SeqCst) {
+                        self.change_engine();
+                    }
+                    if self.control.kicked.swap(false, Ordering::SeqCst) {
+                        return Exit::Kicked;
+                    }
+                }
+                exit => return exit,
+            }
+        }
+    }
+
+    fn step(&mut self) -> Exit {
+        self.engine.step()
+    }
+
+    fn state(&mut self) -> CpuState {
+        self.engine.state()
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
+        self.engine.set_state(state)
+    }
+
+    fn signals(&self) -> Arc<Signals> {
+        Arc::clone(&self.signals)
+    }
+
+    fn instructions(&self) -> u64 {
+        self.engine.instructions()
+    }
+}
+
+fn maker(
+    memory: Arc<GuestMemory>,
+    world: SharedWorld,
+    profile: CpuProfile,
+) -> Box<dyn Fn(EngineKind) -> Box<dyn Vcpu> + Send> {
+    Box::new(move |kind| {
+        let (memory, world) = (Arc::clone(&memory), Box::new(world.clone()));
+        match kind {
+            EngineKind::Kvm => {
+                let machine = KvmMachine::new(memory, profile.clone(), 1, Lacks::Hide).unwrap();
+                Box::new(machine.vcpu(world, 0).unwrap())
+            }
+            _ => Box::new(Interpreter::new(memory, world, profile.clone(), 0, 1)),
+        }
+    })
+}
+
+/// Numbers that look random: the same for the same seed.
+struct Die(u64);
+
+impl Die {
+    /// A time from nothing to `most`.
+    fn time(&mut self, most: Duration) -> Duration {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        Duration::from_nanos(self.0 % most.as_nanos() as u64)
+    }
+}
+
+/// Runs `chain` to its end. `moves` is how often it is moved in all; gives what it said, and the moves that
+/// were made.
+fn chain(
+    command_line: &str,
+    tsc_hz: u64,
+    begin: EngineKind,
+    moves: u64,
+    seed: u64,
+) -> (String, Moves) {
+    let said = Arc::new(Mutex::new(Vec::new()));
+    let sink = Arc::clone(&said);
+    let hooks = Hooks {
+        serial: Box::new(move |bytes| lock(&sink).extend_from_slice(bytes)),
+        ..Hooks::default()
+    };
+    let config = MachineConfig {
+        memory_bytes: 16 << 20,
+        kernel: Content::from(trapgate_guests::named("chain").unwrap().image),
+        command_line: command_line.to_owned(),
+        tsc_hz,
+        ..MachineConfig::default()
+    };
+    let control = Arc::new(Control::default());
+    let choice = Choice {
+        kind: begin,
+        reason: "a test".to_owned(),
+    };
+    let reached = Arc::clone(&control);
+    let machine = Machine::start_on(
+        config,
+        hooks,
+        choice,
+        &move |memory, world, profile, _, _| {
+            let world = SharedWorld(Arc::new(Mutex::new(world)));
+            let make = maker(memory, world, profile);
+            Ok(Box::new(Wanderer::new(make, begin, Arc::clone(&reached))))
+        },
+    )
+    .unwrap();
+    let mut die = Die(seed | 1);
+    let done = || {
+        let moves = *lock(&control.moves);
+        moves.from_interp + moves.from_kvm
+    };
+    while done() < moves {
+        let before = done();
+        let on_kvm = (before % 2 == 0) == (begin == EngineKind::Kvm);
+        // The emulator of a paravirtual KVM needs longer for as much.
+        let most = Duration::from_millis(if on_kvm { 20 } else { 2 });
+        if machine.wait_for(die.time(most)).is_some() {
+            break;
+        }
+        control.order_move();
+        while done() == before && machine.wait_for(Duration::from_micros(50)).is_none() {}
+    }
+    let outcome = machine.wait_for(Duration::from_secs(300));
+    let text = String::from_utf8_lossy(&lock(&said)).into_owned();
+    assert!(
+        matches!(outcome, Some(Outcome::PoweredOff)),
+        "{outcome:?} after {:?}, seed {seed}:\n{text}",
+        lock(&control.moves)
+    );
+    let moves = *lock(&control.moves);
+    (text, moves)
+}
+
+/// The lines that do not tell which pieces of state there are.
+fn lines(text: &str) -> Vec<&str> {
+    text.lines()
+        .filter(|line| line.starts_with("chain: "))
+        .collect()
+}
+
+/// A guest that computes, with timer interrupts and NMIs all the while, is moved between the
+/// interpreter and KVM at random moments, and ends with the result that it has on the interpreter alone.
+#[test]
+fn computation_survives_moves_between_engines_at_random_moments() {
+    let facts = match Facts::probe() {
+        Ok(facts) => facts,
+        Err(error) => {
+            eprintln!("skipped: no KVM here: {error}");
+            return;
+        }
+    };
+    let wanted = std::env::var("TRAPGATE_MOVES")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(MOVES);
+    let seed = std::env::var("TRAPGATE_SEED")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or_else(crate::clock::time_of_day);
+    println!("{wanted} moves in each direction, TRAPGATE_SEED={seed}");
+    let profile = CpuProfile::new(crate::Level::V2, facts.tsc_hz);
+    let without = match facts.check_profile(&profile) {
+        Ok(()) => "",
+        Err(_) => PARAVIRTUAL_CANNOT,
+    };
+    let mut made = Moves::default();
+    let mut run = 0;
+    while made.from_interp < wanted || made.from_kvm < wanted {
+        let rounds = 3000;
+        let command_line = format!("rounds={rounds} {without}");
+        let begin = [EngineKind::Interp, EngineKind::Kvm][run % 2];
+        let (alone, _) = chain(&command_line, facts.tsc_hz, EngineKind::Interp, 0, seed);
+        let left = 2 * wanted - made.from_interp - made.from_kvm;
+        let (moved, moves) = chain(
+            &command_line,
+            facts.tsc_hz,
+            begin,
+            left.max(1) + 1,
+            seed.wrapping_add(run as u64),
+        );
+        println!("run {run} from {begin}: {moves:?}");
+        assert_eq!(lines(&moved), lines(&alone), "seed {seed}, run {run}");
+        assert!(alone.contains("the clock went back 0 times"), "{alone}");
+        assert!(alone.contains("0 pieces of state lost"), "{alone}");
+        made.from_interp += moves.from_interp;
+        made.from_kvm += moves.from_kvm;
+        run += 1;
+    }
+    println!("{made:?} in {run} runs");
+}

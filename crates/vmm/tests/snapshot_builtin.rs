@@ -1,0 +1,90 @@
+//! Guests of this repository that are saved while they run, and go on from what was saved.
+
+mod boot;
+
+use std::path::Path;
+use std::time::Duration;
+
+use boot::{Transcript, end};
+use trapgate_vmm::{Content, EngineChoice, Hooks, Machine, MachineConfig, Outcome, Snapshot};
+
+/// The engine under test: the one that every host has.
+fn interpreter() -> EngineChoice {
+    "interp".parse().unwrap()
+}
+
+fn hooks(serial: &Transcript) -> Hooks {
+    let sink = serial.clone();
+    Hooks {
+        serial: Box::new(move |bytes| sink.add(bytes)),
+        ..Hooks::default()
+    }
+}
+
+fn start(name: &str, command_line: &str, serial: &Transcript) -> Machine {
+    let program = trapgate_guests::named(name).expect("there is such a program");
+    let config = MachineConfig {
+        kernel: Content::from(program.image),
+        command_line: command_line.to_owned(),
+        memory_bytes: 32 << 20,
+        engine: interpreter(),
+        ..MachineConfig::default()
+    };
+    Machine::start(config, hooks(serial)).unwrap()
+}
+
+fn restore(directory: &Path, serial: &Transcript) -> Machine {
+    let mut snapshot = Snapshot::open(directory).unwrap();
+    snapshot.check_memory().unwrap();
+    snapshot.set_engine(interpreter());
+    Machine::restore(&snapshot, hooks(serial)).unwrap()
+}
+
+/// The chain's last words, which are the same whenever and wherever it ran.
+#[track_caller]
+fn check_end(machine: &Machine, serial: &Transcript) {
+    let outcome = end(machine, serial);
+    assert!(matches!(outcome, Outcome::PoweredOff), "{outcome:?}");
+    let expected = trapgate_guests::named("chain").unwrap().expected.unwrap();
+    let text = serial.text();
+    for line in expected.lines().rev().take(6) {
+        assert!(text.contains(line), "`{line}` is not in\n{text}");
+    }
+}
+
+/// What was saved goes on in the place of what it was saved from, again and again, at moments that
+/// nobody chose. The machine that was saved ends as if nothing had been.
+#[test]
+fn a_chain_that_is_saved_and_restored_again_and_again_has_the_right_result() {
+    let directory = tempfile::tempdir().unwrap();
+    let serial = Transcript::default();
+    let original = start("chain", "", &serial);
+    let mut last: Option<Machine> = None;
+    let mut moves = 0;
+    loop {
+        let machine = last.as_ref().unwrap_or(&original);
+        if machine.wait_for(Duration::from_millis(15)).is_some() {
+            break;
+        }
+        let path = directory.path().join(moves.to_string());
+        if let Err(error) = machine.snapshot(&path) {
+            // It ended in this very moment.
+            assert!(
+                machine.wait_for(Duration::from_secs(1)).is_some(),
+                "{error}"
+            );
+            break;
+        }
+        last = Some(restore(&path, &Transcript::default()));
+        moves += 1;
+    }
+    println!("moved {moves} times");
+    assert!(moves >= 3, "moved {moves} times only");
+    check_end(&original, &serial);
+    // And so does whatever went on from the last snapshot, and from the first.
+    for number in [0, moves - 1] {
+        let serial = Transcript::default();
+        let machine = restore(&directory.path().join(number.to_string()), &serial);
+        check_end(&machine, &serial);
+    }
+}
