@@ -32,7 +32,7 @@ impl EngineKind {
 
     /// Whether the processors of one machine must not run at the same time.
     pub const fn takes_turns(self) -> bool {
-        matches!(self, Self::Interp)
+        matches!(self, Self::Interp | Self::Jit)
     }
 }
 

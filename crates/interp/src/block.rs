@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use trapgate_memory::{HostAddress, PAGE_SIZE, TraceFlags};
+use trapgate_memory::{HostAddress, PAGE_SIZE};
 use trapgate_x86::paging::is_canonical;
 use trapgate_x86::registers::sreg;
 
@@ -85,6 +85,32 @@ pub(crate) struct Blocks {
     /// Blocks with code on each page, by guest-physical page number.
     pages: HashMap<u64, Vec<Key>>,
     page: Option<FetchPage>,
+    pub(crate) dropped: Dropped,
+}
+
+/// Which decoded code was thrown away: for an engine that made its own code of the same bytes.
+#[derive(Debug, Default)]
+pub struct Dropped {
+    /// All of it.
+    pub all: bool,
+    /// That on these guest-physical pages, by number.
+    pub pages: Vec<u64>,
+    /// Whether anyone takes what is written here.
+    wanted: bool,
+}
+
+impl Dropped {
+    /// Takes what was noted, to start over.
+    pub fn take(&mut self) -> Self {
+        let wanted = self.wanted;
+        std::mem::replace(
+            self,
+            Self {
+                wanted,
+                ..Self::default()
+            },
+        )
+    }
 }
 
 impl Blocks {
@@ -95,7 +121,13 @@ impl Blocks {
             ops: vec![undefined()],
             pages: HashMap::new(),
             page: None,
+            dropped: Dropped::default(),
         }
+    }
+
+    /// From now on [`Dropped`] is noted.
+    pub(crate) fn note_dropped(&mut self) {
+        self.dropped.wanted = true;
     }
 
     /// The ops at a place that [`Self::lookup`] gave.
@@ -222,7 +254,7 @@ impl Blocks {
         // The traces want the guest-physical address.
         let gpa = cpu.translate(linear, Access::Execute, view)?.gpa;
         // Mark first, then read: a write in between is then seen.
-        self.trace(cpu, gpa);
+        cpu.watch_code(gpa, 1);
         let mut bytes = [0; 512];
         let available = ((PAGE_SIZE - linear % PAGE_SIZE) as usize).min(bytes.len());
         host.read(&mut bytes[..available]);
@@ -256,7 +288,7 @@ impl Blocks {
         };
         let view = cpu.plain_view;
         let second_gpa = cpu.translate(next, Access::Execute, view)?.gpa;
-        self.trace(cpu, second_gpa);
+        cpu.watch_code(second_gpa, 1);
         let mut bytes = [0; MAX_INSTRUCTION];
         let available = (PAGE_SIZE - linear % PAGE_SIZE) as usize;
         host.read(&mut bytes[..available]);
@@ -311,21 +343,6 @@ impl Blocks {
         cpu.gp0()
     }
 
-    /// Marks a page as one whose writes concern decoded code.
-    fn trace(&mut self, cpu: &mut Cpu, gpa: u64) {
-        let Some(page) = cpu.memory.page_index(gpa) else {
-            return;
-        };
-        // In this order: see `TraceListener::wants`.
-        cpu.code.add(gpa, 1);
-        let before = cpu.memory.traces().set(page, TraceFlags::CODE);
-        if !before.contains(TraceFlags::CODE)
-            && let Some(host) = cpu.memory.host(gpa)
-        {
-            cpu.tlb.revoke_write(host.page_start());
-        }
-    }
-
     fn insert(
         &mut self,
         cpu: &mut Cpu,
@@ -369,6 +386,9 @@ impl Blocks {
     /// Throws away the blocks whose code was written over.
     pub(crate) fn drop_stale(&mut self, cpu: &mut Cpu) {
         for page in cpu.code.take_stale() {
+            if self.dropped.wanted {
+                self.dropped.pages.push(page);
+            }
             for key in self.pages.remove(&page).unwrap_or_default() {
                 self.remove(key);
             }
@@ -378,6 +398,7 @@ impl Blocks {
     /// Throws all blocks away.
     pub(crate) fn clear(&mut self, cpu: &mut Cpu) {
         cpu.code.clear();
+        self.dropped.all = true;
         self.table.fill((Key::NONE, PASSING));
         self.map.clear();
         self.ops.truncate(1);

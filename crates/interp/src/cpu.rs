@@ -119,8 +119,8 @@ impl Cpu {
         profile: CpuProfile,
         index: u32,
         count: u32,
+        signals: Arc<Signals>,
     ) -> Self {
-        let signals = Arc::new(Signals::default());
         let code = Arc::new(CodePages::new(Arc::clone(&signals)));
         let reset = CpuState::default();
         let mut cpu = Self {

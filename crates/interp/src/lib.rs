@@ -14,6 +14,7 @@ pub mod cpu;
 mod debug;
 mod decode;
 mod descriptor_tables;
+mod door;
 mod entropy;
 mod events;
 mod flag_control;
@@ -48,12 +49,16 @@ use trapgate_engine::{Exit, Signals, StateError, Vcpu, World};
 use trapgate_memory::{GuestMemory, TraceFlags};
 use trapgate_x86::{CpuProfile, CpuState};
 
+pub use crate::block::Dropped;
 use crate::block::Blocks;
 use crate::cpu::Cpu;
+pub use crate::door::Target;
+pub use crate::tlb::{Access, Changes, View};
 
 /// A vCPU that interprets.
 pub struct Interpreter {
-    cpu: Cpu,
+    /// The processor.
+    pub cpu: Cpu,
     blocks: Blocks,
     /// The traces' epoch when this processor last ran.
     traces: u64,
@@ -68,7 +73,19 @@ impl Interpreter {
         index: u32,
         count: u32,
     ) -> Self {
-        let cpu = Cpu::new(memory, world, profile, index, count);
+        Self::with_signals(memory, world, profile, index, count, Arc::default())
+    }
+
+    /// As [`Self::new`], with signals that someone else looks at too.
+    pub fn with_signals(
+        memory: Arc<GuestMemory>,
+        world: Box<dyn World>,
+        profile: CpuProfile,
+        index: u32,
+        count: u32,
+        signals: Arc<Signals>,
+    ) -> Self {
+        let cpu = Cpu::new(memory, world, profile, index, count, signals);
         let listener = Arc::clone(&cpu.code);
         cpu.memory.traces().listen(TraceFlags::CODE, listener);
         Self {
@@ -82,7 +99,7 @@ impl Interpreter {
 impl Interpreter {
     /// Other processors may have traced pages that this one still has writable translations of.
     /// They take turns (one runs, the others are outside `run`), so it is enough to look here.
-    fn notice_traces(&mut self) {
+    pub fn notice_traces(&mut self) {
         let epoch = self.cpu.memory.traces().epoch();
         if epoch != self.traces && self.cpu.count > 1 {
             self.cpu.tlb.flush_all();

@@ -326,6 +326,7 @@ impl Cpu {
             read: access != Access::Execute || translation.execute,
             write: translation.write && !traced,
             execute: translation.execute,
+            global: translation.global,
         };
         self.tlb.insert(view, linear, page, rights);
         Ok(Piece {

@@ -19,6 +19,8 @@ pub(crate) struct Translation {
     pub(crate) execute: bool,
     /// Bytes of the page.
     pub(crate) page_bytes: u64,
+    /// The page is in every address space (CR4.PGE, and G in its entry).
+    pub(crate) global: bool,
 }
 
 /// Bits 51 to 12 of an entry.
@@ -67,6 +69,7 @@ impl Cpu {
                 write: true,
                 execute: true,
                 page_bytes: 4096,
+                global: false,
             });
         }
         loop {
@@ -84,7 +87,8 @@ impl Cpu {
             let Some((write, execute)) = self.rights(&walk, access, view) else {
                 return Err(self.page_fault(linear, access, view, fault::P));
             };
-            let dirty = walk.used[walk.levels - 1].value & pte::D != 0;
+            let leaf = walk.used[walk.levels - 1].value;
+            let dirty = leaf & pte::D != 0;
             if !self.set_accessed_dirty(&walk, access == Access::Write) {
                 // Another processor changed an entry: look again.
                 continue;
@@ -94,6 +98,7 @@ impl Cpu {
                 write: write && (dirty || access == Access::Write),
                 execute,
                 page_bytes: walk.page_bytes,
+                global: leaf & pte::G != 0 && self.sys.cr4 & cr4::PGE != 0,
             });
         }
     }

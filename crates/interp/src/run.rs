@@ -60,7 +60,7 @@ impl Interpreter {
     }
 
     /// Why a processor that does not run does not.
-    fn inactive(&self) -> Exit {
+    pub(crate) fn inactive(&self) -> Exit {
         match self.cpu.sys.activity {
             Activity::Shutdown => Exit::ShutDown,
             _ => Exit::Halted,
@@ -69,7 +69,7 @@ impl Interpreter {
 
     /// Signals from outside and events that wait, in the order of their priorities (SDM vol. 3A,
     /// table 7-2).
-    fn between_blocks(&mut self) -> Option<Exit> {
+    pub(crate) fn between_blocks(&mut self) -> Option<Exit> {
         let cpu = &mut self.cpu;
         let signals = std::sync::Arc::clone(&cpu.signals);
         if signals.take(Signal::Flush) {
@@ -133,7 +133,7 @@ impl Interpreter {
 
     /// Runs the block at RIP.
     #[inline]
-    fn execute_block(&mut self) -> Result<(), Stop> {
+    pub(crate) fn execute_block(&mut self) -> Result<(), Stop> {
         let cpu = &mut self.cpu;
         let place = self.blocks.lookup(cpu)?;
         let ops = self.blocks.ops(place);
@@ -173,7 +173,7 @@ impl Interpreter {
 
     /// Runs one instruction, with everything that can be asked to happen around it: instruction
     /// breakpoints, the end of shadows, single step, data breakpoints.
-    fn step_carefully(&mut self) -> Result<(), Stop> {
+    pub(crate) fn step_carefully(&mut self) -> Result<(), Stop> {
         let cpu = &mut self.cpu;
         if cpu.sys.activity != Activity::Running {
             return Ok(());
@@ -230,7 +230,7 @@ impl Interpreter {
 
     /// Deals with the end of a block; says if that ends the run.
     #[inline]
-    fn stopped(&mut self, stop: Stop) -> Option<Exit> {
+    pub(crate) fn stopped(&mut self, stop: Stop) -> Option<Exit> {
         match stop {
             Stop::EndBlock => None,
             Stop::Fault => {

@@ -10,7 +10,7 @@ use trapgate_memory::HostAddress;
 /// With whose rights memory is accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(crate) enum View {
+pub enum View {
     /// Supervisor; user pages are out of bounds if SMAP says so. Also implicit accesses.
     Supervisor = 0,
     /// Supervisor with EFLAGS.AC, or without SMAP.
@@ -24,7 +24,7 @@ pub(crate) enum View {
 
 /// What an access does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Access {
+pub enum Access {
     /// Loads data.
     Read,
     /// Stores data.
@@ -61,10 +61,41 @@ const EMPTY: Entry = Entry {
     addend: 0,
 };
 
+/// Which cached translations became wrong: for an engine that keeps copies of them.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Whether anything below is set.
+    pub any: bool,
+    /// All of them.
+    pub all: bool,
+    /// All but those of global pages: another address space became the current one.
+    pub space: bool,
+    /// Those of the pages of these linear addresses.
+    pub pages: Vec<u64>,
+    /// The right to write to these host pages.
+    pub revoked: Vec<u64>,
+    /// Whether anyone takes what is written here.
+    wanted: bool,
+}
+
+impl Changes {
+    /// Starts over.
+    pub fn clear(&mut self) {
+        self.any = false;
+        self.all = false;
+        self.space = false;
+        self.pages.clear();
+        self.revoked.clear();
+    }
+}
+
 /// The four tables and the address-space tags.
 #[derive(Debug)]
 pub(crate) struct Tlb {
     entries: Box<[Entry; ENTRIES * VIEWS]>,
+    /// Whether an entry's page is global.
+    globals: Box<[bool; ENTRIES * VIEWS]>,
+    pub(crate) changes: Changes,
     /// Start of the current view's table.
     table: usize,
     /// The current address-space tag, shifted to its place.
@@ -83,6 +114,11 @@ impl Tlb {
                 .into_boxed_slice()
                 .try_into()
                 .unwrap_or_else(|_| unreachable!("the vector has that length")),
+            globals: vec![false; ENTRIES * VIEWS]
+                .into_boxed_slice()
+                .try_into()
+                .unwrap_or_else(|_| unreachable!("the vector has that length")),
+            changes: Changes::default(),
             table: 0,
             space: 1 << SPACE_SHIFT,
             next_space: 2,
@@ -92,6 +128,16 @@ impl Tlb {
                 .unwrap_or_else(|_| unreachable!("the vector has that length")),
             large: [(u64::MAX, 0); 2],
         }
+    }
+
+    /// From now on [`Changes`] are noted.
+    pub(crate) fn note_changes(&mut self) {
+        self.changes.wanted = true;
+    }
+
+    /// Whether the cached translation of a linear address, if there is one, is of a global page.
+    pub(crate) fn is_global(&self, view: View, linear: u64) -> bool {
+        self.globals[Self::slot(view as usize * ENTRIES, linear)]
     }
 
     #[inline(always)]
@@ -153,7 +199,9 @@ impl Tlb {
     pub(crate) fn insert(&mut self, view: View, linear: u64, page: HostAddress, rights: Rights) {
         let tag = self.tag(linear);
         let given = |right: bool| if right { tag } else { NEVER };
-        self.entries[Self::slot(view as usize * ENTRIES, linear)] = Entry {
+        let slot = Self::slot(view as usize * ENTRIES, linear);
+        self.globals[slot] = rights.global;
+        self.entries[slot] = Entry {
             read: given(rights.read),
             write: given(rights.write),
             execute: given(rights.execute),
@@ -176,6 +224,10 @@ impl Tlb {
             self.flush_all();
             return;
         }
+        if self.changes.wanted {
+            self.changes.any = true;
+            self.changes.pages.push(linear);
+        }
         for view in 0..VIEWS {
             self.entries[Self::slot(view * ENTRIES, linear)] = EMPTY;
         }
@@ -183,6 +235,8 @@ impl Tlb {
 
     /// Forgets everything, global pages too.
     pub(crate) fn flush_all(&mut self) {
+        self.changes.any = true;
+        self.changes.all = true;
         self.spaces.fill(0);
         self.large = [(u64::MAX, 0); 2];
         self.space = self.new_space() << SPACE_SHIFT;
@@ -207,6 +261,10 @@ impl Tlb {
             self.spaces[index] = space as u16;
             space
         };
+        if self.space != space << SPACE_SHIFT {
+            self.changes.any = true;
+            self.changes.space = true;
+        }
         self.space = space << SPACE_SHIFT;
     }
 
@@ -223,6 +281,10 @@ impl Tlb {
     /// Takes the right to write away from every translation to the page at `page`: it got a trace.
     pub(crate) fn revoke_write(&mut self, page: HostAddress) {
         let page = page.as_ptr() as u64 & !0xfff;
+        if self.changes.wanted {
+            self.changes.any = true;
+            self.changes.revoked.push(page);
+        }
         for entry in self.entries.iter_mut().filter(|entry| entry.write != NEVER) {
             // The shift drops the address-space tag; bits 63 to 52 of a canonical address repeat
             // bit 51, which the sign extension restores.
@@ -240,6 +302,8 @@ pub(crate) struct Rights {
     pub(crate) read: bool,
     pub(crate) write: bool,
     pub(crate) execute: bool,
+    /// The page is in every address space.
+    pub(crate) global: bool,
 }
 
 #[inline(always)]

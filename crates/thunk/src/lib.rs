@@ -56,6 +56,7 @@ mod emit;
 mod environment;
 mod error;
 mod host;
+mod inspect;
 mod registers;
 mod select;
 mod thunk;
@@ -63,6 +64,7 @@ mod x87;
 
 pub use cache::ThunkCache;
 pub use error::{ThunkError, Unsupported};
+pub use inspect::{Harmless, inspect};
 pub use registers::{MXCSR_DEFAULT, RegisterFile, Vector};
 pub use thunk::{
     Access, Class, ElementMask, EntryPoint, MemoryOperand, Outcome, Thunk, X87Pointers,

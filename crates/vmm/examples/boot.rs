@@ -25,6 +25,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let mut value = || arguments.next().ok_or("an option needs a value");
         match &argument[..] {
             "--cmdline" => config.command_line = value()?,
+            "--engine" => {
+                config.engine = trapgate_vmm::EngineChoice::Only(match &value()?[..] {
+                    "jit" => trapgate_vmm::EngineKind::Jit,
+                    "kvm" => trapgate_vmm::EngineKind::Kvm,
+                    _ => trapgate_vmm::EngineKind::Interp,
+                });
+            }
             "--cpus" => config.cpus = value()?.parse()?,
             "--memory" => config.memory_bytes = value()?.parse::<u64>()? << 20,
             "--limit" => limit = Duration::from_secs(value()?.parse()?),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use trapgate_engine::probe::{EngineKind, Host};
 use trapgate_engine::{Vcpu, World};
 use trapgate_interp::Interpreter;
+use trapgate_jit::Translating;
 use trapgate_kvm::{Facts, KvmMachine, Lacks};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::CpuProfile;
@@ -47,7 +48,7 @@ pub fn engines(host: &Host) -> Vec<EngineReport> {
 fn usable(kind: EngineKind, level: Level, host: &Host) -> Result<String, String> {
     match kind {
         EngineKind::Kvm => usable_kvm(level, host),
-        EngineKind::Jit => Err("not in this version".to_owned()),
+        EngineKind::Jit => trapgate_jit::usable().map_err(|error| one_line(&error)),
         EngineKind::Interp => Ok("runs on every x86-64 Linux host".to_owned()),
     }
 }
@@ -92,7 +93,11 @@ pub(crate) type Constructor = dyn Fn(
 fn constructor(kind: EngineKind, host: &Host) -> Option<Box<Constructor>> {
     match kind {
         EngineKind::Kvm => Some(kvm_constructor(host)),
-        EngineKind::Jit => None,
+        EngineKind::Jit => Some(Box::new(|memory, world, profile, index, count| {
+            Ok(Box::new(Translating::new(
+                memory, world, profile, index, count,
+            )?))
+        })),
         EngineKind::Interp => Some(Box::new(|memory, world, profile, index, count| {
             Ok(Box::new(Interpreter::new(
                 memory, world, profile, index, count,
@@ -247,9 +252,9 @@ mod tests {
 
     #[test]
     fn engine_that_cannot_be_used_is_refused_by_name() {
-        let host = Host::probe();
-        let error = choose(EngineChoice::Only(EngineKind::Jit), &host).unwrap_err();
-        assert!(error.to_string().contains("`jit`"), "{error}");
+        let host = host(Kvm::NoDevice { hardware: None });
+        let error = choose(EngineChoice::Only(EngineKind::Kvm), &host).unwrap_err();
+        assert!(error.to_string().contains("`kvm`"), "{error}");
         assert!(error.fix().is_some());
     }
 

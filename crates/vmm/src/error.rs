@@ -71,6 +71,9 @@ pub enum MachineError {
     /// KVM cannot run the machine.
     #[error("KVM cannot run this machine")]
     Kvm(#[from] trapgate_kvm::KvmError),
+    /// The translator cannot make a processor.
+    #[error(transparent)]
+    Jit(#[from] trapgate_jit::JitError),
     /// The engine does not take the state in which a kernel is entered.
     #[error("the engine `{engine}` refused the state of processor {cpu}: {source}")]
     State {
@@ -136,7 +139,7 @@ impl MachineError {
                 let names = EngineKind::ALL.map(EngineKind::name).join("`, `");
                 Some(format!("pass `--engine` with `auto`, `{names}`"))
             }
-            Self::Engine { .. } | Self::Kvm(_) => Some(
+            Self::Engine { .. } | Self::Kvm(_) | Self::Jit(_) => Some(
                 "leave `--engine` out, and see `trapgate doctor` for what this host offers"
                     .to_owned(),
             ),

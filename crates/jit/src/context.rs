@@ -1,0 +1,328 @@
+//! What host code and Rust code both see of one vCPU: it lies below 2 GiB, so that host code names every
+//! field by a 32-bit address and needs no register for it.
+
+use std::mem::offset_of;
+use std::sync::atomic::AtomicU32;
+
+use trapgate_interp::Interpreter;
+use trapgate_interp::cpu::Cpu;
+use trapgate_thunk::RegisterFile;
+use trapgate_x86::descriptor::Segment;
+use trapgate_x86::SystemState;
+
+
+/// Entries of each view's table of translations.
+pub(crate) const TLB: usize = 512;
+/// Views with a table: those of [`trapgate_interp::View`] but the last.
+pub(crate) const VIEWS: usize = 3;
+/// Slots for code pages, for each half of the address space.
+pub(crate) const PAGES: usize = 512;
+/// Entries of a table of jump targets.
+pub(crate) const TARGETS: usize = 4096;
+/// Tables of jump targets: user, supervisor, supervisor with EFLAGS.AC.
+pub(crate) const CLASSES: usize = 3;
+
+/// A page of linear addresses that no access can hit: not canonical. Its index in the tables is 0.
+const NEVER: u64 = 0x8000_0000_0000_0000;
+
+/// Cached translations, as three arrays. An access of `n` bytes at `a` hits if
+/// `a - page[index(a)] <= 4096 - n`, unsigned, where the index is of the first byte: so one that crosses the
+/// page's end misses.
+#[repr(C)]
+pub(crate) struct Tlb {
+    /// Linear addresses of pages that may be read.
+    pub(crate) read: [u64; TLB],
+    /// Linear addresses of pages that may be written.
+    pub(crate) write: [u64; TLB],
+    /// Host addresses of the pages.
+    pub(crate) host: [u64; TLB],
+    /// A table with one entry, for accesses relative to RSP: it needs no index.
+    pub(crate) stack: StackPage,
+}
+
+/// See [`Tlb::stack`].
+#[repr(C)]
+pub(crate) struct StackPage {
+    pub(crate) read: u64,
+    pub(crate) write: u64,
+    pub(crate) host: u64,
+}
+
+impl Tlb {
+    fn index(linear: u64) -> usize {
+        (linear >> 12) as usize % TLB
+    }
+
+    /// What a slot holds that nothing hits: a page that does not have the slot's index.
+    fn never(index: usize) -> u64 {
+        if index == 0 { NEVER | 0x1000 } else { NEVER }
+    }
+
+    /// Forgets everything. `unmatched` is a linear address that no guest can guess: not canonical.
+    pub(crate) fn clear(&mut self, unmatched: u64) {
+        self.read.fill(NEVER);
+        self.read[0] = NEVER | 0x1000;
+        self.write.fill(NEVER);
+        self.write[0] = NEVER | 0x1000;
+        self.clear_stack(unmatched);
+    }
+
+    /// Forgets the pages of the lower half of the address space.
+    pub(crate) fn clear_lower(&mut self, unmatched: u64) {
+        for index in 0..TLB {
+            if self.read[index] >> 63 == 0 {
+                self.read[index] = Self::never(index);
+            }
+            if self.write[index] >> 63 == 0 {
+                self.write[index] = Self::never(index);
+            }
+        }
+        if self.stack.read >> 63 == 0 || self.stack.write >> 63 == 0 {
+            self.clear_stack(unmatched);
+        }
+    }
+
+    pub(crate) fn clear_stack(&mut self, unmatched: u64) {
+        self.stack.read = unmatched;
+        self.stack.write = unmatched;
+    }
+
+    /// Forgets a page.
+    pub(crate) fn clear_page(&mut self, linear: u64, unmatched: u64) {
+        let index = Self::index(linear);
+        self.read[index] = Self::never(index);
+        self.write[index] = Self::never(index);
+        self.clear_stack(unmatched);
+    }
+
+    /// Forgets the right to write to a host page.
+    pub(crate) fn revoke_write(&mut self, host: u64, unmatched: u64) {
+        for index in 0..TLB {
+            if self.host[index] == host {
+                self.write[index] = Self::never(index);
+            }
+        }
+        if self.stack.host == host {
+            self.stack.write = unmatched;
+        }
+    }
+
+    /// Caches a translation.
+    pub(crate) fn insert(&mut self, linear: u64, host: u64, read: bool, write: bool) {
+        let (index, page) = (Self::index(linear), linear & !0xfff);
+        let given = |right| if right { page } else { Self::never(index) };
+        self.read[index] = given(read);
+        self.write[index] = given(write);
+        self.host[index] = host;
+    }
+
+    /// Caches a translation for accesses relative to RSP.
+    pub(crate) fn insert_stack(
+        &mut self,
+        linear: u64,
+        host: u64,
+        (read, write): (bool, bool),
+        unmatched: u64,
+    ) {
+        let given = |right| if right { linear & !0xfff } else { unmatched };
+        self.stack = StackPage {
+            read: given(read),
+            write: given(write),
+            host,
+        };
+    }
+}
+
+/// Where indirect jumps lead: linear address and host code.
+#[repr(C)]
+pub(crate) struct Targets {
+    pub(crate) linear: [u64; TARGETS],
+    pub(crate) host: [u64; TARGETS],
+}
+
+/// A linear address that is no jump target.
+pub(crate) const NO_TARGET: u64 = 0x8000_0000_0000_0000;
+
+/// See the module.
+#[repr(C)]
+pub(crate) struct Context {
+    /// 0 if a signal may be raised, else 1. Other threads clear it.
+    pub(crate) poll: AtomicU32,
+    /// The arithmetic flags as LAHF and SETO leave them in AX, while they are not in the host's flags.
+    pub(crate) flags: u32,
+    /// The site that called out.
+    pub(crate) site: u32,
+    /// Host code to enter.
+    pub(crate) target: u64,
+    /// Linear address of the access that missed.
+    pub(crate) linear: u64,
+    /// RCX of host code while it calls out.
+    pub(crate) rcx: u64,
+    /// For a value that has no register for a moment.
+    pub(crate) stash: u64,
+    /// The host's MXCSR.
+    pub(crate) host_mxcsr: u32,
+    /// Rust functions that host code calls.
+    pub(crate) miss: u64,
+    pub(crate) operate: u64,
+    pub(crate) tlbs: [Tlb; VIEWS],
+    /// Which mapping of a code page is known to be in force, by linear page; 0 is none.
+    pub(crate) pages: [[u32; PAGES]; 2],
+    pub(crate) targets: [Targets; CLASSES],
+    /// The processor.
+    pub(crate) interp: Interpreter,
+    /// What only Rust code uses.
+    pub(crate) rust: crate::run::Inner,
+}
+
+/// 32-bit addresses of what host code uses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Addresses {
+    base: u32,
+}
+
+impl Addresses {
+    /// Of a context at an address below 2 GiB.
+    pub(crate) fn at(base: u32) -> Self {
+        Self { base }
+    }
+
+    pub(crate) fn base(self) -> u32 {
+        self.base
+    }
+
+    fn field(self, offset: usize) -> u32 {
+        self.base + offset as u32
+    }
+
+    pub(crate) fn poll(self) -> u32 {
+        self.field(offset_of!(Context, poll))
+    }
+
+    pub(crate) fn flags(self) -> u32 {
+        self.field(offset_of!(Context, flags))
+    }
+
+    pub(crate) fn site(self) -> u32 {
+        self.field(offset_of!(Context, site))
+    }
+
+    pub(crate) fn target(self) -> u32 {
+        self.field(offset_of!(Context, target))
+    }
+
+    pub(crate) fn linear(self) -> u32 {
+        self.field(offset_of!(Context, linear))
+    }
+
+    pub(crate) fn rcx(self) -> u32 {
+        self.field(offset_of!(Context, rcx))
+    }
+
+    pub(crate) fn stash(self) -> u32 {
+        self.field(offset_of!(Context, stash))
+    }
+
+    pub(crate) fn host_mxcsr(self) -> u32 {
+        self.field(offset_of!(Context, host_mxcsr))
+    }
+
+    pub(crate) fn miss(self) -> u32 {
+        self.field(offset_of!(Context, miss))
+    }
+
+    pub(crate) fn operate(self) -> u32 {
+        self.field(offset_of!(Context, operate))
+    }
+
+    fn tlb(self, view: usize) -> u32 {
+        self.field(offset_of!(Context, tlbs)) + (view * size_of::<Tlb>()) as u32
+    }
+
+    /// The array of page addresses for reading or writing.
+    pub(crate) fn tlb_pages(self, view: usize, write: bool) -> u32 {
+        self.tlb(view)
+            + if write {
+                offset_of!(Tlb, write)
+            } else {
+                offset_of!(Tlb, read)
+            } as u32
+    }
+
+    /// The array of host addresses.
+    pub(crate) fn tlb_hosts(self, view: usize) -> u32 {
+        self.tlb(view) + offset_of!(Tlb, host) as u32
+    }
+
+    pub(crate) fn stack_page(self, view: usize, write: bool) -> u32 {
+        self.tlb(view)
+            + offset_of!(Tlb, stack) as u32
+            + if write {
+                offset_of!(StackPage, write)
+            } else {
+                offset_of!(StackPage, read)
+            } as u32
+    }
+
+    pub(crate) fn stack_host(self, view: usize) -> u32 {
+        self.tlb(view) + (offset_of!(Tlb, stack) + offset_of!(StackPage, host)) as u32
+    }
+
+    /// The slot of a code page.
+    pub(crate) fn page(self, linear: u64) -> u32 {
+        let slot = (linear >> 63) as usize * PAGES + (linear >> 12) as usize % PAGES;
+        self.field(offset_of!(Context, pages)) + (slot * 4) as u32
+    }
+
+    pub(crate) fn targets_linear(self, class: usize) -> u32 {
+        self.field(offset_of!(Context, targets)) + (class * size_of::<Targets>()) as u32
+    }
+
+    pub(crate) fn targets_host(self, class: usize) -> u32 {
+        self.targets_linear(class) + offset_of!(Targets, host) as u32
+    }
+
+    fn cpu(self, offset: usize) -> u32 {
+        self.field(offset_of!(Context, interp) + offset_of!(Interpreter, cpu) + offset)
+    }
+
+    pub(crate) fn gpr(self, index: usize) -> u32 {
+        self.cpu(offset_of!(Cpu, regs) + offset_of!(RegisterFile, gpr) + index * 8)
+    }
+
+    pub(crate) fn vector(self, index: usize) -> u32 {
+        self.cpu(offset_of!(Cpu, regs) + offset_of!(RegisterFile, vector) + index * 32)
+    }
+
+    pub(crate) fn mxcsr(self) -> u32 {
+        self.cpu(offset_of!(Cpu, regs) + offset_of!(RegisterFile, mxcsr))
+    }
+
+    pub(crate) fn rip(self) -> u32 {
+        self.cpu(offset_of!(Cpu, rip))
+    }
+
+    pub(crate) fn system_flags(self) -> u32 {
+        self.cpu(offset_of!(Cpu, system_flags))
+    }
+
+    pub(crate) fn interrupt_waits(self) -> u32 {
+        self.cpu(offset_of!(Cpu, interrupt_waits))
+    }
+
+    pub(crate) fn segment_base(self, segment: usize) -> u32 {
+        self.cpu(
+            offset_of!(Cpu, sys)
+                + offset_of!(SystemState, segments)
+                + segment * size_of::<Segment>()
+                + offset_of!(Segment, base),
+        )
+    }
+
+    pub(crate) fn kernel_gs_base(self) -> u32 {
+        self.cpu(offset_of!(Cpu, sys) + offset_of!(SystemState, kernel_gs_base))
+    }
+}
+
+/// Vector registers are moved as a whole by aligned instructions.
+const _: () = assert!(offset_of!(RegisterFile, vector) % 32 == 0);

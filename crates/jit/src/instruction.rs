@@ -1,0 +1,362 @@
+//! What is done with a guest instruction, decided before any host code is written.
+
+use iced_x86::{Code, Instruction, Mnemonic, OpCodeOperandKind, OpKind, Register, RflagsBits};
+use trapgate_thunk::{Class, Harmless, inspect};
+
+use crate::emit::{RCX, Reg};
+use crate::mode::Mode;
+use crate::registers::{ADDRESS, HOME, SPARE, is_high_byte, number};
+
+/// The arithmetic flags, as the decoder names them.
+pub(crate) const FLAGS: u32 = RflagsBits::CF
+    | RflagsBits::PF
+    | RflagsBits::AF
+    | RflagsBits::ZF
+    | RflagsBits::SF
+    | RflagsBits::OF;
+
+/// How an instruction is translated.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kind {
+    /// The same instruction with its registers renamed and its memory operand checked.
+    Same(Plan),
+    Lea,
+    Nothing,
+    /// As it is: fences and hints.
+    Verbatim,
+    PushRegister(usize),
+    PushImmediate(i32),
+    PushMemory,
+    Pop(usize),
+    Leave,
+    Divide { signed: bool, wide: bool },
+    Jump(u64),
+    JumpIf(u8, u64),
+    /// JRCXZ, LOOP.
+    Count(Count, u64),
+    Call(u64),
+    JumpIndirect,
+    CallIndirect,
+    Return(u16),
+    /// The interpreter runs it; then on with the next.
+    Operate,
+    /// The interpreter runs it, and what comes then is looked up.
+    OperateLast,
+}
+
+/// Which branch on RCX.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Count {
+    /// JRCXZ
+    Zero,
+    /// LOOP
+    Loop,
+}
+
+/// How registers of [`Kind::Same`] are renamed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    pub(crate) harmless: Harmless,
+    /// Guest registers that live in memory, and where they are meanwhile.
+    pub(crate) visitors: [Option<(usize, Reg)>; 2],
+    /// The guest's RCX must be in RCX.
+    pub(crate) counts: bool,
+    /// RCX then holds the guest's: PCMPESTRI and PCMPISTRI put their result there.
+    pub(crate) indexes: bool,
+    /// An operand is AH, DH or BH: no REX prefix.
+    pub(crate) high: bool,
+    /// MOVZX from AH and its like to a register that needs a REX prefix: by way of [`SPARE`].
+    pub(crate) detour: bool,
+    pub(crate) writes_memory: bool,
+}
+
+/// An instruction of a unit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Guest {
+    pub(crate) instruction: Instruction,
+    pub(crate) kind: Kind,
+    /// Flags that it reads.
+    pub(crate) reads: u32,
+    /// Flags that it certainly overwrites.
+    pub(crate) kills: u32,
+    /// Flags that it may change.
+    pub(crate) modifies: u32,
+    /// Flags that are needed before it.
+    pub(crate) live_in: u32,
+    /// Flags that are needed after it.
+    pub(crate) live_out: u32,
+}
+
+/// Flags that an instruction reads, certainly overwrites, and may change.
+pub(crate) fn flag_use(instruction: &Instruction) -> (u32, u32, u32) {
+    use Mnemonic::{Bsf, Bsr, Rcl, Rcr, Rol, Ror, Sal, Sar, Shl, Shld, Shr, Shrd};
+    let reads = instruction.rflags_read() & FLAGS;
+    let modifies = instruction.rflags_modified() & FLAGS;
+    let shift = matches!(
+        instruction.mnemonic(),
+        Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd
+    );
+    let last = instruction.op_count().saturating_sub(1);
+    let kills = if shift {
+        match instruction.op_kind(last) {
+            // By CL, which may be zero: nothing is certain. A count of 1 defines all that it changes; others
+            // leave OF undefined, and AF.
+            OpKind::Immediate8 if instruction.immediate8() & 31 != 0 => modifies,
+            _ => 0,
+        }
+    } else if matches!(instruction.mnemonic(), Bsf | Bsr) {
+        modifies & !instruction.rflags_undefined()
+    } else {
+        modifies
+    };
+    (reads, kills, modifies)
+}
+
+/// Decides what is done with an instruction.
+pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
+    if let Some(kind) = transfer(instruction) {
+        return kind;
+    }
+    match instruction.mnemonic() {
+        Mnemonic::Nop
+        | Mnemonic::Endbr64
+        | Mnemonic::Endbr32
+        | Mnemonic::Prefetcht0
+        | Mnemonic::Prefetcht1
+        | Mnemonic::Prefetcht2
+        | Mnemonic::Prefetchnta
+        | Mnemonic::Prefetchw => return Kind::Nothing,
+        Mnemonic::Pause if !instruction.has_lock_prefix() => return Kind::Verbatim,
+        Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Sfence => return Kind::Verbatim,
+        Mnemonic::Lea => {
+            let size = instruction.op0_register().size();
+            return if size == 4 || size == 8 {
+                Kind::Lea
+            } else {
+                Kind::Operate
+            };
+        }
+        _ => {}
+    }
+    match instruction.code() {
+        Code::Push_r64 => return Kind::PushRegister(number(instruction.op0_register())),
+        Code::Pushq_imm8 | Code::Pushq_imm32 => {
+            return Kind::PushImmediate(instruction.immediate(0) as i32);
+        }
+        Code::Push_rm64 if instruction.op0_kind() == OpKind::Memory => return Kind::PushMemory,
+        Code::Push_rm64 => return Kind::PushRegister(number(instruction.op0_register())),
+        Code::Pop_r64 => return Kind::Pop(number(instruction.op0_register())),
+        Code::Leaveq => return Kind::Leave,
+        Code::Div_rm32 => return divide(false, false),
+        Code::Div_rm64 => return divide(false, true),
+        Code::Idiv_rm32 => return divide(true, false),
+        Code::Idiv_rm64 => return divide(true, true),
+        _ => {}
+    }
+    if let Some(plan) = plan(instruction, mode) {
+        return Kind::Same(plan);
+    }
+    if ends_unit(instruction) {
+        Kind::OperateLast
+    } else {
+        Kind::Operate
+    }
+}
+
+fn divide(signed: bool, wide: bool) -> Kind {
+    Kind::Divide { signed, wide }
+}
+
+fn transfer(instruction: &Instruction) -> Option<Kind> {
+    let target = || instruction.near_branch_target();
+    Some(match instruction.code() {
+        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => Kind::Jump(target()),
+        Code::Call_rel32_64 => Kind::Call(target()),
+        Code::Jmp_rm64 => Kind::JumpIndirect,
+        Code::Call_rm64 => Kind::CallIndirect,
+        Code::Retnq => Kind::Return(0),
+        Code::Retnq_imm16 => Kind::Return(instruction.immediate16()),
+        Code::Jrcxz_rel8_64 => Kind::Count(Count::Zero, target()),
+        Code::Loop_rel8_64_RCX => Kind::Count(Count::Loop, target()),
+        code if code.is_jcc_short_or_near() => {
+            let wide = matches!(instruction.op0_kind(), OpKind::NearBranch64);
+            if !wide {
+                return Some(Kind::OperateLast);
+            }
+            // The decoder numbers conditions in its own order.
+            use iced_x86::ConditionCode as C;
+            let condition = match instruction.condition_code() {
+                C::o => 0,
+                C::no => 1,
+                C::b => 2,
+                C::ae => 3,
+                C::e => 4,
+                C::ne => 5,
+                C::be => 6,
+                C::a => 7,
+                C::s => 8,
+                C::ns => 9,
+                C::p => 10,
+                C::np => 11,
+                C::l => 12,
+                C::ge => 13,
+                C::le => 14,
+                _ => 15,
+            };
+            Kind::JumpIf(condition, target())
+        }
+        _ => return None,
+    })
+}
+
+/// Whether what comes after an instruction is looked up: it goes elsewhere, or changes what code is
+/// translated for.
+fn ends_unit(instruction: &Instruction) -> bool {
+    instruction.flow_control() != iced_x86::FlowControl::Next
+        || matches!(
+            instruction.mnemonic(),
+            Mnemonic::Sti
+                | Mnemonic::Popf
+                | Mnemonic::Popfd
+                | Mnemonic::Popfq
+                | Mnemonic::Stac
+                | Mnemonic::Clac
+                | Mnemonic::Hlt
+        )
+}
+
+fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
+    let harmless = inspect(instruction)?;
+    let allowed = match harmless.class {
+        Class::Integer | Class::VexInteger => true,
+        Class::Sse => mode.has_sse(),
+        Class::Avx => mode.has_avx(),
+        Class::X87 | Class::Mmx => false,
+    };
+    if !allowed
+        || harmless.bit_offset
+        || harmless.masked
+        || (harmless.simd_float && !mode.masks_float())
+        || matches!(
+            instruction.mnemonic(),
+            Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Rdrand | Mnemonic::Rdseed | Mnemonic::Xlatb
+        )
+    {
+        return None;
+    }
+    let op_code = harmless.code.op_code();
+    let mut plan = Plan {
+        harmless,
+        visitors: [None; 2],
+        counts: matches!(
+            instruction.mnemonic(),
+            Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b
+        ),
+        indexes: matches!(
+            instruction.mnemonic(),
+            Mnemonic::Pcmpestri
+                | Mnemonic::Pcmpistri
+                | Mnemonic::Vpcmpestri
+                | Mnemonic::Vpcmpistri
+        ),
+        high: false,
+        detour: false,
+        writes_memory: false,
+    };
+    let mut guests: [Option<usize>; 3] = [None; 3];
+    let mut memory = false;
+    let mut needs_rex = false;
+    for index in 0..instruction.op_count() {
+        match instruction.op_kind(index) {
+            OpKind::Memory => {
+                memory = true;
+                if !can_address(instruction) {
+                    return None;
+                }
+                plan.writes_memory = index == 0 && !only_reads(instruction.mnemonic());
+            }
+            OpKind::Register => {
+                let register = instruction.op_register(index);
+                if !register.is_gpr() {
+                    continue;
+                }
+                if op_code.op_kind(index) == OpCodeOperandKind::cl {
+                    plan.counts = true;
+                    continue;
+                }
+                if is_high_byte(register) {
+                    plan.high = true;
+                    if register == Register::CH {
+                        return None;
+                    }
+                    continue;
+                }
+                let guest = number(register);
+                match HOME[guest] {
+                    None => {
+                        needs_rex = true;
+                        if !guests.contains(&Some(guest)) {
+                            let free = guests.iter_mut().find(|slot| slot.is_none())?;
+                            *free = Some(guest);
+                        }
+                    }
+                    Some(home) => needs_rex |= home.0 >= 8,
+                }
+                needs_rex |= register.size() == 8 || (register.size() == 1 && guest >= 4);
+            }
+            OpKind::Immediate8
+            | OpKind::Immediate8_2nd
+            | OpKind::Immediate16
+            | OpKind::Immediate32
+            | OpKind::Immediate64
+            | OpKind::Immediate8to16
+            | OpKind::Immediate8to32
+            | OpKind::Immediate8to64
+            | OpKind::Immediate32to64 => {}
+            _ => return None,
+        }
+    }
+    if plan.high {
+        if plan.counts {
+            return None;
+        }
+        if needs_rex {
+            let widening = instruction.code() == Code::Movzx_r32_rm8 && !memory;
+            if !widening {
+                return None;
+            }
+            plan.detour = true;
+            return Some(plan);
+        }
+    }
+    let mut free = [
+        (!plan.counts && !plan.indexes && !(plan.high && memory)).then_some(SPARE),
+        (!memory).then_some(ADDRESS),
+    ]
+    .into_iter()
+    .flatten();
+    let mut places = plan.visitors.iter_mut();
+    for guest in guests.into_iter().flatten() {
+        *places.next()? = Some((guest, free.next()?));
+    }
+    Some(plan)
+}
+
+/// Whether the first operand, if it is memory, is only read.
+fn only_reads(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::{Bt, Cmp, Imul, Mul, Test};
+    matches!(mnemonic, Cmp | Test | Bt | Mul | Imul)
+}
+
+/// Whether the address of an instruction's memory operand can be formed by host code.
+pub(crate) fn can_address(instruction: &Instruction) -> bool {
+    let base = instruction.memory_base();
+    let index = instruction.memory_index();
+    let register = |register: Register| {
+        register == Register::None || register.is_gpr64() || register.is_gpr32()
+    };
+    (base == Register::RIP || register(base)) && register(index)
+}
+
+/// The guest's RCX as a count goes to the host's.
+pub(crate) const COUNTER: Reg = RCX;

@@ -1,0 +1,19 @@
+//! The translator: x86-64 guest code becomes x86-64 host code.
+//!
+//! Guest registers live in host registers, guest flags in host flags, and every memory operand is checked
+//! against a software TLB before the guest's own instruction runs on the host address. What is not
+//! translated, the interpreter does, one instruction at a time, so that any guest that runs on it runs here.
+//! How it came to be so, with figures, is in `docs/translator.md`.
+
+mod code_memory;
+mod context;
+mod emit;
+mod instruction;
+mod low;
+mod mode;
+mod registers;
+mod run;
+mod stubs;
+mod unit;
+
+pub use run::{JitError, Translating, usable};

@@ -1,0 +1,76 @@
+//! What code was translated for: the parts of the processor's state that decide what an instruction means.
+
+use trapgate_interp::View;
+use trapgate_interp::cpu::Cpu;
+use trapgate_x86::registers::{cr0, cr4, xcr0};
+
+/// A set of facts; code runs only while they hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Mode(pub(crate) u8);
+
+impl Mode {
+    /// CPL 3, else 0.
+    const USER: u8 = 1 << 0;
+    /// User pages are accessible: CPL 3, EFLAGS.AC, or no SMAP.
+    const USER_PAGES: u8 = 1 << 1;
+    /// SSE instructions run: CR0.EM and TS clear, CR4.OSFXSR set.
+    const SSE: u8 = 1 << 2;
+    /// AVX instructions run.
+    const AVX: u8 = 1 << 3;
+    /// All SIMD floating-point exceptions are masked.
+    const MASKED: u8 = 1 << 4;
+    /// Bits used.
+    pub(crate) const BITS: u32 = 5;
+
+    /// The processor's; `None` if code can't be translated in it.
+    pub(crate) fn of(cpu: &Cpu) -> Option<Self> {
+        if !cpu.is_64bit() || cpu.view() == View::Checked || !matches!(cpu.cpl, 0 | 3) {
+            return None;
+        }
+        let mut mode = match cpu.view() {
+            View::User => Self::USER | Self::USER_PAGES,
+            View::SupervisorUser => Self::USER_PAGES,
+            _ => 0,
+        };
+        let sys = &cpu.sys;
+        if sys.cr0 & (cr0::EM | cr0::TS) == 0 && sys.cr4 & cr4::OSFXSR != 0 {
+            mode |= Self::SSE;
+        }
+        let enabled = xcr0::SSE | xcr0::AVX;
+        if sys.cr0 & cr0::TS == 0
+            && sys.cr4 & cr4::OSXSAVE != 0
+            && sys.xcr0 & enabled == enabled
+        {
+            mode |= Self::AVX;
+        }
+        if cpu.regs.mxcsr & 0x1f80 == 0x1f80 {
+            mode |= Self::MASKED;
+        }
+        Some(Self(mode))
+    }
+
+    pub(crate) fn is_user(self) -> bool {
+        self.0 & Self::USER != 0
+    }
+
+    pub(crate) fn has_sse(self) -> bool {
+        self.0 & Self::SSE != 0
+    }
+
+    pub(crate) fn has_avx(self) -> bool {
+        self.0 & Self::AVX != 0
+    }
+
+    pub(crate) fn masks_float(self) -> bool {
+        self.0 & Self::MASKED != 0
+    }
+
+    /// The view of its data accesses, as the number of a table of translations.
+    pub(crate) fn view(self) -> usize {
+        match self.0 & (Self::USER | Self::USER_PAGES) {
+            0 => View::Supervisor as usize,
+            Self::USER_PAGES => View::SupervisorUser as usize,
+            _ => View::User as usize,
+        }
+    }
+}

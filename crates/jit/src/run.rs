@@ -1,0 +1,894 @@
+//! The run loop: finds host code, runs it, and does what it came back for.
+#![allow(unsafe_code)]
+
+use std::ptr::{addr_of_mut, from_mut};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering, fence};
+
+use rustc_hash::FxHashMap;
+use trapgate_engine::{Exit as RunExit, Signals, StateError, Vcpu, World};
+use trapgate_interp::cpu::Stop;
+use trapgate_interp::op::Op;
+use trapgate_interp::{Access, Interpreter};
+use trapgate_memory::{GuestMemory, HostAddress, PAGE_SIZE};
+use trapgate_x86::paging::is_canonical;
+use trapgate_x86::profile::Level;
+use trapgate_x86::registers::gpr;
+use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
+
+use crate::code_memory::CodeMemory;
+use crate::context::{
+    Addresses, CLASSES, Context, NO_TARGET, PAGES, TARGETS, VIEWS,
+};
+use crate::emit::Asm;
+use crate::low::Low;
+use crate::mode::Mode;
+use crate::stubs::{self, Stubs, answer, exit};
+use crate::unit::{Exit, Request, Site, Translator};
+
+/// Bytes of host code before all of it is thrown away.
+const CODE: usize = 32 << 20;
+/// Room that a unit certainly needs no more than.
+const UNIT: usize = 64 << 10;
+
+/// Why a translator could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum JitError {
+    /// The host lacks an instruction that translated code is made of.
+    #[error("the host CPU has no {0}, which translated code is made of")]
+    Host(&'static str),
+    /// No memory.
+    #[error("no memory for {what}")]
+    Memory {
+        /// What it is for.
+        what: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// What speaks for this engine on this host, or why it can't run.
+///
+/// # Errors
+/// [`JitError::Host`].
+pub fn usable() -> Result<String, JitError> {
+    if !std::is_x86_feature_detected!("bmi2") {
+        return Err(JitError::Host("BMI2"));
+    }
+    Ok("translates x86-64 code to host code".to_owned())
+}
+
+/// Which table of jump targets code of a mode uses.
+pub(crate) fn class(mode: Mode) -> usize {
+    if mode.is_user() { 0 } else { 1 + mode.view() }
+}
+
+/// A page of linear addresses on which code lies, and the page in memory behind it.
+#[derive(Clone, Copy, Debug)]
+struct Mapping {
+    gpa: u64,
+}
+
+#[derive(Clone, Debug)]
+struct Block {
+    pc: u64,
+    checked: u64,
+    entry: u64,
+    /// Exits that are linked to it.
+    incoming: Vec<u32>,
+    /// Keys that it is found by.
+    keys: [u64; 2],
+    alive: bool,
+}
+
+/// What ended a run of host code.
+#[derive(Clone, Copy, Debug)]
+enum Ended {
+    /// An instruction did not complete.
+    Stopped(Stop),
+    /// Look what comes next.
+    Look,
+}
+
+/// Counts, for those who want to know where the time goes.
+#[derive(Clone, Debug, Default)]
+pub struct Statistics {
+    /// Units translated.
+    pub units: u64,
+    /// Guest instructions in them.
+    pub instructions: u64,
+    /// Bytes of host code of them.
+    pub host_bytes: u64,
+    /// Times that host code was entered.
+    pub entries: u64,
+    /// Direct jumps that were linked.
+    pub links: u64,
+    /// Indirect jumps whose target was looked up.
+    pub indirect: u64,
+    /// Translations fetched into the inline TLB.
+    pub misses: u64,
+    /// Accesses that the interpreter did: devices, traced pages, page crossings.
+    pub slow_accesses: u64,
+    /// Instructions that the interpreter did for host code.
+    pub operations: u64,
+    /// Blocks that the interpreter did because they could not be translated.
+    pub interpreted: u64,
+    /// Units thrown away because their code was written over.
+    pub dropped: u64,
+    /// Times that all code was thrown away.
+    pub flushes: u64,
+    /// Instructions that the interpreter did for host code, by kind: those always left to it, and those
+    /// whose access was slow.
+    pub by_mnemonic: std::collections::HashMap<(iced_x86::Mnemonic, bool), u64>,
+}
+
+/// What only Rust code uses of a vCPU.
+pub(crate) struct Inner {
+    at: Addresses,
+    code: CodeMemory,
+    /// Bytes of stubs at the start of the code.
+    stubs_end: usize,
+    stubs: Stubs,
+    translator: Translator,
+    sites: Vec<Site>,
+    ops: Vec<Op>,
+    exits: Vec<Exit>,
+    blocks: Vec<Block>,
+    found: FxHashMap<u64, u32>,
+    mappings: FxHashMap<(u64, u64, bool), u32>,
+    mapped: Vec<Mapping>,
+    /// Blocks with code on each guest-physical page.
+    on_page: FxHashMap<u64, Vec<u32>>,
+    /// For whom the slots of each half of the address space are: user code?
+    page_users: [bool; 2],
+    target_modes: [Option<Mode>; CLASSES],
+    /// Linear address that no guest can guess.
+    unmatched: u64,
+    ended: Ended,
+    exact: bool,
+    /// The tables may hold pages of the upper half that are not global.
+    local_high: bool,
+    page: Box<[u8; 4096]>,
+    pub(crate) statistics: Statistics,
+}
+
+/// A vCPU that translates.
+pub struct Translating {
+    context: Low<Context>,
+    signals: Arc<Signals>,
+    /// Keeps the word that others clear; it outlives the context.
+    _doorbell: Arc<Doorbell>,
+}
+
+/// Where signals are rung: the context's poll word, as long as there is a context.
+struct Doorbell {
+    word: std::sync::Mutex<Option<usize>>,
+}
+
+impl Drop for Translating {
+    fn drop(&mut self) {
+        if std::env::var_os("JIT_STATS").is_some() {
+            let mut statistics = self.statistics();
+            let mut kinds: Vec<_> = std::mem::take(&mut statistics.by_mnemonic).into_iter().collect();
+            kinds.sort_by_key(|kind| std::cmp::Reverse(kind.1));
+            eprintln!("{statistics:#?}");
+            for ((mnemonic, slow), count) in kinds.into_iter().take(40) {
+                eprintln!("{count:10} {mnemonic:?}{}", if slow { " (access)" } else { "" });
+            }
+        }
+        // Nobody may touch the context from now on.
+        *self
+            ._doorbell
+            .word
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+    }
+}
+
+impl Doorbell {
+    fn ring(&self) {
+        let word = self
+            .word
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(address) = *word {
+            // SAFETY: the address is that of the poll word of a context that lives: its owner takes the
+            // address away, under this lock, before it goes.
+            let poll = unsafe { &*(address as *const AtomicU32) };
+            poll.store(0, Ordering::SeqCst);
+        }
+    }
+}
+
+extern "sysv64" fn miss(context: *mut Context) -> u64 {
+    // SAFETY: host code calls this with the context that it was made for, while the run loop, which entered
+    // it, holds no references into it.
+    unsafe { &mut *context }.miss()
+}
+
+extern "sysv64" fn operate(context: *mut Context) -> u64 {
+    // SAFETY: as for `miss`.
+    unsafe { &mut *context }.operate()
+}
+
+impl Translating {
+    /// A processor after reset. It is number `index` of `count`, and owns its view of the world.
+    ///
+    /// # Errors
+    /// [`JitError`] if the host can't run translated code.
+    pub fn new(
+        memory: Arc<GuestMemory>,
+        world: Box<dyn World>,
+        profile: CpuProfile,
+        index: u32,
+        count: u32,
+    ) -> Result<Self, JitError> {
+        usable()?;
+        let doorbell = Arc::new(Doorbell {
+            word: std::sync::Mutex::new(None),
+        });
+        let bell = Arc::clone(&doorbell);
+        let signals = Arc::new(Signals::with_interrupter(move || bell.ring()));
+        // Registers of 256 bits with dirty upper halves make SSE code slow, so only where a guest may use them.
+        let wide = profile.level == Level::V3 && std::is_x86_feature_detected!("avx");
+        let mut interp = Interpreter::with_signals(
+            memory,
+            world,
+            profile,
+            index,
+            count,
+            Arc::clone(&signals),
+        );
+        interp.note_changes();
+        let mut code = CodeMemory::new(CODE).map_err(|source| JitError::Memory {
+            what: "translated code",
+            source,
+        })?;
+        // SAFETY: every field that is not valid as zeros is written.
+        let context = unsafe {
+            Low::<Context>::new(|context| {
+                let at = Addresses::at(context as usize as u32);
+                let mut asm = Asm::default();
+                asm.start(code.next());
+                let stubs = stubs::write(&mut asm, at, wide);
+                code.append(&asm.bytes);
+                let stubs_end = code.used();
+                addr_of_mut!((*context).poll).write(AtomicU32::new(1));
+                addr_of_mut!((*context).miss).write(miss as *const () as u64);
+                addr_of_mut!((*context).operate).write(operate as *const () as u64);
+                addr_of_mut!((*context).interp).write(interp);
+                addr_of_mut!((*context).rust).write(Inner {
+                    at,
+                    code,
+                    stubs_end,
+                    stubs,
+                    translator: Translator::new(at, stubs),
+                    sites: Vec::new(),
+                    ops: Vec::new(),
+                    exits: Vec::new(),
+                    blocks: Vec::new(),
+                    found: FxHashMap::default(),
+                    mappings: FxHashMap::default(),
+                    mapped: Vec::new(),
+                    on_page: FxHashMap::default(),
+                    page_users: [true, false],
+                    target_modes: [None; CLASSES],
+                    unmatched: unmatched(),
+                    ended: Ended::Look,
+                    exact: std::env::var_os("JIT_EXACT").is_some(),
+                    local_high: false,
+                    page: Box::new([0; 4096]),
+                    statistics: Statistics::default(),
+                });
+            })
+        }
+        .map_err(|source| JitError::Memory {
+            what: "a processor below 2 GiB",
+            source,
+        })?;
+        // SAFETY: no host code runs.
+        let whole = unsafe { &mut *context.pointer() };
+        whole.forget_all_code();
+        whole.clear_translations();
+        *doorbell
+            .word
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) =
+            Some(from_mut(&mut whole.poll) as usize);
+        Ok(Self {
+            context,
+            signals,
+            _doorbell: doorbell,
+        })
+    }
+
+    /// From now on the flags are right at every instruction that could show them, which costs time.
+    pub fn be_exact(&mut self) {
+        self.whole().rust.exact = true;
+    }
+
+    /// What was counted.
+    pub fn statistics(&mut self) -> Statistics {
+        self.whole().rust.statistics.clone()
+    }
+
+    fn whole(&mut self) -> &mut Context {
+        // SAFETY: no host code runs while this vCPU is borrowed by its user, but inside `enter`.
+        unsafe { &mut *self.context.pointer() }
+    }
+
+    /// Runs host code from [`Context::target`].
+    fn enter(&mut self) -> u32 {
+        let stub = self.whole().rust.stubs.enter;
+        // SAFETY: the stub was written by `stubs::write` for this signature, and lives as long as the
+        // context. What runs from there was made by `Translator`: it keeps the host's stack and callee-saved
+        // registers, and touches no memory but the context and guest RAM that the TLB vouches for.
+        let enter: extern "sysv64" fn() -> u32 =
+            unsafe { std::mem::transmute::<usize, extern "sysv64" fn() -> u32>(stub as usize) };
+        enter()
+    }
+
+    fn run_until_exit(&mut self) -> RunExit {
+        loop {
+            let context = self.whole();
+            let interp = &mut context.interp;
+            if interp.cpu.signals.any() || interp.cpu.attention {
+                if let Some(exit) = interp.events() {
+                    return exit;
+                }
+                context.see_dropped();
+                let interp = &mut context.interp;
+                if interp.cpu.pending.is_some() {
+                    continue;
+                }
+                if interp.cpu.attention {
+                    if let Err(stop) = interp.one()
+                        && let Some(exit) = interp.after(stop)
+                    {
+                        return exit;
+                    }
+                    continue;
+                }
+            }
+            let interp = &mut context.interp;
+            if interp.cpu.sys.activity != Activity::Running {
+                return interp.why_inactive();
+            }
+            if let Some(exit) = self.advance() {
+                return exit;
+            }
+        }
+    }
+
+    /// Runs host code from RIP, or one block on the interpreter.
+    fn advance(&mut self) -> Option<RunExit> {
+        let context = self.whole();
+        if context.interp.has_dropped() {
+            context.see_dropped();
+        }
+        let found = context.find_here();
+        // Translating may have taken rights to write away.
+        context.apply_changes();
+        let target = match found {
+            Ok(Some(target)) => target,
+            Ok(None) => {
+                context.rust.statistics.interpreted += 1;
+                let step = context.interp.block();
+                return context.outcome(step);
+            }
+            Err(stop) => return context.interp.after(stop),
+        };
+        context.poll.store(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        if context.interp.cpu.signals.any() {
+            return None;
+        }
+        context.target = target;
+        context.flags = to_ax(context.interp.cpu.flags.get());
+        context.rust.statistics.entries += 1;
+        let reason = self.enter();
+        let context = self.whole();
+        context.interp.cpu.end_block = false;
+        if reason == exit::STOP {
+            return match context.rust.ended {
+                Ended::Stopped(stop) => context.outcome(Err(stop)),
+                Ended::Look => None,
+            };
+        }
+        context.take_flags();
+        match reason {
+            exit::LINK => context.link(),
+            exit::INDIRECT => {
+                let stop = context.indirect();
+                stop.and_then(|stop| context.outcome(Err(stop)))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A non-canonical page that the guest can't know.
+fn unmatched() -> u64 {
+    let mut bytes = [0; 8];
+    // Without randomness the page is merely unlikely.
+    let _ = rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty());
+    let page = u64::from_le_bytes(bytes) & 0x0000_ffff_ffff_f000;
+    0x4000_0000_0000_0000 | page << 8 & !0xfff
+}
+
+/// The arithmetic flags as LAHF and SETO leave them in AX.
+fn to_ax(flags: u64) -> u32 {
+    ((flags & 0xd5) << 8 | (flags >> 11 & 1)) as u32
+}
+
+fn from_ax(ax: u32) -> u64 {
+    u64::from(ax >> 8 & 0xd5 | (ax & 1) << 11)
+}
+
+impl Context {
+    fn outcome(&mut self, step: Result<(), Stop>) -> Option<RunExit> {
+        match step {
+            Ok(()) => None,
+            Err(stop) => self.interp.after(stop),
+        }
+    }
+
+    /// The flags that host code left in memory to the processor.
+    fn take_flags(&mut self) {
+        self.interp.cpu.flags.put(from_ax(self.flags));
+    }
+
+    // Calls from host code.
+
+    /// An access missed the inline TLB.
+    fn miss(&mut self) -> u64 {
+        let site = self.rust.sites[self.site as usize];
+        let cpu = &mut self.interp.cpu;
+        let (linear, size) = (self.linear, u64::from(site.size));
+        if (linear & 0xfff) + size > PAGE_SIZE {
+            return self.slow_access(site);
+        }
+        self.rust.statistics.misses += 1;
+        let access = if site.write {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        match cpu.resolve(linear, size, access, site.segment) {
+            Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
+                let tlb = &mut self.tlbs[site.mode.view()];
+                let host = target.page.as_ptr() as u64;
+                tlb.insert(linear, host, target.read, target.write);
+                if site.stack {
+                    let rights = (target.read, target.write);
+                    tlb.insert_stack(linear, host, rights, self.rust.unmatched);
+                }
+                if !target.global {
+                    self.rust.local_high |= linear >> 63 != 0;
+                }
+                if cpu.changes().any {
+                    self.apply_changes();
+                }
+                answer::RETURN
+            }
+            Ok(_) => self.slow_access(site),
+            Err(stop) => {
+                cpu.rip = site.rip;
+                self.take_flags();
+                self.rust.ended = Ended::Stopped(stop);
+                answer::LEAVE
+            }
+        }
+    }
+
+    fn slow_access(&mut self, site: Site) -> u64 {
+        self.rust.statistics.slow_accesses += 1;
+        *self.rust.statistics.by_mnemonic.entry((site.code.mnemonic(), true)).or_default() += 1;
+        self.run_site(site)
+    }
+
+    /// The interpreter is to run a site's instruction.
+    fn operate(&mut self) -> u64 {
+        self.rust.statistics.operations += 1;
+        let site = self.rust.sites[self.site as usize];
+        *self.rust.statistics.by_mnemonic.entry((site.code.mnemonic(), false)).or_default() += 1;
+        self.run_site(site)
+    }
+
+    fn run_site(&mut self, site: Site) -> u64 {
+        self.take_flags();
+        let cpu = &mut self.interp.cpu;
+        cpu.rip = site.rip;
+        cpu.end_block = false;
+        let op = match site.op {
+            0 => match self.site_op(site) {
+                Some(op) => op,
+                None => {
+                    let result = self.interp.one();
+                    self.rust.ended = match result {
+                        Ok(()) => Ended::Look,
+                        Err(stop) => Ended::Stopped(stop),
+                    };
+                    return answer::LEAVE;
+                }
+            },
+            number => self.rust.ops[number as usize],
+        };
+        let cpu = &mut self.interp.cpu;
+        let next = site.rip.wrapping_add(u64::from(op.length));
+        cpu.rip = next;
+        let step = (op.handler)(cpu, &op);
+        cpu.instructions += 1;
+        if let Err(stop) = step {
+            if stop == Stop::Fault {
+                cpu.rip = site.rip;
+            }
+            self.rust.ended = Ended::Stopped(stop);
+            return answer::LEAVE;
+        }
+        let go_on = site.next != 0
+            && cpu.rip == next
+            && !cpu.end_block
+            && !cpu.attention
+            && !cpu.has_stale_code()
+            && Mode::of(cpu) == Some(site.mode);
+        let same_space = !cpu.changes().space && !cpu.changes().all;
+        if cpu.changes().any {
+            self.apply_changes();
+        }
+        if !go_on || !same_space {
+            self.rust.ended = Ended::Look;
+            return answer::LEAVE;
+        }
+        self.flags = to_ax(self.interp.cpu.flags.get());
+        site.next
+    }
+
+    /// Lowers a site's instruction, which was not expected to need it.
+    fn site_op(&mut self, site: Site) -> Option<Op> {
+        let cpu = &mut self.interp.cpu;
+        let host = cpu.fetch(site.rip).ok()??;
+        let offset = site.rip & 0xfff;
+        let mut bytes = [0; 15];
+        let length = (PAGE_SIZE - offset).min(15) as usize;
+        host.offset(offset).read(&mut bytes[..length]);
+        let op = cpu.lower_one(&bytes[..length])?;
+        self.rust.ops.push(op);
+        self.rust.sites[self.site as usize].op = self.rust.ops.len() as u32 - 1;
+        Some(op)
+    }
+
+    // Translations of addresses.
+
+    fn clear_translations(&mut self) {
+        for view in 0..VIEWS {
+            self.tlbs[view].clear(self.rust.unmatched);
+        }
+        self.pages = [[0; PAGES]; 2];
+        self.rust.local_high = false;
+    }
+
+    /// Forgets what the processor's TLB forgot.
+    fn apply_changes(&mut self) {
+        let unmatched = self.rust.unmatched;
+        let changes = self.interp.cpu.changes();
+        if !changes.any {
+            return;
+        }
+        let (all, space) = (changes.all, changes.space);
+        if !all {
+            for &linear in &changes.pages {
+                for tlb in &mut self.tlbs {
+                    tlb.clear_page(linear, unmatched);
+                }
+                self.pages[(linear >> 63) as usize][(linear >> 12) as usize % PAGES] = 0;
+            }
+            for &host in &changes.revoked {
+                for tlb in &mut self.tlbs {
+                    tlb.revoke_write(host, unmatched);
+                }
+            }
+        }
+        changes.clear();
+        if all || (space && self.rust.local_high) {
+            self.clear_translations();
+        } else if space {
+            // Only what is global is left in the supervisor's table and the upper half.
+            self.tlbs[1].clear(unmatched);
+            self.tlbs[2].clear(unmatched);
+            self.tlbs[0].clear_lower(unmatched);
+            self.pages[0] = [0; PAGES];
+        }
+    }
+
+    // Code.
+
+    /// Host code for RIP, in the present mode; `None` if it can't be translated.
+    fn find_here(&mut self) -> Result<Option<u64>, Stop> {
+        let Some(mode) = Mode::of(&self.interp.cpu) else {
+            return Ok(None);
+        };
+        let rip = self.interp.cpu.rip;
+        let block = self.find(rip, mode, true)?;
+        Ok(block.map(|block| self.rust.blocks[block as usize].entry))
+    }
+
+    /// The block at a linear address.
+    fn find(&mut self, rip: u64, mode: Mode, memory: bool) -> Result<Option<u32>, Stop> {
+        let cpu = &mut self.interp.cpu;
+        if !is_canonical(rip) {
+            return cpu.gp0();
+        }
+        let Some(host) = cpu.fetch(rip)? else {
+            return Ok(None);
+        };
+        let mapping = self.mapping(rip, host, mode)?;
+        let half = (rip >> 63) as usize;
+        if self.rust.page_users[half] != mode.is_user() {
+            self.rust.page_users[half] = mode.is_user();
+            self.pages[half] = [0; PAGES];
+        }
+        self.pages[half][(rip >> 12) as usize % PAGES] = mapping;
+        let key = key(mapping, rip, mode, memory);
+        if let Some(&block) = self.rust.found.get(&key) {
+            return Ok(Some(block));
+        }
+        Ok(self.translate(rip, mode, memory, host, mapping))
+    }
+
+    fn mapping(&mut self, rip: u64, host: HostAddress, mode: Mode) -> Result<u32, Stop> {
+        let key = (rip >> 12, host.as_ptr() as u64, mode.is_user());
+        if let Some(&number) = self.rust.mappings.get(&key) {
+            return Ok(number);
+        }
+        let gpa = self.interp.cpu.fetch_physical(rip)?;
+        self.rust.mapped.push(Mapping {
+            gpa: gpa & !(PAGE_SIZE - 1),
+        });
+        // Numbers start at 1: 0 is no mapping.
+        let number = self.rust.mapped.len() as u32;
+        self.rust.mappings.insert(key, number);
+        Ok(number)
+    }
+
+    fn translate(
+        &mut self,
+        rip: u64,
+        mode: Mode,
+        memory: bool,
+        host: HostAddress,
+        mapping: u32,
+    ) -> Option<u32> {
+        if self.rust.code.left() < UNIT {
+            self.forget_all_code();
+            // The mapping's number is gone with the rest; next time.
+            return None;
+        }
+        let gpa = self.rust.mapped[mapping as usize - 1].gpa;
+        // Mark first, then read: a write in between is then seen.
+        self.interp.cpu.watch_code(gpa + (rip & 0xfff), 1);
+        let rust = &mut self.rust;
+        host.read(&mut rust.page[..]);
+        let request = Request {
+            rip,
+            mode,
+            memory,
+            page: &rust.page[..],
+            mapping,
+            first_site: rust.sites.len() as u32,
+            first_exit: rust.exits.len() as u32,
+            exact: rust.exact,
+        };
+        let place = rust.code.next();
+        let unit = rust
+            .translator
+            .translate(request, place, &mut self.interp, &mut rust.ops)?;
+        let bytes = rust.translator.asm.bytes.len();
+        if bytes > UNIT {
+            return None;
+        }
+        rust.code.append(&rust.translator.asm.bytes);
+        rust.statistics.units += 1;
+        rust.statistics.instructions += u64::from(unit.instructions);
+        rust.statistics.host_bytes += bytes as u64;
+        rust.sites.extend_from_slice(&unit.sites);
+        rust.exits.extend_from_slice(&unit.exits);
+        let number = rust.blocks.len() as u32;
+        let this = key(mapping, rip, mode, memory);
+        let other = if unit.any_flags {
+            key(mapping, rip, mode, !memory)
+        } else {
+            this
+        };
+        rust.found.insert(this, number);
+        rust.found.insert(other, number);
+        rust.blocks.push(Block {
+            pc: rip,
+            checked: unit.checked,
+            entry: unit.entry,
+            incoming: Vec::new(),
+            keys: [this, other],
+            alive: true,
+        });
+        rust.on_page.entry(gpa >> 12).or_default().push(number);
+        let cpu = &mut self.interp.cpu;
+        cpu.watch_code(gpa + (rip & 0xfff), unit.length);
+        for (start, end) in unit.seen {
+            cpu.watch_code(gpa + u64::from(start), u64::from(end - start));
+        }
+        Some(number)
+    }
+
+    /// Host code jumped where nothing was yet.
+    fn link(&mut self) -> Option<RunExit> {
+        let number = self.site;
+        let exit = self.rust.exits[number as usize];
+        self.interp.cpu.rip = exit.target;
+        // Whatever changed meanwhile is seen to first, and the link made another time.
+        let cpu = &self.interp.cpu;
+        if cpu.signals.any() || cpu.attention || Mode::of(cpu) != Some(exit.mode) {
+            return None;
+        }
+        let units = self.rust.statistics.flushes;
+        match self.find(exit.target, exit.mode, exit.memory) {
+            Ok(Some(block)) if self.rust.statistics.flushes == units => {
+                let rust = &mut self.rust;
+                let target = &mut rust.blocks[block as usize];
+                target.incoming.push(number);
+                let to = if exit.far {
+                    target.checked
+                } else {
+                    target.entry
+                };
+                rust.exits[number as usize].linked = Some(block);
+                rust.code.patch(exit.patch, to);
+                rust.statistics.links += 1;
+                None
+            }
+            // The fault comes again when the run loop looks; nothing has changed.
+            Ok(_) | Err(_) => None,
+        }
+    }
+
+    /// Host code jumped through a register to what was not in the table.
+    fn indirect(&mut self) -> Option<Stop> {
+        let rip = self.interp.cpu.rip;
+        if !is_canonical(rip) {
+            // The transfer itself faults.
+            let site = self.rust.sites[self.site as usize];
+            let cpu = &mut self.interp.cpu;
+            let pointer = &mut cpu.regs.gpr[gpr::RSP];
+            *pointer = pointer.wrapping_sub(site.popped as u64);
+            cpu.rip = site.rip;
+            return Some(cpu.raise(Exception::gp(0)));
+        }
+        let cpu = &self.interp.cpu;
+        if cpu.signals.any() || cpu.attention {
+            return None;
+        }
+        self.rust.statistics.indirect += 1;
+        let mode = Mode::of(cpu)?;
+        if let Ok(Some(block)) = self.find(rip, mode, true) {
+            let class = class(mode);
+            if self.rust.target_modes[class] != Some(mode) {
+                self.rust.target_modes[class] = Some(mode);
+                self.targets[class].linear.fill(NO_TARGET);
+            }
+            let slot = rip as usize % TARGETS;
+            self.targets[class].linear[slot] = rip;
+            self.targets[class].host[slot] = self.rust.blocks[block as usize].checked;
+        }
+        None
+    }
+
+    /// Throws units away whose code the interpreter threw away.
+    fn see_dropped(&mut self) {
+        let dropped = self.interp.take_dropped();
+        if dropped.all {
+            self.forget_all_code();
+            return;
+        }
+        for page in dropped.pages {
+            for block in self.rust.on_page.remove(&page).unwrap_or_default() {
+                self.drop_block(block);
+            }
+        }
+    }
+
+    fn drop_block(&mut self, number: u32) {
+        let rust = &mut self.rust;
+        let block = &mut rust.blocks[number as usize];
+        if !block.alive {
+            return;
+        }
+        block.alive = false;
+        rust.statistics.dropped += 1;
+        for key in block.keys {
+            if rust.found.get(&key) == Some(&number) {
+                rust.found.remove(&key);
+            }
+        }
+        for exit in std::mem::take(&mut block.incoming) {
+            let exit = &mut rust.exits[exit as usize];
+            if exit.linked == Some(number) {
+                exit.linked = None;
+                rust.code.patch(exit.patch, exit.stub);
+            }
+        }
+        let slot = block.pc as usize % TARGETS;
+        for targets in &mut self.targets {
+            if targets.host[slot] == block.checked {
+                targets.linear[slot] = NO_TARGET;
+            }
+        }
+    }
+
+    /// Throws everything away.
+    fn forget_all_code(&mut self) {
+        let rust = &mut self.rust;
+        rust.statistics.flushes += 1;
+        rust.code.rewind(rust.stubs_end);
+        rust.sites.clear();
+        rust.ops.clear();
+        // Number 0 means none.
+        self.interp.clear();
+        if let Some(op) = self.interp.cpu.lower_one(&[0x90]) {
+            rust.ops.push(op);
+        }
+        rust.exits.clear();
+        rust.blocks.clear();
+        rust.found.clear();
+        rust.mappings.clear();
+        rust.mapped.clear();
+        rust.on_page.clear();
+        self.pages = [[0; PAGES]; 2];
+        for targets in &mut self.targets {
+            targets.linear.fill(NO_TARGET);
+        }
+        self.interp.take_dropped();
+    }
+}
+
+/// What a block is found by.
+fn key(mapping: u32, rip: u64, mode: Mode, memory: bool) -> u64 {
+    let low = (rip & 0xfff) << (Mode::BITS + 1) | u64::from(mode.0) << 1 | u64::from(memory);
+    u64::from(mapping) << (12 + Mode::BITS + 1) | low
+}
+
+impl Vcpu for Translating {
+    fn run(&mut self) -> RunExit {
+        let context = self.whole();
+        context.interp.notice_traces();
+        context.see_dropped();
+        self.run_until_exit()
+    }
+
+    fn step(&mut self) -> RunExit {
+        let context = self.whole();
+        context.interp.notice_traces();
+        let exit = context.interp.one_or_event();
+        context.see_dropped();
+        exit
+    }
+
+    fn state(&mut self) -> CpuState {
+        self.whole().interp.state()
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
+        self.whole().interp.set_state(state)
+    }
+
+    fn signals(&self) -> Arc<Signals> {
+        Arc::clone(&self.signals)
+    }
+
+    fn instructions(&self) -> u64 {
+        // SAFETY: no host code runs while this is borrowed.
+        unsafe { &*self.context.pointer() }
+            .interp
+            .cpu
+            .instructions
+    }
+}
+

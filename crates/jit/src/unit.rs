@@ -1,0 +1,1101 @@
+//! From a run of guest instructions to host code.
+//!
+//! A unit starts at one linear address, goes on through branches that are not taken, and ends at the first
+//! jump, at the page's end, or when it is long. Guest registers are where [`HOME`] says at every instruction
+//! boundary. The arithmetic flags are in the host's flags, in memory, or in both; where they are is known
+//! when the code is written.
+
+use iced_x86::{Code, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, OpKind, Register};
+use trapgate_interp::Interpreter;
+use trapgate_interp::op::Op;
+use trapgate_x86::registers::sreg;
+
+use crate::context::{Addresses, TARGETS};
+use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDX, Reg, condition};
+use crate::instruction::{COUNTER, Count, FLAGS, Guest, Kind, Plan, classify, flag_use};
+use crate::mode::Mode;
+use crate::registers::{ADDRESS, GUEST_RCX, GUEST_RSP, HOME, SPARE, is_high_byte, named, number};
+use crate::stubs::Stubs;
+
+/// Most instructions in a unit.
+const MOST: usize = 64;
+/// Instructions that a look ahead for flags reads.
+const AHEAD: usize = 12;
+
+/// A place in host code from which Rust code may be called, and what it needs to know then.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Site {
+    /// Linear address of the guest's instruction.
+    pub(crate) rip: u64,
+    /// Host code of the next instruction; 0 if the unit ends.
+    pub(crate) next: u64,
+    /// The instruction as the interpreter runs it; 0 if that was not needed yet.
+    pub(crate) op: u32,
+    /// Bytes of the guest's instruction.
+    pub(crate) length: u8,
+    /// Bytes of its access.
+    pub(crate) size: u8,
+    pub(crate) write: bool,
+    /// The access is relative to RSP.
+    pub(crate) stack: bool,
+    pub(crate) segment: u8,
+    pub(crate) mode: Mode,
+    /// What kind of instruction it is, for statistics.
+    pub(crate) code: Code,
+    /// What an indirect jump has added to RSP already.
+    pub(crate) popped: i32,
+}
+
+/// A direct jump out of a unit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Exit {
+    /// Address of the jump's rel32.
+    pub(crate) patch: u64,
+    /// Where it goes until it is linked.
+    pub(crate) stub: u64,
+    /// Linear address of the target.
+    pub(crate) target: u64,
+    pub(crate) mode: Mode,
+    /// The flags are in memory, else in the host's.
+    pub(crate) memory: bool,
+    /// The target lies on another page.
+    pub(crate) far: bool,
+    /// Block that it is linked to.
+    pub(crate) linked: Option<u32>,
+}
+
+/// What is to be translated.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request<'a> {
+    pub(crate) rip: u64,
+    pub(crate) mode: Mode,
+    /// The flags are in memory at the start, else in the host's.
+    pub(crate) memory: bool,
+    /// The bytes of the page that holds `rip`.
+    pub(crate) page: &'a [u8],
+    /// Number of the mapping that must be in force.
+    pub(crate) mapping: u32,
+    /// Numbers of the first site and exit.
+    pub(crate) first_site: u32,
+    pub(crate) first_exit: u32,
+    /// Flags are right wherever the guest could look.
+    pub(crate) exact: bool,
+}
+
+/// A translated unit.
+#[derive(Debug, Default)]
+pub(crate) struct Unit {
+    /// Where jumps from other pages enter.
+    pub(crate) checked: u64,
+    /// Where jumps enter that know that the mapping is in force.
+    pub(crate) entry: u64,
+    /// The flags on entry do not matter.
+    pub(crate) any_flags: bool,
+    /// Bytes of guest code that it was made of, from the start.
+    pub(crate) length: u64,
+    pub(crate) instructions: u32,
+    /// Further bytes on the page that were looked at, as offsets.
+    pub(crate) seen: Vec<(u16, u16)>,
+    pub(crate) sites: Vec<Site>,
+    pub(crate) exits: Vec<Exit>,
+}
+
+/// Where the flags are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Where {
+    host: bool,
+    memory: bool,
+}
+
+/// Host code that is written after the unit's, out of the way.
+enum Aside {
+    Miss {
+        jump: usize,
+        retry: u64,
+        site: u32,
+        /// Array with the page address that was subtracted.
+        pages: Mem,
+    },
+    Operate {
+        jump: usize,
+        site: u32,
+    },
+    Link {
+        exit: usize,
+    },
+    Go {
+        jump: usize,
+        target: u64,
+        memory: bool,
+    },
+    Indirect {
+        jumps: [usize; 2],
+        site: u32,
+    },
+}
+
+/// Translates units, one after the other.
+pub(crate) struct Translator {
+    pub(crate) asm: Asm,
+    encoder: Encoder,
+    guests: Vec<Guest>,
+    at: Addresses,
+    stubs: Stubs,
+}
+
+impl std::fmt::Debug for Translator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Translator").finish_non_exhaustive()
+    }
+}
+
+impl Translator {
+    pub(crate) fn new(at: Addresses, stubs: Stubs) -> Self {
+        Self {
+            asm: Asm::default(),
+            encoder: Encoder::new(64),
+            guests: Vec::new(),
+            at,
+            stubs,
+        }
+    }
+
+    /// Translates the unit at `request.rip`, to lie at `place`. `None` if not even its first instruction is
+    /// whole on the page.
+    pub(crate) fn translate(
+        &mut self,
+        request: Request<'_>,
+        place: u64,
+        interp: &mut Interpreter,
+        ops: &mut Vec<Op>,
+    ) -> Option<Unit> {
+        let mut unit = Unit::default();
+        self.decode(&request, &mut unit)?;
+        self.work_out_flags(&request, &mut unit);
+        self.asm.start(place);
+        let guests = std::mem::take(&mut self.guests);
+        let mut writer = Writer {
+            asm: &mut self.asm,
+            encoder: &mut self.encoder,
+            at: self.at,
+            stubs: self.stubs,
+            request,
+            flags: Where {
+                host: !request.memory,
+                memory: request.memory,
+            },
+            unit: &mut unit,
+            asides: Vec::new(),
+            interp,
+            ops,
+        };
+        let whole = writer.write(&guests);
+        self.guests = guests;
+        whole.then_some(unit)
+    }
+
+    fn decode(&mut self, request: &Request<'_>, unit: &mut Unit) -> Option<()> {
+        self.guests.clear();
+        let offset = (request.rip & 0xfff) as usize;
+        let bytes = &request.page[offset..];
+        let mut decoder = Decoder::with_ip(64, bytes, request.rip, DecoderOptions::NO_WBNOINVD);
+        let mut instruction = Instruction::default();
+        while decoder.can_decode() && self.guests.len() < MOST {
+            let start = decoder.position();
+            decoder.decode_out(&mut instruction);
+            if instruction.is_invalid() {
+                let rest = bytes.len() - start;
+                if decoder.last_error() == iced_x86::DecoderError::NoMoreBytes && rest < 15 {
+                    break;
+                }
+                // The interpreter raises what is due.
+                instruction = Instruction::default();
+                instruction.set_len(1);
+                instruction.set_ip(request.rip + start as u64);
+                self.push(instruction, Kind::OperateLast);
+                unit.length = start as u64 + 15.min(rest as u64);
+                break;
+            }
+            let kind = classify(&instruction, request.mode);
+            self.push(instruction, kind);
+            unit.length = decoder.position() as u64;
+            let last = match kind {
+                Kind::Jump(_)
+                | Kind::Count(..)
+                | Kind::Call(_)
+                | Kind::JumpIndirect
+                | Kind::CallIndirect
+                | Kind::Return(_)
+                | Kind::OperateLast => true,
+                _ => false,
+            };
+            if last {
+                break;
+            }
+        }
+        unit.instructions = self.guests.len() as u32;
+        (!self.guests.is_empty()).then_some(())
+    }
+
+    fn push(&mut self, instruction: Instruction, kind: Kind) {
+        let (reads, kills, modifies) = match kind {
+            Kind::Operate | Kind::OperateLast => (FLAGS, 0, FLAGS),
+            // Division leaves the flags undefined; the checks around it change them.
+            Kind::Divide { .. } => (0, FLAGS, FLAGS),
+            Kind::Nothing | Kind::Verbatim | Kind::Lea => (0, 0, 0),
+            Kind::Count(..) => (0, 0, 0),
+            _ => flag_use(&instruction),
+        };
+        self.guests.push(Guest {
+            instruction,
+            kind,
+            reads,
+            kills,
+            modifies,
+            live_in: FLAGS,
+            live_out: FLAGS,
+        });
+    }
+
+    fn work_out_flags(&mut self, request: &Request<'_>, unit: &mut Unit) {
+        let look = |unit: &mut Unit, target: u64| {
+            if request.exact {
+                FLAGS
+            } else {
+                look_ahead(request, unit, target, 2)
+            }
+        };
+        let mut live = match self.guests.last() {
+            None => FLAGS,
+            Some(guest) => match guest.kind {
+                Kind::Jump(target) | Kind::Call(target) => look(unit, target),
+                Kind::Count(_, target) => {
+                    look(unit, target) | look(unit, guest.instruction.next_ip())
+                }
+                Kind::JumpIndirect
+                | Kind::CallIndirect
+                | Kind::Return(_)
+                | Kind::OperateLast => FLAGS,
+                _ => look(unit, guest.instruction.next_ip()),
+            },
+        };
+        for guest in self.guests.iter_mut().rev() {
+            if let Kind::JumpIf(_, target) = guest.kind {
+                live |= look(unit, target);
+            }
+            guest.live_out = live;
+            live = live & !guest.kills | guest.reads;
+            if request.exact {
+                live = FLAGS;
+            }
+            guest.live_in = live;
+        }
+        unit.any_flags = live == 0;
+    }
+}
+
+/// Flags that code at `target` may read before it overwrites them: all of them where that can't be seen.
+fn look_ahead(request: &Request<'_>, unit: &mut Unit, target: u64, depth: u32) -> u32 {
+    let page = request.rip & !0xfff;
+    let (mut live, mut open) = (0, FLAGS);
+    let mut at = target;
+    let mut instruction = Instruction::default();
+    for _ in 0..AHEAD {
+        if at & !0xfff != page || open == 0 {
+            break;
+        }
+        let offset = (at & 0xfff) as usize;
+        let bytes = &request.page[offset..];
+        let bytes = &bytes[..bytes.len().min(15)];
+        let mut decoder = Decoder::with_ip(64, bytes, at, DecoderOptions::NO_WBNOINVD);
+        decoder.decode_out(&mut instruction);
+        if instruction.is_invalid() {
+            break;
+        }
+        unit.seen
+            .push((offset as u16, (offset + instruction.len()) as u16));
+        let (reads, kills, _) = flag_use(&instruction);
+        live |= reads & open;
+        open &= !(kills | reads);
+        match instruction.flow_control() {
+            FlowControl::Next => at = instruction.next_ip(),
+            FlowControl::UnconditionalBranch if instruction.is_jmp_short_or_near() => {
+                at = instruction.near_branch_target();
+            }
+            FlowControl::Call if instruction.is_call_near() => {
+                at = instruction.near_branch_target();
+            }
+            FlowControl::ConditionalBranch
+                if instruction.is_jcc_short_or_near() && depth > 0 && open != 0 =>
+            {
+                live |= open & look_ahead(request, unit, instruction.near_branch_target(), depth - 1);
+                at = instruction.next_ip();
+            }
+            _ => break,
+        }
+    }
+    live | open
+}
+
+struct Writer<'a> {
+    asm: &'a mut Asm,
+    encoder: &'a mut Encoder,
+    at: Addresses,
+    stubs: Stubs,
+    request: Request<'a>,
+    flags: Where,
+    unit: &'a mut Unit,
+    asides: Vec<Aside>,
+    interp: &'a mut Interpreter,
+    ops: &'a mut Vec<Op>,
+}
+
+impl Writer<'_> {
+    /// Writes it all. `false` if an op could not be had.
+    fn write(&mut self, guests: &[Guest]) -> bool {
+        self.check_mapping();
+        self.unit.entry = self.asm.here();
+        for guest in guests {
+            let first = self.unit.sites.len();
+            if !self.guest(guest) {
+                return false;
+            }
+            let last = matches!(guest.kind, Kind::OperateLast);
+            let next = if last { 0 } else { self.asm.here() };
+            for site in &mut self.unit.sites[first..] {
+                site.next = next;
+            }
+        }
+        if let Some(last) = guests.last() {
+            let open = !matches!(
+                last.kind,
+                Kind::Jump(_)
+                    | Kind::Count(..)
+                    | Kind::Call(_)
+                    | Kind::JumpIndirect
+                    | Kind::CallIndirect
+                    | Kind::Return(_)
+                    | Kind::OperateLast
+            );
+            if open {
+                let next = self.request.rip.wrapping_add(self.unit.length);
+                self.leave_direct(next, last.live_out);
+            }
+        }
+        self.write_asides();
+        true
+    }
+
+    /// Jumps from other pages come here: the page must still be mapped where this was translated from.
+    fn check_mapping(&mut self) {
+        self.unit.checked = self.asm.here();
+        let slot = Mem::low(self.at.page(self.request.rip));
+        let mapping = self.request.mapping as i32;
+        let target = self.request.rip;
+        let memory = self.request.memory;
+        let jump = if self.unit.any_flags || memory {
+            self.asm.alu_memory_imm32(Alu::Cmp, slot, mapping);
+            self.asm.jump_if(condition::NE, self.asm.here());
+            self.asm.bytes.len() - 4
+        } else {
+            self.asm.load32(RCX, slot);
+            self.asm.lea(false, RCX, Mem::at(RCX, -mapping));
+            let good = self.asm.short_if_rcx_zero();
+            self.asm.jump(self.asm.here());
+            let jump = self.asm.bytes.len() - 4;
+            self.asm.land(good);
+            jump
+        };
+        self.asides.push(Aside::Go {
+            jump,
+            target,
+            memory,
+        });
+    }
+
+    // Flags.
+
+    /// Host code that changes the flags follows: they must be in memory if anyone needs them.
+    fn give_up_flags(&mut self, live: u32) {
+        if live != 0 && !self.flags.memory {
+            self.asm.mov(RCX, RAX);
+            self.asm.flags_to_ax();
+            self.asm.store_ax(Mem::low(self.at.flags()));
+            self.asm.mov(RAX, RCX);
+        }
+        self.flags = Where {
+            host: false,
+            memory: true,
+        };
+    }
+
+    /// The flags must be in the host's.
+    fn want_flags(&mut self) {
+        if !self.flags.host {
+            self.asm.mov(RCX, RAX);
+            self.asm.load32(RAX, Mem::low(self.at.flags()));
+            self.asm.flags_from_ax();
+            self.asm.mov(RAX, RCX);
+            self.flags.host = true;
+        }
+    }
+
+    /// Before an instruction whose flags are the host's.
+    fn before(&mut self, guest: &Guest) {
+        let partly = guest.modifies != 0 && guest.live_out & !guest.kills != 0;
+        if guest.reads != 0 || partly {
+            self.want_flags();
+        }
+    }
+
+    /// After it.
+    fn after(&mut self, guest: &Guest) {
+        if guest.modifies != 0 {
+            self.flags = Where {
+                host: true,
+                memory: false,
+            };
+        }
+    }
+
+    // Addresses and memory.
+
+    /// The guest's register, in its home or fetched to `spare`.
+    fn fetch(&mut self, guest: usize, spare: Reg) -> Reg {
+        match HOME[guest] {
+            Some(home) => home,
+            None => {
+                self.asm.load(spare, Mem::low(self.at.gpr(guest)));
+                spare
+            }
+        }
+    }
+
+    /// The effective address to a register, without its segment's base. Only [`SPARE`] is used beside it.
+    fn effective_address(&mut self, instruction: &Instruction, to: Reg, wide: bool) {
+        let displacement = instruction.memory_displacement64();
+        let (base, index) = (instruction.memory_base(), instruction.memory_index());
+        if base == Register::RIP || (base == Register::None && index == Register::None) {
+            let address = if wide {
+                displacement
+            } else {
+                displacement & 0xffff_ffff
+            };
+            self.asm.mov_imm(to, address);
+            return;
+        }
+        let narrow = base.is_gpr32() || index.is_gpr32();
+        let base = (base != Register::None).then(|| self.fetch(number(base), to));
+        let index = (index != Register::None).then(|| {
+            let scale = instruction.memory_index_scale().trailing_zeros() as u8;
+            (self.fetch(number(index), SPARE), scale)
+        });
+        let memory = Mem {
+            base,
+            index,
+            displacement: displacement as i32,
+        };
+        match memory {
+            Mem {
+                base: Some(base),
+                index: None,
+                displacement: 0,
+            } if wide && !narrow => {
+                if base != to {
+                    self.asm.mov(to, base);
+                }
+            }
+            _ => self.asm.lea(wide && !narrow, to, memory),
+        }
+    }
+
+    /// The linear address of an instruction's memory operand to [`ADDRESS`].
+    fn linear_address(&mut self, instruction: &Instruction) {
+        self.effective_address(instruction, ADDRESS, true);
+        let segment = match instruction.memory_segment() {
+            Register::FS => sreg::FS,
+            Register::GS => sreg::GS,
+            _ => return,
+        };
+        self.asm
+            .load(SPARE, Mem::low(self.at.segment_base(segment)));
+        let sum = Mem {
+            base: Some(ADDRESS),
+            index: Some((SPARE, 0)),
+            displacement: 0,
+        };
+        self.asm.lea(true, ADDRESS, sum);
+    }
+
+    fn site(&mut self, guest: &Guest) -> Site {
+        Site {
+            rip: guest.instruction.ip(),
+            next: 0,
+            op: 0,
+            length: guest.instruction.len() as u8,
+            size: 0,
+            write: false,
+            stack: false,
+            segment: sreg::DS as u8,
+            mode: self.request.mode,
+            code: guest.instruction.code(),
+            popped: 0,
+        }
+    }
+
+    fn add_site(&mut self, site: Site) -> u32 {
+        self.unit.sites.push(site);
+        self.request.first_site + self.unit.sites.len() as u32 - 1
+    }
+
+    /// [`ADDRESS`] from linear to host address, or else a call. The flags are lost, and [`SPARE`] but for
+    /// accesses relative to RSP.
+    fn translate(&mut self, guest: &Guest, size: usize, write: bool, stack: bool, segment: usize) {
+        let view = self.request.mode.view();
+        let site = Site {
+            size: size as u8,
+            write,
+            stack,
+            segment: segment as u8,
+            ..self.site(guest)
+        };
+        let site = self.add_site(site);
+        let retry = self.asm.here();
+        let (pages, hosts) = if stack {
+            (
+                Mem::low(self.at.stack_page(view, write)),
+                Mem::low(self.at.stack_host(view)),
+            )
+        } else {
+            self.asm.rorx32(SPARE, ADDRESS, 12);
+            self.asm
+                .alu_imm(false, Alu::And, SPARE, crate::context::TLB as i32 - 1);
+            (
+                Mem::array(self.at.tlb_pages(view, write), SPARE),
+                Mem::array(self.at.tlb_hosts(view), SPARE),
+            )
+        };
+        self.asm.alu_load(Alu::Sub, ADDRESS, pages);
+        self.asm
+            .alu_imm(true, Alu::Cmp, ADDRESS, 4096 - size as i32);
+        self.asm.jump_if(condition::A, retry);
+        let jump = self.asm.bytes.len() - 4;
+        self.asm.alu_load(Alu::Add, ADDRESS, hosts);
+        self.asides.push(Aside::Miss {
+            jump,
+            retry,
+            site,
+            pages,
+        });
+    }
+
+    /// The interpreter does the instruction if a condition holds.
+    fn operate_if(&mut self, guest: &Guest, condition: u8) {
+        self.asm.jump_if(condition, self.asm.here());
+        let jump = self.asm.bytes.len() - 4;
+        let site = self.site(guest);
+        let site = self.add_site(site);
+        self.asides.push(Aside::Operate { jump, site });
+    }
+
+    /// The address of the word at the top of the stack, to be pushed or popped.
+    fn stack_access(&mut self, guest: &Guest, write: bool) {
+        if write {
+            self.asm.lea(true, ADDRESS, Mem::at(GUEST_RSP, -8));
+        } else {
+            self.asm.mov(ADDRESS, GUEST_RSP);
+        }
+        self.translate(guest, 8, write, true, sreg::SS);
+    }
+
+    /// The memory operand of an instruction: its host address to [`ADDRESS`]. The interpreter does an access
+    /// that is not aligned to `alignment` bytes.
+    fn operand(&mut self, guest: &Guest, size: usize, write: bool, alignment: usize) {
+        let instruction = &guest.instruction;
+        let (base, index) = (instruction.memory_base(), instruction.memory_index());
+        let stack = base == Register::RSP
+            && index == Register::None
+            && !matches!(instruction.memory_segment(), Register::FS | Register::GS);
+        let segment = if matches!(base, Register::RSP | Register::RBP) {
+            sreg::SS
+        } else {
+            sreg::DS
+        };
+        self.linear_address(instruction);
+        if alignment > 1 {
+            self.asm.test_byte(ADDRESS, alignment as u8 - 1);
+            self.operate_if(guest, condition::NE);
+        }
+        self.translate(guest, size, write, stack, segment);
+    }
+
+    // Instructions.
+
+    fn guest(&mut self, guest: &Guest) -> bool {
+        let instruction = &guest.instruction;
+        match guest.kind {
+            Kind::Same(plan) => self.same(guest, &plan),
+            Kind::Lea => self.load_address(instruction),
+            Kind::Nothing => {}
+            Kind::Verbatim => self.encode(instruction),
+            Kind::PushRegister(register) => {
+                self.give_up_flags(guest.live_in);
+                self.stack_access(guest, true);
+                let from = self.fetch(register, SPARE);
+                self.asm.store(Mem::at(ADDRESS, 0), from);
+                self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
+            }
+            Kind::PushImmediate(value) => {
+                self.give_up_flags(guest.live_in);
+                self.stack_access(guest, true);
+                self.asm.store_imm(Mem::at(ADDRESS, 0), value);
+                self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
+            }
+            Kind::PushMemory => {
+                self.give_up_flags(guest.live_in);
+                self.operand(guest, 8, false, 1);
+                self.asm.load(SPARE, Mem::at(ADDRESS, 0));
+                self.stack_access(guest, true);
+                self.asm.store(Mem::at(ADDRESS, 0), SPARE);
+                self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
+            }
+            Kind::Pop(register) => {
+                self.give_up_flags(guest.live_in);
+                self.stack_access(guest, false);
+                self.pop_to(register);
+            }
+            Kind::Leave => {
+                self.give_up_flags(guest.live_in);
+                self.asm.mov(ADDRESS, crate::emit::RBP);
+                self.translate(guest, 8, false, true, sreg::SS);
+                self.asm
+                    .lea(true, GUEST_RSP, Mem::at(crate::emit::RBP, 8));
+                self.asm.load(crate::emit::RBP, Mem::at(ADDRESS, 0));
+            }
+            Kind::Divide { signed, wide } => self.divide(guest, signed, wide),
+            Kind::Jump(target) => self.jump(instruction, target, guest.live_out),
+            Kind::JumpIf(condition, target) => self.jump_if(guest, condition, target),
+            Kind::Count(count, target) => self.count(guest, count, target),
+            Kind::Call(target) => {
+                self.give_up_flags(guest.live_in);
+                self.push_return(guest);
+                self.jump(instruction, target, guest.live_out);
+            }
+            Kind::JumpIndirect => {
+                self.give_up_flags(guest.live_in);
+                self.indirect_target(guest);
+                self.indirect(guest, 0);
+            }
+            Kind::CallIndirect => {
+                self.give_up_flags(guest.live_in);
+                self.indirect_target(guest);
+                self.asm.store(Mem::low(self.at.stash()), ADDRESS);
+                self.push_return(guest);
+                self.asm.load(ADDRESS, Mem::low(self.at.stash()));
+                self.indirect(guest, -8);
+            }
+            Kind::Return(extra) => {
+                self.give_up_flags(guest.live_in);
+                self.stack_access(guest, false);
+                self.asm.load(ADDRESS, Mem::at(ADDRESS, 0));
+                let popped = 8 + i32::from(extra);
+                self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, popped));
+                self.indirect(guest, popped);
+            }
+            Kind::Operate | Kind::OperateLast => return self.operate(guest),
+        }
+        true
+    }
+
+    fn encode(&mut self, instruction: &Instruction) {
+        self.encoder.set_buffer(std::mem::take(&mut self.asm.bytes));
+        let encoded = self.encoder.encode(instruction, 0);
+        debug_assert!(encoded.is_ok(), "{instruction:?}: {encoded:?}");
+        self.asm.bytes = self.encoder.take_buffer();
+    }
+
+    /// The interpreter does the instruction.
+    fn operate(&mut self, guest: &Guest) -> bool {
+        let start = (guest.instruction.ip() & 0xfff) as usize;
+        let bytes = &self.request.page[start..];
+        let Some(op) = self.interp.cpu.lower_one(&bytes[..bytes.len().min(15)]) else {
+            return false;
+        };
+        self.ops.push(op);
+        let mut site = self.site(guest);
+        site.op = self.ops.len() as u32 - 1;
+        site.length = op.length;
+        let site = self.add_site(site);
+        self.give_up_flags(FLAGS);
+        self.asm.store_imm32(Mem::low(self.at.site()), site);
+        self.asm.call(self.stubs.operate);
+        true
+    }
+
+    /// The same instruction with other registers.
+    fn same(&mut self, guest: &Guest, plan: &Plan) {
+        let mut instruction = guest.instruction;
+        instruction.set_code(plan.harmless.code);
+        let count = instruction.op_count();
+        let memory = (0..count).any(|index| instruction.op_kind(index) == OpKind::Memory);
+        let mut base = ADDRESS;
+        if memory {
+            let size = instruction.memory_size().size();
+            self.give_up_flags(guest.live_in);
+            // A LOCKed access across cache lines would lock the host's bus.
+            let alignment = if plan.harmless.locked {
+                size
+            } else {
+                plan.harmless.alignment
+            };
+            self.operand(guest, size, plan.writes_memory, alignment);
+        }
+        self.before(guest);
+        if plan.high && memory {
+            // A REX prefix, which ADDRESS needs, would make another register of the operand.
+            base = SPARE;
+            self.asm.mov(SPARE, ADDRESS);
+        }
+        for (register, place) in plan.visitors.iter().flatten() {
+            self.asm.load(*place, Mem::low(self.at.gpr(*register)));
+        }
+        if plan.counts {
+            self.asm.mov(COUNTER, GUEST_RCX);
+        }
+        let op_code = plan.harmless.code.op_code();
+        for index in 0..count {
+            match instruction.op_kind(index) {
+                OpKind::Memory => {
+                    instruction.set_memory_base(named(base, 8));
+                    instruction.set_memory_index(Register::None);
+                    instruction.set_memory_displacement64(0);
+                    instruction.set_memory_displ_size(0);
+                    instruction.set_segment_prefix(Register::None);
+                }
+                OpKind::Register => {
+                    let register = instruction.op_register(index);
+                    let fixed = op_code.op_kind(index) == iced_x86::OpCodeOperandKind::cl;
+                    if !register.is_gpr() || fixed || is_high_byte(register) {
+                        continue;
+                    }
+                    let guest = number(register);
+                    let place = HOME[guest].or_else(|| {
+                        let visitor = plan.visitors.iter().flatten();
+                        visitor
+                            .filter(|visitor| visitor.0 == guest)
+                            .map(|visitor| visitor.1)
+                            .next()
+                    });
+                    // A detour's only other register is its destination.
+                    let place = if plan.detour { SPARE } else { place.unwrap_or(SPARE) };
+                    instruction.set_op_register(index, named(place, register.size()));
+                }
+                _ => {}
+            }
+        }
+        self.encode(&instruction);
+        if plan.indexes {
+            self.asm.mov(GUEST_RCX, COUNTER);
+        }
+        if plan.detour {
+            let guest = number(guest.instruction.op0_register());
+            match HOME[guest] {
+                Some(home) => self.asm.mov32(home, SPARE),
+                None => self.asm.store(Mem::low(self.at.gpr(guest)), SPARE),
+            }
+        }
+        for (register, place) in plan.visitors.iter().flatten() {
+            self.asm.store(Mem::low(self.at.gpr(*register)), *place);
+        }
+        self.after(guest);
+    }
+
+    fn load_address(&mut self, instruction: &Instruction) {
+        let register = instruction.op0_register();
+        let wide = register.size() == 8;
+        let guest = number(register);
+        match HOME[guest] {
+            Some(home) => {
+                // Its old value may be the base or the index: only ADDRESS is written before it is read.
+                self.address_to(instruction, home, wide);
+            }
+            None => {
+                self.effective_address(instruction, ADDRESS, wide);
+                self.asm.store(Mem::low(self.at.gpr(guest)), ADDRESS);
+            }
+        }
+    }
+
+    fn address_to(&mut self, instruction: &Instruction, to: Reg, wide: bool) {
+        let base = instruction.memory_base();
+        let fetched = base != Register::None
+            && base != Register::RIP
+            && HOME[number(base)].is_none();
+        if fetched {
+            self.effective_address(instruction, ADDRESS, wide);
+            if wide {
+                self.asm.mov(to, ADDRESS);
+            } else {
+                self.asm.mov32(to, ADDRESS);
+            }
+        } else {
+            self.effective_address(instruction, to, wide);
+        }
+    }
+
+    /// The word at [`ADDRESS`] to a register, and RSP moves.
+    fn pop_to(&mut self, register: usize) {
+        match HOME[register] {
+            Some(home) => {
+                // POP RSP: the value popped stays.
+                if home != GUEST_RSP {
+                    self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, 8));
+                }
+                self.asm.load(home, Mem::at(ADDRESS, 0));
+            }
+            None => {
+                self.asm.load(SPARE, Mem::at(ADDRESS, 0));
+                self.asm.store(Mem::low(self.at.gpr(register)), SPARE);
+                self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, 8));
+            }
+        }
+    }
+
+    /// DIV and IDIV where they certainly don't fault; the interpreter does the others.
+    fn divide(&mut self, guest: &Guest, signed: bool, wide: bool) {
+        let instruction = &guest.instruction;
+        self.give_up_flags(guest.live_in);
+        let divisor = if instruction.op0_kind() == OpKind::Memory {
+            self.operand(guest, if wide { 8 } else { 4 }, false, 1);
+            if wide {
+                self.asm.load(ADDRESS, Mem::at(ADDRESS, 0));
+            } else {
+                self.asm.load32(ADDRESS, Mem::at(ADDRESS, 0));
+            }
+            ADDRESS
+        } else {
+            self.fetch(number(instruction.op0_register()), ADDRESS)
+        };
+        if signed {
+            // The dividend is a sign-extended number of half its width, the divisor neither 0 nor -1.
+            if wide {
+                self.asm.mov(RCX, RAX);
+            } else {
+                self.asm.mov32(RCX, RAX);
+            }
+            self.asm.sar(wide, RCX, if wide { 63 } else { 31 });
+            self.asm.alu(wide, Alu::Cmp, RCX, RDX);
+            self.operate_if(guest, condition::NE);
+            self.asm.lea(wide, RCX, Mem::at(divisor, 1));
+            self.asm.alu_imm(wide, Alu::Cmp, RCX, 1);
+            self.operate_if(guest, condition::BE);
+        } else {
+            // The quotient fits if the upper half is less than the divisor, which then is not zero.
+            self.asm.alu(wide, Alu::Cmp, RDX, divisor);
+            self.operate_if(guest, condition::AE);
+        }
+        let rex = 0x40 | u8::from(wide) << 3 | divisor.0 >> 3;
+        let extension = if signed { 7 } else { 6 };
+        self.asm
+            .raw(&[rex, 0xf7, 0xc0 | extension << 3 | divisor.0 & 7]);
+        self.flags = Where {
+            host: true,
+            memory: false,
+        };
+    }
+
+    // Transfers.
+
+    /// Pushes the address of the next instruction.
+    fn push_return(&mut self, guest: &Guest) {
+        self.stack_access(guest, true);
+        let address = guest.instruction.next_ip();
+        match i32::try_from(address as i64) {
+            Ok(value) => self.asm.store_imm(Mem::at(ADDRESS, 0), value),
+            Err(_) => {
+                self.asm.mov_imm(SPARE, address);
+                self.asm.store(Mem::at(ADDRESS, 0), SPARE);
+            }
+        }
+        self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
+    }
+
+    /// The target of an indirect jump to [`ADDRESS`].
+    fn indirect_target(&mut self, guest: &Guest) {
+        let instruction = &guest.instruction;
+        if instruction.op0_kind() == OpKind::Memory {
+            self.operand(guest, 8, false, 1);
+            self.asm.load(ADDRESS, Mem::at(ADDRESS, 0));
+        } else {
+            let register = number(instruction.op0_register());
+            let from = self.fetch(register, ADDRESS);
+            if from != ADDRESS {
+                self.asm.mov(ADDRESS, from);
+            }
+        }
+    }
+
+    /// Goes on at the linear address in [`ADDRESS`]. The flags are in memory.
+    fn indirect(&mut self, guest: &Guest, popped: i32) {
+        let site = Site {
+            popped,
+            ..self.site(guest)
+        };
+        let site = self.add_site(site);
+        let class = crate::run::class(self.request.mode);
+        self.asm
+            .alu_memory_imm32(Alu::Cmp, Mem::low(self.at.poll()), 0);
+        self.asm.jump_if(condition::E, self.asm.here());
+        let poll = self.asm.bytes.len() - 4;
+        self.asm.mov32(SPARE, ADDRESS);
+        self.asm.alu_imm(false, Alu::And, SPARE, TARGETS as i32 - 1);
+        self.asm
+            .compare_load(ADDRESS, Mem::array(self.at.targets_linear(class), SPARE));
+        self.asm.jump_if(condition::NE, self.asm.here());
+        let miss = self.asm.bytes.len() - 4;
+        self.asm
+            .jump_memory(Mem::array(self.at.targets_host(class), SPARE));
+        self.asides.push(Aside::Indirect {
+            jumps: [poll, miss],
+            site,
+        });
+    }
+
+    /// Makes the exit at the rel32 before here; `live` flags are needed at the target.
+    fn exit_here(&mut self, target: u64, live: u32) {
+        let memory = live == 0 || !self.flags.host;
+        let exit = Exit {
+            patch: self.asm.here() - 4,
+            stub: 0,
+            target,
+            mode: self.request.mode,
+            memory,
+            far: target & !0xfff != self.request.rip & !0xfff,
+            linked: None,
+        };
+        self.unit.exits.push(exit);
+        self.asides.push(Aside::Link {
+            exit: self.unit.exits.len() - 1,
+        });
+    }
+
+    fn leave_direct(&mut self, target: u64, live: u32) {
+        self.asm.jump(self.asm.here());
+        self.exit_here(target, live);
+    }
+
+    /// Goes on at `target`; looks for signals first if that is not ahead, since every loop goes back
+    /// somewhere.
+    fn jump(&mut self, instruction: &Instruction, target: u64, live: u32) {
+        if target > instruction.ip() {
+            self.leave_direct(target, live);
+            return;
+        }
+        self.asm.load32(RCX, Mem::low(self.at.poll()));
+        let raised = self.asm.short_if_rcx_zero();
+        self.leave_direct(target, live);
+        self.asm.land(raised);
+        self.asm.jump(self.asm.here());
+        let jump = self.asm.bytes.len() - 4;
+        let memory = live == 0 || !self.flags.host;
+        self.asides.push(Aside::Go {
+            jump,
+            target,
+            memory,
+        });
+    }
+
+    fn jump_if(&mut self, guest: &Guest, code: u8, target: u64) {
+        self.want_flags();
+        let live = guest.live_out;
+        if target > guest.instruction.ip() {
+            self.asm.jump_if(code, self.asm.here());
+            self.exit_here(target, live);
+            return;
+        }
+        let past = self.asm.short_if(code ^ 1);
+        self.jump(&guest.instruction, target, live);
+        self.asm.land(past);
+    }
+
+    fn count(&mut self, guest: &Guest, count: Count, target: u64) {
+        if count == Count::Loop {
+            self.asm.lea(true, GUEST_RCX, Mem::at(GUEST_RCX, -1));
+        }
+        self.asm.mov(RCX, GUEST_RCX);
+        let zero = self.asm.short_if_rcx_zero();
+        let next = guest.instruction.next_ip();
+        let (counting, ended) = match count {
+            Count::Zero => (next, target),
+            Count::Loop => (target, next),
+        };
+        self.jump(&guest.instruction, counting, guest.live_out);
+        self.asm.land(zero);
+        self.jump(&guest.instruction, ended, guest.live_out);
+    }
+
+    // Out of the way.
+
+    fn write_asides(&mut self) {
+        for aside in std::mem::take(&mut self.asides) {
+            let here = self.asm.here();
+            match aside {
+                Aside::Miss {
+                    jump,
+                    retry,
+                    site,
+                    pages,
+                } => {
+                    self.asm.patch(jump, here);
+                    self.asm.alu_load(Alu::Add, ADDRESS, pages);
+                    self.asm.store_imm32(Mem::low(self.at.site()), site);
+                    self.asm.call(self.stubs.miss);
+                    self.asm.jump(retry);
+                }
+                Aside::Operate { jump, site } => {
+                    self.asm.patch(jump, here);
+                    self.asm.store_imm32(Mem::low(self.at.site()), site);
+                    self.asm.call(self.stubs.operate);
+                    // It does not return here: it goes on at the next instruction.
+                    self.asm.raw(&[0x0f, 0x0b]);
+                }
+                Aside::Link { exit } => {
+                    let number = self.request.first_exit + exit as u32;
+                    let to = if self.unit.exits[exit].memory {
+                        self.stubs.link_memory
+                    } else {
+                        self.stubs.link_host
+                    };
+                    let patch = self.unit.exits[exit].patch;
+                    let base = self.asm.here() - self.asm.bytes.len() as u64;
+                    self.asm.patch((patch - base) as usize, here);
+                    self.unit.exits[exit].stub = here;
+                    self.asm.store_imm32(Mem::low(self.at.site()), number);
+                    self.asm.jump(to);
+                }
+                Aside::Go {
+                    jump,
+                    target,
+                    memory,
+                } => {
+                    self.asm.patch(jump, here);
+                    self.asm.mov_imm(RCX, target);
+                    self.asm.store(Mem::low(self.at.rip()), RCX);
+                    let to = if memory {
+                        self.stubs.go_memory
+                    } else {
+                        self.stubs.go_host
+                    };
+                    self.asm.jump(to);
+                }
+                Aside::Indirect { jumps, site } => {
+                    for jump in jumps {
+                        self.asm.patch(jump, here);
+                    }
+                    self.asm.store_imm32(Mem::low(self.at.site()), site);
+                    self.asm.jump(self.stubs.indirect);
+                }
+            }
+        }
+    }
+}
