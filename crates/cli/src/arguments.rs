@@ -37,6 +37,7 @@ Examples:
   trapgate run builtin           boots a tiny guest that needs no download
   trapgate run --detach          boots Linux in the background; trapgate console attaches to it
   trapgate ps                    lists the machines that run
+  trapgate snapshot NAME DIR     saves one while it runs; trapgate restore DIR goes on from there
   trapgate doctor                says what this host offers, and what it lacks
 
 `trapgate run --help` says more.";
@@ -60,6 +61,8 @@ pub(crate) enum Action {
     /// Save a machine to a directory; it goes on afterwards
     #[command(after_help = status::CLIENT_HELP)]
     Snapshot(SnapshotArguments),
+    /// Let a saved machine go on, connected to this terminal
+    Restore(RestoreArguments),
     /// Attach this terminal to a machine's; Ctrl-] detaches
     Console(ConsoleArguments),
     /// Say what this host offers, and what each missing thing costs
@@ -253,6 +256,58 @@ pub(crate) struct SnapshotArguments {
     /// Directory to make; there must be nothing of this name
     #[arg(value_name = "DIR")]
     pub(crate) directory: PathBuf,
+}
+
+/// Arguments of `trapgate restore`.
+#[derive(Args, Debug)]
+#[command(
+    long_about = "Lets a machine go on from a snapshot, connected to this terminal or to trapgate's input and output, as \
+        `trapgate run` connects one.\n\n\
+        Nothing is read but what the guest touches, and nothing is written to the snapshot: any number of machines may go \
+        on from it. Its files must stay as they are for as long. Disks are not in it: they are expected where they were, \
+        unless `machine.json` in the directory is changed to name others.\n\n\
+        For the guest no time has passed. Its clocks go on where they stood, so its time of day is late.",
+    after_help = RESTORE_EXAMPLES,
+    after_long_help = restore_help()
+)]
+pub(crate) struct RestoreArguments {
+    /// The directory that `trapgate snapshot` made
+    #[arg(value_name = "DIR")]
+    pub(crate) directory: PathBuf,
+
+    /// What runs the guest's instructions; it need not be what did when the snapshot was taken
+    #[arg(long, value_enum, value_name = "ENGINE", default_value_t = Engine::Auto)]
+    pub(crate) engine: Engine,
+
+    /// Read all of the saved memory first, and compare it with its checksums
+    #[arg(long)]
+    pub(crate) check: bool,
+
+    /// Name of the machine, for `trapgate ps` and the like
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<Name>,
+
+    /// Let it run in the background, and print its name
+    #[arg(long, short)]
+    pub(crate) detach: bool,
+
+    /// Print nothing of trapgate's own but errors
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+
+    /// Show what the guest's kernel says, on standard error
+    #[arg(long, short, conflicts_with = "quiet")]
+    pub(crate) verbose: bool,
+}
+
+const RESTORE_EXAMPLES: &str = "\
+Examples:
+  trapgate run --detach --name a    a shell in the background
+  trapgate snapshot a saved         saves it; it goes on
+  trapgate restore saved            the same shell once more, here";
+
+fn restore_help() -> String {
+    format!("{RESTORE_EXAMPLES}\n\n{}", status::HELP)
 }
 
 /// Arguments of `trapgate console`.

@@ -1,4 +1,4 @@
-//! `trapgate run --detach`: a machine that goes on when its terminal and its shell are gone.
+//! `trapgate run --detach` and `trapgate restore --detach`: a machine that goes on when its terminal and its shell are gone.
 //!
 //! We start ourselves once more, as a child with the same arguments. Until its machine runs the child has our terminal
 //! for what it has to say, belongs to our session, and so ends with Ctrl-C. Then it becomes a session of its own, its messages go to
@@ -13,7 +13,6 @@ use rustix::io::{Errno, write};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout, stdout};
 use trapgate_api::directory::{Claim, Name};
 
-use crate::arguments::RunArguments;
 use crate::failure::Failure;
 use crate::{signals, status, terminal};
 
@@ -29,7 +28,7 @@ pub(crate) fn is_child() -> bool {
 ///
 /// # Errors
 /// It can't be started.
-pub(crate) fn launch(arguments: &RunArguments) -> Result<u8, Failure> {
+pub(crate) fn launch(quiet: bool) -> Result<u8, Failure> {
     let failed = |error: std::io::Error| {
         Failure::new(status::HOST, "cannot start a process in the background").cause(error)
     };
@@ -61,7 +60,7 @@ pub(crate) fn launch(arguments: &RunArguments) -> Result<u8, Failure> {
         );
     };
     print_name(&name)?;
-    if !arguments.quiet {
+    if !quiet {
         terminal::say(&format!(
             "trapgate: `{name}` runs in the background; `trapgate console {name}` attaches, `trapgate stop {name}` stops it"
         ));

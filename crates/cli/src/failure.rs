@@ -92,7 +92,9 @@ impl Failure {
     /// There is no machine. `kernel` says what was to be booted, in words for a person.
     pub(crate) fn machine(kernel: &str, error: &MachineError) -> Self {
         let (status, message) = match error {
-            MachineError::Boot(_) => (status::INPUT, format!("cannot boot {kernel}")),
+            MachineError::Boot(_) | MachineError::Snapshot(_) => {
+                (status::INPUT, format!("cannot boot {kernel}"))
+            }
             MachineError::Disk(_) => (status::INPUT, "cannot use a disk".to_owned()),
             MachineError::Cpus { .. }
             | MachineError::MemorySize { .. }

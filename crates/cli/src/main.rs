@@ -13,6 +13,7 @@ mod guest;
 mod keyboard;
 mod output;
 mod progress;
+mod restore;
 mod run;
 mod serial_log;
 mod signals;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         Action::Resume(machine) => clients::resume(&machine.name),
         Action::Stop(stop) => clients::stop(stop),
         Action::Snapshot(snapshot) => clients::snapshot(snapshot),
+        Action::Restore(restore) => restore::restore(restore),
         Action::Console(machine) => console::console(&machine.name),
         Action::Doctor(doctor) => doctor::doctor(doctor),
     };

@@ -13,7 +13,7 @@ use trapgate_image::{STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session,
 use trapgate_virtio::Disk;
 use trapgate_vmm::{
     Choice, DiskConfig, Hooks, Host, Identity, Machine, MachineConfig, OnReset, Outcome, Port,
-    PortOutput, choose,
+    PortOutput, Snapshot, choose,
 };
 
 use crate::arguments::RunArguments;
@@ -28,6 +28,10 @@ use crate::socket::{self, Socket};
 use crate::stock::{Fetched, Stock, fetch};
 use crate::{detach, signals, status, terminal};
 
+/// In a snapshot: what to call the guest.
+pub(crate) const NOTE_GUEST: &str = "guest";
+/// In a snapshot: it runs a command rather than a shell.
+pub(crate) const NOTE_COMMAND: &str = "command";
 /// How long the guest may take to write its disks and power off after the command has ended.
 const POWER_OFF: Duration = Duration::from_secs(120);
 /// The exit status of a machine that was stopped by force: that of a process that SIGTERM (15) ends.
@@ -60,7 +64,7 @@ pub(crate) enum Event {
 
 /// Where the person meets the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Console {
+pub(crate) enum Console {
     /// On the serial port: guests that do not run our init.
     Serial,
     /// On a terminal of the guest, `/dev/hvc0`.
@@ -85,7 +89,7 @@ impl Console {
     }
 
     /// Whether a person's keys go to the guest one by one.
-    fn is_interactive(self) -> bool {
+    pub(crate) fn is_interactive(self) -> bool {
         self != Self::Streams && terminal::stdin_is_terminal()
     }
 }
@@ -96,7 +100,7 @@ impl Console {
 /// What went wrong, for a person.
 pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     if arguments.detach && !detach::is_child() {
-        return detach::launch(arguments);
+        return detach::launch(arguments.quiet);
     }
     let (events, inbox) = channel();
     signals::watch(events.clone())?;
@@ -137,6 +141,11 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     config.kernel = guest.kernel;
     config.initrds = guest.initrds;
     config.command_line = guest.command_line;
+    let mut note = |key: &str, value: String| config.notes.insert(key.to_owned(), value);
+    note(NOTE_GUEST, guest.name.clone());
+    if !arguments.command.is_empty() {
+        note(NOTE_COMMAND, "yes".to_owned());
+    }
 
     let name = claim
         .as_ref()
@@ -148,7 +157,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         cpus: arguments.cpus,
         memory_bytes: arguments.memory,
     };
-    let mut socket = Socket::new(claim, identity, console != Console::Streams);
+    let socket = Socket::new(claim, identity, console != Console::Streams);
     let scene = Scene {
         console,
         detach: arguments.detach,
@@ -164,15 +173,9 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         log: Arc::default(),
         curtain: Curtain::default(),
         viewers: socket.terminal(),
+        origin: Origin::Kernel,
     };
-    let result = scene.play(&config, &inbox, &mut socket);
-    scene.progress.clear();
-    terminal::restore();
-    if arguments.detach {
-        last_words(&result, &socket);
-    }
-    socket.end();
-    result
+    scene.perform(&config, &inbox, socket)
 }
 
 /// What remains of a machine in the background: nothing if all was well.
@@ -269,24 +272,33 @@ fn interrupted(signal: i32) -> u8 {
     signals::exit_status(signal)
 }
 
+/// How the first machine begins.
+pub(crate) enum Origin {
+    /// It boots.
+    Kernel,
+    /// It goes on.
+    Snapshot(Box<Snapshot>),
+}
+
 /// Everything around the machine that outlives it when it restarts.
-struct Scene {
-    console: Console,
+pub(crate) struct Scene {
+    pub(crate) console: Console,
     /// In the background: nobody is here to see anything.
-    detach: bool,
-    interactive: bool,
-    has_command: bool,
-    quiet: bool,
-    verbose: bool,
-    name: String,
-    choice: Choice,
-    events: Sender<Event>,
-    progress: Progress,
-    keyboard: Keyboard,
-    log: Arc<Mutex<SerialLog>>,
-    curtain: Curtain,
+    pub(crate) detach: bool,
+    pub(crate) interactive: bool,
+    pub(crate) has_command: bool,
+    pub(crate) quiet: bool,
+    pub(crate) verbose: bool,
+    pub(crate) name: String,
+    pub(crate) choice: Choice,
+    pub(crate) events: Sender<Event>,
+    pub(crate) progress: Progress,
+    pub(crate) keyboard: Keyboard,
+    pub(crate) log: Arc<Mutex<SerialLog>>,
+    pub(crate) curtain: Curtain,
     /// Those who attach to the guest's terminal.
-    viewers: Option<Terminal>,
+    pub(crate) viewers: Option<Terminal>,
+    pub(crate) origin: Origin,
 }
 
 /// Whether there is to be another machine.
@@ -296,6 +308,28 @@ enum Next {
 }
 
 impl Scene {
+    /// Runs machines until it is known how the run ends, and leaves everything as it was.
+    pub(crate) fn perform(
+        &self,
+        config: &MachineConfig,
+        inbox: &Receiver<Event>,
+        mut socket: Socket,
+    ) -> Result<u8, Failure> {
+        let result = self.play(config, inbox, &mut socket);
+        self.progress.clear();
+        terminal::restore();
+        if self.detach {
+            last_words(&result, &socket);
+        }
+        socket.end();
+        result
+    }
+
+    /// Whether this machine goes on from a snapshot: its init runs already.
+    fn is_restored(&self, first: bool) -> bool {
+        first && matches!(self.origin, Origin::Snapshot(_))
+    }
+
     fn play(
         &self,
         config: &MachineConfig,
@@ -304,14 +338,14 @@ impl Scene {
     ) -> Result<u8, Failure> {
         let has_disks = config.disks.iter().any(|disk| !disk.read_only);
         if self.console != Console::Terminal && !self.detach {
-            if self.console == Console::Serial && !self.interactive {
+            if self.console == Console::Serial && !self.interactive && !self.is_restored(true) {
                 self.keyboard.hold();
             }
             self.keyboard.start(self.interactive, self.events.clone())?;
         }
         let mut first = true;
         loop {
-            if first {
+            if first && !self.is_restored(first) {
                 self.progress.boot(&self.name);
             }
             let run = self.once(config, inbox, socket, has_disks, first)?;
@@ -343,8 +377,12 @@ impl Scene {
             Console::Serial => self.name.clone(),
             _ => "the stock kernel".to_owned(),
         };
-        let machine = Machine::start(config.clone(), self.hooks())
-            .map_err(|error| Failure::machine(&name, &error))?;
+        let machine = match &self.origin {
+            Origin::Snapshot(snapshot) if first => Machine::restore(snapshot, self.hooks())
+                .map_err(|error| Failure::snapshot(snapshot.directory(), &error))?,
+            _ => Machine::start(config.clone(), self.hooks())
+                .map_err(|error| Failure::machine(&name, &error))?,
+        };
         let machine = Arc::new(machine);
         let on_stage = self.enter(&machine, socket, first);
         // In any case: a machine does not end while its output waits.
@@ -397,12 +435,19 @@ impl Scene {
             self.progress.clear();
             detach::ready(claim)?;
         }
-        if self.console != Console::Serial {
+        if self.console != Console::Serial && !self.is_restored(first) {
             return Ok(());
         }
         self.progress.clear();
         self.announce(None);
-        self.take_keyboard()
+        self.take_keyboard()?;
+        if self.console == Console::Terminal {
+            self.resize(machine);
+            if !self.detach {
+                self.keyboard.start(self.interactive, self.events.clone())?;
+            }
+        }
+        Ok(())
     }
 
     /// Follows a machine until we know how the run ends.
@@ -414,7 +459,7 @@ impl Scene {
         has_disks: bool,
         first: bool,
     ) -> Result<Verdict, Failure> {
-        let mut init = false;
+        let mut init = self.is_restored(first);
         let mut result: Option<(u8, Instant)> = None;
         loop {
             let event = match result {
@@ -425,8 +470,8 @@ impl Scene {
             };
             match event {
                 Ok(Event::Init) => {
-                    init = true;
-                    if first {
+                    // A machine may have been saved before its init ran.
+                    if first && !init {
                         self.progress.clear();
                         self.announce(Some(started.elapsed()));
                         if self.console == Console::Terminal {
@@ -436,6 +481,7 @@ impl Scene {
                             }
                         }
                     }
+                    init = true;
                     self.resize(machine);
                 }
                 Ok(Event::Resized) => self.resize(machine),

@@ -1,8 +1,9 @@
 //! Signals: what ends us ends the machine first, and gives the terminal back.
 
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGWINCH};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGWINCH, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 
@@ -21,6 +22,8 @@ pub(crate) fn watch(events: Sender<Event>) -> Result<(), Failure> {
         .filter(|signal| ignored & 1 << (signal - 1) == 0);
     let failed =
         |error: std::io::Error| Failure::new(status::HOST, "cannot take signals").cause(error);
+    // A file that may not grow (`ulimit -f`) is an error for whoever writes it, not the end of the machine.
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(failed)?;
     let mut signals = Signals::new(taken).map_err(failed)?;
     let thread = std::thread::Builder::new().name("signals".to_owned());
     let watch = move || {

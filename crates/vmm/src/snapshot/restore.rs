@@ -1,7 +1,7 @@
 //! Going on from a snapshot.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use trapgate_chipset::Chipset;
@@ -13,7 +13,7 @@ use super::config::{SavedConfig, modified};
 use super::header::{Header, Profile, read_section};
 use super::parts::Reader;
 use super::state::{MachineState, Sections};
-use crate::{Hooks, MachineConfig, SnapshotError, pc};
+use crate::{Choice, Hooks, Host, MachineConfig, MachineError, SnapshotError, engines, pc};
 
 /// Names of the parts that are not sections.
 pub(super) const CONFIG: &str = "machine.json";
@@ -37,6 +37,7 @@ pub(super) struct MemoryList {
 /// files that the guest was booted from.
 #[derive(Debug)]
 pub struct Snapshot {
+    directory: PathBuf,
     header: Header,
     saved: SavedConfig,
     config: MachineConfig,
@@ -107,6 +108,7 @@ impl Snapshot {
         config.validate()?;
         let warnings = warnings(&config, &saved);
         Ok(Self {
+            directory: directory.to_owned(),
             header: reader.header,
             saved,
             config,
@@ -115,6 +117,19 @@ impl Snapshot {
             chunks,
             warnings,
         })
+    }
+
+    /// Where it is.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The engine that [`crate::Machine::restore`] takes on `host`, and why.
+    ///
+    /// # Errors
+    /// [`crate::MachineError::Engine`] if the one that was asked for cannot go on from this snapshot.
+    pub fn choose_engine(&self, host: &Host) -> Result<Choice, MachineError> {
+        Ok(engines::take_saved(&self.config, host)?.0)
     }
 
     /// The header.
