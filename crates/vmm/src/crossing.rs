@@ -466,10 +466,12 @@ fn computation_survives_a_snapshot_that_another_engine_restores() {
             let said = Arc::default();
             let machine = Machine::restore(&snapshot, hooks(&said)).unwrap();
             assert_eq!(machine.engine().kind, to);
-            assert_eq!(
-                last_words(&machine, &said),
-                expected,
-                "from {from} to {to}, move {moved}, seed {seed}"
+            let words = last_words(&machine, &said);
+            // Some of them may have been said before.
+            assert!(
+                words.last().is_some_and(|word| word == "chain: done")
+                    && expected.ends_with(&words),
+                "from {from} to {to}, move {moved}, seed {seed}: {words:?} and not {expected:?}"
             );
             std::fs::remove_dir_all(&path).unwrap();
             moved += 1;
