@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -53,6 +54,11 @@ impl Running {
         kill_process(self.pid(), signal).unwrap();
     }
 
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_some()
+    }
+
     pub(crate) fn pid(&self) -> Pid {
         Pid::from_child(&self.0)
     }
@@ -70,11 +76,19 @@ impl Running {
     }
 }
 
+/// Where the control sockets of machines are that no test asks for.
+fn runtime_directory() -> &'static Path {
+    let directory = Path::new(concat!(env!("CARGO_TARGET_TMPDIR"), "/runtime"));
+    std::fs::create_dir_all(directory).unwrap();
+    directory
+}
+
 /// `trapgate` with these arguments and no terminal.
 pub(crate) fn trapgate<S: AsRef<OsStr>>(arguments: &[S]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_trapgate"));
     command
         .args(arguments)
+        .env("XDG_RUNTIME_DIR", runtime_directory())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
@@ -159,6 +173,12 @@ impl Lines {
         }
     }
 
+    /// All that comes from now on, to the end.
+    pub(crate) fn rest(&mut self) -> String {
+        let rest = self.pieces.iter().flatten().collect::<Vec<u8>>();
+        String::from_utf8_lossy(&rest).into_owned()
+    }
+
     /// Waits until `text` comes, after what was waited for before; gives what came before it.
     pub(crate) fn expect(&mut self, text: &str) -> String {
         let deadline = Instant::now() + LIMIT;
@@ -210,6 +230,11 @@ pub(crate) struct OnTerminal {
 
 impl OnTerminal {
     pub(crate) fn start<S: AsRef<OsStr>>(arguments: &[S]) -> Self {
+        Self::start_in(runtime_directory(), arguments)
+    }
+
+    /// With control sockets in another directory.
+    pub(crate) fn start_in<S: AsRef<OsStr>>(runtime: &Path, arguments: &[S]) -> Self {
         let controller =
             openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&controller).unwrap();
@@ -234,6 +259,7 @@ impl OnTerminal {
             .arg(env!("CARGO_BIN_EXE_trapgate"))
             .args(arguments)
             .env("TERM", "xterm")
+            .env("XDG_RUNTIME_DIR", runtime)
             .stdin(terminal.try_clone().unwrap())
             .stdout(terminal.try_clone().unwrap())
             .stderr(terminal.try_clone().unwrap());

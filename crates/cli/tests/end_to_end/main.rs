@@ -10,5 +10,7 @@ mod disks;
 mod doctor;
 mod harness;
 mod linux_command;
+mod linux_machines;
 mod linux_terminal;
+mod machines;
 mod terminal;
