@@ -7,7 +7,8 @@ use trapgate_engine::{Exit, Signal, Signals, StateError, Vcpu, World};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::{Activity, CpuState};
 
-use crate::{Choice, Content, Hooks, Machine, MachineConfig};
+use crate::engines::Constructor;
+use crate::{Choice, Content, Hooks, Machine, MachineConfig, Snapshot};
 
 /// What a scripted guest sees of its processor, and does.
 pub(crate) struct Guest {
@@ -108,15 +109,28 @@ pub(crate) fn machine(
         ..MachineConfig::default()
     };
     change(&mut config);
+    Machine::start_on(config, hooks, choice(), &scripted(scripts)).unwrap()
+}
+
+/// A machine that goes on from a snapshot, with a script for each processor.
+pub(crate) fn restored(snapshot: &Snapshot, scripts: Vec<Script>) -> Machine {
+    Machine::restore_on(snapshot, Hooks::default(), choice(), &scripted(scripts)).unwrap()
+}
+
+fn choice() -> Choice {
+    Choice {
+        kind: EngineKind::Interp,
+        reason: "a test".to_owned(),
+    }
+}
+
+/// Makes a processor for each script.
+fn scripted(scripts: Vec<Script>) -> Box<Constructor> {
     let scripts: Vec<_> = scripts
         .into_iter()
         .map(|script| std::sync::Mutex::new(Some(script)))
         .collect();
-    let choice = Choice {
-        kind: EngineKind::Interp,
-        reason: "a test".to_owned(),
-    };
-    Machine::start_on(config, hooks, choice, &move |memory, world, _, index, _| {
+    Box::new(move |memory, world, _, index, _| {
         let script = scripts[index as usize].lock().unwrap().take().unwrap();
         Ok(Box::new(Scripted {
             guest: Guest {
@@ -129,5 +143,4 @@ pub(crate) fn machine(
             script,
         }))
     })
-    .unwrap()
 }

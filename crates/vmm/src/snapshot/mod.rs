@@ -44,6 +44,9 @@ mod restore;
 mod save;
 mod state;
 
+#[cfg(test)]
+mod tests;
+
 pub use error::SnapshotError;
 pub use header::{FORMAT_VERSION, Header, Part, Profile};
 pub(crate) use parts::SavedFile;
