@@ -138,6 +138,8 @@ impl Tlb {
 pub(crate) struct Targets {
     pub(crate) linear: [u64; TARGETS],
     pub(crate) host: [u64; TARGETS],
+    /// The mapping that must be in force; only Rust code looks at it.
+    pub(crate) mapping: [u32; TARGETS],
 }
 
 /// A linear address that is no jump target.
@@ -310,13 +312,20 @@ impl Addresses {
         self.cpu(offset_of!(Cpu, interrupt_waits))
     }
 
-    pub(crate) fn segment_base(self, segment: usize) -> u32 {
+    fn segment(self, segment: usize) -> u32 {
         self.cpu(
             offset_of!(Cpu, sys)
                 + offset_of!(SystemState, segments)
-                + segment * size_of::<Segment>()
-                + offset_of!(Segment, base),
+                + segment * size_of::<Segment>(),
         )
+    }
+
+    pub(crate) fn segment_base(self, segment: usize) -> u32 {
+        self.segment(segment) + offset_of!(Segment, base) as u32
+    }
+
+    pub(crate) fn selector(self, segment: usize) -> u32 {
+        self.segment(segment) + offset_of!(Segment, selector) as u32
     }
 
     pub(crate) fn kernel_gs_base(self) -> u32 {

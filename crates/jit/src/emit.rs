@@ -203,6 +203,27 @@ impl Asm {
         self.memory(false, &[0x8b], to.0, from);
     }
 
+    /// `movzx r32, byte [m]`
+    pub(crate) fn load8(&mut self, to: Reg, from: Mem) {
+        self.memory(false, &[0x0f, 0xb6], to.0, from);
+    }
+
+    /// `movzx r32, word [m]`
+    pub(crate) fn load16(&mut self, to: Reg, from: Mem) {
+        self.memory(false, &[0x0f, 0xb7], to.0, from);
+    }
+
+    /// `mov byte [m], r8`; the register is one of the first four.
+    pub(crate) fn store8(&mut self, to: Mem, from: Reg) {
+        debug_assert!(from.0 < 4);
+        self.memory(false, &[0x88], from.0, to);
+    }
+
+    /// `movsxd r64, r32`
+    pub(crate) fn sign_extend32(&mut self, to: Reg, from: Reg) {
+        self.registers(true, &[0x63], to.0, from.0);
+    }
+
     /// `mov [m], r64`
     pub(crate) fn store(&mut self, to: Mem, from: Reg) {
         self.memory(true, &[0x89], from.0, to);
@@ -233,6 +254,23 @@ impl Asm {
     /// `op r64, [m]`
     pub(crate) fn alu_load(&mut self, op: Alu, to: Reg, from: Mem) {
         self.memory(true, &[(op as u8) << 3 | 3], to.0, from);
+    }
+
+    /// `op qword [m], r64`
+    pub(crate) fn alu_store(&mut self, op: Alu, to: Mem, from: Reg) {
+        self.memory(true, &[(op as u8) << 3 | 1], from.0, to);
+    }
+
+    /// `test r32, imm32`
+    pub(crate) fn test_imm32(&mut self, register: Reg, value: u32) {
+        self.registers(false, &[0xf7], 0, register.0);
+        self.imm32(value as i32);
+    }
+
+    /// `shl r32, imm8`
+    pub(crate) fn shl32(&mut self, register: Reg, count: u8) {
+        self.registers(false, &[0xc1], 4, register.0);
+        self.bytes.push(count);
     }
 
     /// `op r, r`

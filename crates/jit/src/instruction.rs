@@ -38,6 +38,17 @@ pub(crate) enum Kind {
     JumpIndirect,
     CallIndirect,
     Return(u16),
+    PushFlags,
+    PopFlags,
+    /// STI, else CLI.
+    Interrupts(bool),
+    /// STAC, else CLAC.
+    Access(bool),
+    SwapGs,
+    /// MOV of a segment's selector to a register.
+    Selector(usize),
+    /// BT and its like of memory with an offset in a register.
+    BitOfMemory(Plan),
     /// The interpreter runs it; then on with the next.
     Operate,
     /// The interpreter runs it, and what comes then is looked up.
@@ -151,10 +162,26 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         Code::Div_rm64 => return divide(false, true),
         Code::Idiv_rm32 => return divide(true, false),
         Code::Idiv_rm64 => return divide(true, true),
+        Code::Pushfq => return Kind::PushFlags,
+        Code::Popfq => return Kind::PopFlags,
+        Code::Cli if !mode.is_user() => return Kind::Interrupts(false),
+        Code::Sti if !mode.is_user() => return Kind::Interrupts(true),
+        Code::Stac if mode.has_smap() => return Kind::Access(true),
+        Code::Clac if mode.has_smap() => return Kind::Access(false),
+        Code::Swapgs if !mode.is_user() => return Kind::SwapGs,
+        Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg
+            if instruction.op0_kind() == OpKind::Register =>
+        {
+            return Kind::Selector(instruction.op1_register().number());
+        }
         _ => {}
     }
     if let Some(plan) = plan(instruction, mode) {
-        return Kind::Same(plan);
+        return if plan.harmless.bit_offset {
+            Kind::BitOfMemory(plan)
+        } else {
+            Kind::Same(plan)
+        };
     }
     if ends_unit(instruction) {
         Kind::OperateLast
@@ -234,7 +261,7 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
         Class::X87 | Class::Mmx => false,
     };
     if !allowed
-        || harmless.bit_offset
+        || (harmless.bit_offset && instruction.memory_size().size() < 4)
         || harmless.masked
         || (harmless.simd_float && !mode.masks_float())
         || matches!(
@@ -328,6 +355,10 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
             plan.detour = true;
             return Some(plan);
         }
+    }
+    if harmless.bit_offset {
+        // It needs nothing but its own way.
+        return Some(plan);
     }
     let mut free = [
         (!plan.counts && !plan.indexes && !(plan.high && memory)).then_some(SPARE),

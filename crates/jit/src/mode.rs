@@ -19,8 +19,10 @@ impl Mode {
     const AVX: u8 = 1 << 3;
     /// All SIMD floating-point exceptions are masked.
     const MASKED: u8 = 1 << 4;
+    /// CPL 0 with CR4.SMAP: EFLAGS.AC decides about user pages.
+    const SMAP: u8 = 1 << 5;
     /// Bits used.
-    pub(crate) const BITS: u32 = 5;
+    pub(crate) const BITS: u32 = 6;
 
     /// The processor's; `None` if code can't be translated in it.
     pub(crate) fn of(cpu: &Cpu) -> Option<Self> {
@@ -33,6 +35,9 @@ impl Mode {
             _ => 0,
         };
         let sys = &cpu.sys;
+        if cpu.cpl == 0 && sys.cr4 & cr4::SMAP != 0 {
+            mode |= Self::SMAP;
+        }
         if sys.cr0 & (cr0::EM | cr0::TS) == 0 && sys.cr4 & cr4::OSFXSR != 0 {
             mode |= Self::SSE;
         }
@@ -53,6 +58,10 @@ impl Mode {
         self.0 & Self::USER != 0
     }
 
+    pub(crate) fn has_smap(self) -> bool {
+        self.0 & Self::SMAP != 0
+    }
+
     pub(crate) fn has_sse(self) -> bool {
         self.0 & Self::SSE != 0
     }
@@ -63,6 +72,15 @@ impl Mode {
 
     pub(crate) fn masks_float(self) -> bool {
         self.0 & Self::MASKED != 0
+    }
+
+    /// The mode after STAC (`set`) or CLAC.
+    pub(crate) fn with_access(self, set: bool) -> Self {
+        if set || self.0 & Self::SMAP == 0 {
+            Self(self.0 | Self::USER_PAGES)
+        } else {
+            Self(self.0 & !Self::USER_PAGES)
+        }
     }
 
     /// The view of its data accesses, as the number of a table of translations.

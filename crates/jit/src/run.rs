@@ -13,7 +13,7 @@ use trapgate_interp::{Access, Interpreter};
 use trapgate_memory::{GuestMemory, HostAddress, PAGE_SIZE};
 use trapgate_x86::paging::is_canonical;
 use trapgate_x86::profile::Level;
-use trapgate_x86::registers::gpr;
+use trapgate_x86::registers::{gpr, rflags};
 use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
 
 use crate::code_memory::CodeMemory;
@@ -119,7 +119,7 @@ pub struct Statistics {
     pub flushes: u64,
     /// Instructions that the interpreter did for host code, by kind: those always left to it, and those
     /// whose access was slow.
-    pub by_mnemonic: std::collections::HashMap<(iced_x86::Mnemonic, bool), u64>,
+    pub by_mnemonic: std::collections::HashMap<(iced_x86::Code, bool), u64>,
 }
 
 /// What only Rust code uses of a vCPU.
@@ -148,6 +148,8 @@ pub(crate) struct Inner {
     exact: bool,
     /// The tables may hold pages of the upper half that are not global.
     local_high: bool,
+    /// EFLAGS.AC as the processor's derived state has it.
+    access: bool,
     page: Box<[u8; 4096]>,
     pub(crate) statistics: Statistics,
 }
@@ -277,6 +279,7 @@ impl Translating {
                     ended: Ended::Look,
                     exact: std::env::var_os("JIT_EXACT").is_some(),
                     local_high: false,
+                    access: false,
                     page: Box::new([0; 4096]),
                     statistics: Statistics::default(),
                 });
@@ -388,6 +391,7 @@ impl Translating {
         context.rust.statistics.entries += 1;
         let reason = self.enter();
         let context = self.whole();
+        context.settle();
         context.interp.cpu.end_block = false;
         if reason == exit::STOP {
             return match context.rust.ended {
@@ -418,7 +422,8 @@ fn unmatched() -> u64 {
 
 /// The arithmetic flags as LAHF and SETO leave them in AX.
 fn to_ax(flags: u64) -> u32 {
-    ((flags & 0xd5) << 8 | (flags >> 11 & 1)) as u32
+    // LAHF gives bit 1 as set, and PUSHFQ wants it so.
+    ((flags & 0xd5 | 2) << 8 | (flags >> 11 & 1)) as u32
 }
 
 fn from_ax(ax: u32) -> u64 {
@@ -433,6 +438,15 @@ impl Context {
         }
     }
 
+    /// Host code changes EFLAGS.AC without working out what follows from it.
+    fn settle(&mut self) {
+        let cpu = &mut self.interp.cpu;
+        if (cpu.system_flags & rflags::AC != 0) != self.rust.access {
+            self.rust.access = cpu.system_flags & rflags::AC != 0;
+            cpu.update_mode();
+        }
+    }
+
     /// The flags that host code left in memory to the processor.
     fn take_flags(&mut self) {
         self.interp.cpu.flags.put(from_ax(self.flags));
@@ -443,6 +457,7 @@ impl Context {
     /// An access missed the inline TLB.
     fn miss(&mut self) -> u64 {
         let site = self.rust.sites[self.site as usize];
+        self.settle();
         let cpu = &mut self.interp.cpu;
         let (linear, size) = (self.linear, u64::from(site.size));
         if (linear & 0xfff) + size > PAGE_SIZE {
@@ -483,7 +498,7 @@ impl Context {
 
     fn slow_access(&mut self, site: Site) -> u64 {
         self.rust.statistics.slow_accesses += 1;
-        *self.rust.statistics.by_mnemonic.entry((site.code.mnemonic(), true)).or_default() += 1;
+        *self.rust.statistics.by_mnemonic.entry((site.code, true)).or_default() += 1;
         self.run_site(site)
     }
 
@@ -491,12 +506,13 @@ impl Context {
     fn operate(&mut self) -> u64 {
         self.rust.statistics.operations += 1;
         let site = self.rust.sites[self.site as usize];
-        *self.rust.statistics.by_mnemonic.entry((site.code.mnemonic(), false)).or_default() += 1;
+        *self.rust.statistics.by_mnemonic.entry((site.code, false)).or_default() += 1;
         self.run_site(site)
     }
 
     fn run_site(&mut self, site: Site) -> u64 {
         self.take_flags();
+        self.settle();
         let cpu = &mut self.interp.cpu;
         cpu.rip = site.rip;
         cpu.end_block = false;
@@ -538,10 +554,63 @@ impl Context {
         }
         if !go_on || !same_space {
             self.rust.ended = Ended::Look;
+            if let Some(target) = self.elsewhere() {
+                self.flags = to_ax(self.interp.cpu.flags.get());
+                return target;
+            }
             return answer::LEAVE;
         }
         self.flags = to_ax(self.interp.cpu.flags.get());
         site.next
+    }
+
+    /// After an instruction that went elsewhere: host code for RIP, if that is at hand and nothing else is to be
+    /// done before.
+    fn elsewhere(&mut self) -> Option<u64> {
+        let cpu = &self.interp.cpu;
+        if cpu.attention
+            || cpu.signals.any()
+            || cpu.has_stale_code()
+            || self.interp.has_dropped()
+            || cpu.sys.activity != Activity::Running
+        {
+            return None;
+        }
+        self.rust.access = cpu.system_flags & rflags::AC != 0;
+        let mode = Mode::of(cpu)?;
+        self.known_target(cpu.rip, mode)
+    }
+
+    /// Host code for a linear address, if it is in the table of jump targets.
+    fn known_target(&mut self, rip: u64, mode: Mode) -> Option<u64> {
+        let class = class(mode);
+        let slot = rip as usize % TARGETS;
+        let targets = &self.targets[class];
+        if targets.linear[slot] != rip || self.rust.target_modes[class] != Some(mode) {
+            return None;
+        }
+        let half = (rip >> 63) as usize;
+        let mapping = self.pages[half][(rip >> 12) as usize % PAGES];
+        // Else the code itself would find that its page may be another by now.
+        let in_force =
+            self.rust.page_users[half] == mode.is_user() && mapping == targets.mapping[slot];
+        in_force.then_some(targets.host[slot])
+    }
+
+    /// Remembers where a jump to a linear address leads.
+    fn know_target(&mut self, rip: u64, mode: Mode, block: u32) {
+        let class = class(mode);
+        if self.rust.target_modes[class] != Some(mode) {
+            self.rust.target_modes[class] = Some(mode);
+            self.targets[class].linear.fill(NO_TARGET);
+        }
+        let slot = rip as usize % TARGETS;
+        let Block {
+            checked, keys, ..
+        } = self.rust.blocks[block as usize];
+        self.targets[class].linear[slot] = rip;
+        self.targets[class].host[slot] = checked;
+        self.targets[class].mapping[slot] = mapping_of(keys[0]);
     }
 
     /// Lowers a site's instruction, which was not expected to need it.
@@ -608,9 +677,16 @@ impl Context {
         let Some(mode) = Mode::of(&self.interp.cpu) else {
             return Ok(None);
         };
+        self.rust.access = self.interp.cpu.system_flags & rflags::AC != 0;
         let rip = self.interp.cpu.rip;
-        let block = self.find(rip, mode, true)?;
-        Ok(block.map(|block| self.rust.blocks[block as usize].entry))
+        if let Some(target) = self.known_target(rip, mode) {
+            return Ok(Some(target));
+        }
+        let Some(block) = self.find(rip, mode, true)? else {
+            return Ok(None);
+        };
+        self.know_target(rip, mode, block);
+        Ok(Some(self.rust.blocks[block as usize].entry))
     }
 
     /// The block at a linear address.
@@ -769,14 +845,7 @@ impl Context {
         self.rust.statistics.indirect += 1;
         let mode = Mode::of(cpu)?;
         if let Ok(Some(block)) = self.find(rip, mode, true) {
-            let class = class(mode);
-            if self.rust.target_modes[class] != Some(mode) {
-                self.rust.target_modes[class] = Some(mode);
-                self.targets[class].linear.fill(NO_TARGET);
-            }
-            let slot = rip as usize % TARGETS;
-            self.targets[class].linear[slot] = rip;
-            self.targets[class].host[slot] = self.rust.blocks[block as usize].checked;
+            self.know_target(rip, mode, block);
         }
         None
     }
@@ -853,6 +922,11 @@ impl Context {
 fn key(mapping: u32, rip: u64, mode: Mode, memory: bool) -> u64 {
     let low = (rip & 0xfff) << (Mode::BITS + 1) | u64::from(mode.0) << 1 | u64::from(memory);
     u64::from(mapping) << (12 + Mode::BITS + 1) | low
+}
+
+/// The mapping of a block that is found by `key`.
+fn mapping_of(key: u64) -> u32 {
+    (key >> (12 + Mode::BITS + 1)) as u32
 }
 
 impl Vcpu for Translating {

@@ -8,7 +8,7 @@
 use iced_x86::{Code, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, OpKind, Register};
 use trapgate_interp::Interpreter;
 use trapgate_interp::op::Op;
-use trapgate_x86::registers::sreg;
+use trapgate_x86::registers::{rflags, sreg};
 
 use crate::context::{Addresses, TARGETS};
 use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDX, Reg, condition};
@@ -184,6 +184,7 @@ impl Translator {
                 host: !request.memory,
                 memory: request.memory,
             },
+            mode: request.mode,
             unit: &mut unit,
             asides: Vec::new(),
             interp,
@@ -200,6 +201,7 @@ impl Translator {
         let bytes = &request.page[offset..];
         let mut decoder = Decoder::with_ip(64, bytes, request.rip, DecoderOptions::NO_WBNOINVD);
         let mut instruction = Instruction::default();
+        let mut mode = request.mode;
         while decoder.can_decode() && self.guests.len() < MOST {
             let start = decoder.position();
             decoder.decode_out(&mut instruction);
@@ -216,7 +218,10 @@ impl Translator {
                 unit.length = start as u64 + 15.min(rest as u64);
                 break;
             }
-            let kind = classify(&instruction, request.mode);
+            let kind = classify(&instruction, mode);
+            if let Kind::Access(set) = kind {
+                mode = mode.with_access(set);
+            }
             self.push(instruction, kind);
             unit.length = decoder.position() as u64;
             let last = match kind {
@@ -244,6 +249,9 @@ impl Translator {
             Kind::Divide { .. } => (0, FLAGS, FLAGS),
             Kind::Nothing | Kind::Verbatim | Kind::Lea => (0, 0, 0),
             Kind::Count(..) => (0, 0, 0),
+            Kind::PushFlags => (FLAGS, 0, 0),
+            Kind::PopFlags => (0, FLAGS, FLAGS),
+            Kind::Interrupts(_) | Kind::Access(_) | Kind::SwapGs | Kind::Selector(_) => (0, 0, 0),
             _ => flag_use(&instruction),
         };
         self.guests.push(Guest {
@@ -344,6 +352,8 @@ struct Writer<'a> {
     stubs: Stubs,
     request: Request<'a>,
     flags: Where,
+    /// The mode at this point: STAC and CLAC change it.
+    mode: Mode,
     unit: &'a mut Unit,
     asides: Vec<Aside>,
     interp: &'a mut Interpreter,
@@ -537,7 +547,7 @@ impl Writer<'_> {
             write: false,
             stack: false,
             segment: sreg::DS as u8,
-            mode: self.request.mode,
+            mode: self.mode,
             code: guest.instruction.code(),
             popped: 0,
         }
@@ -551,7 +561,7 @@ impl Writer<'_> {
     /// [`ADDRESS`] from linear to host address, or else a call. The flags are lost, and [`SPARE`] but for
     /// accesses relative to RSP.
     fn translate(&mut self, guest: &Guest, size: usize, write: bool, stack: bool, segment: usize) {
-        let view = self.request.mode.view();
+        let view = self.mode.view();
         let site = Site {
             size: size as u8,
             write,
@@ -702,9 +712,169 @@ impl Writer<'_> {
                 self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, popped));
                 self.indirect(guest, popped);
             }
+            Kind::PushFlags => self.push_flags(guest),
+            Kind::PopFlags => self.pop_flags(guest),
+            Kind::Interrupts(enable) => self.interrupts(guest, enable),
+            Kind::Access(set) => self.access(guest, set),
+            Kind::SwapGs => {
+                let (base, kernel) = (
+                    Mem::low(self.at.segment_base(sreg::GS)),
+                    Mem::low(self.at.kernel_gs_base()),
+                );
+                self.asm.load(SPARE, base);
+                self.asm.load(ADDRESS, kernel);
+                self.asm.store(kernel, SPARE);
+                self.asm.store(base, ADDRESS);
+            }
+            Kind::Selector(segment) => {
+                // MOV of a selector to a register of 32 or 64 bits clears the upper bits.
+                let to = number(instruction.op0_register());
+                let selector = Mem::low(self.at.selector(segment));
+                match HOME[to] {
+                    Some(home) => self.asm.load16(home, selector),
+                    None => {
+                        self.asm.load16(SPARE, selector);
+                        self.asm.store(Mem::low(self.at.gpr(to)), SPARE);
+                    }
+                }
+            }
+            Kind::BitOfMemory(plan) => self.bit_of_memory(guest, &plan),
             Kind::Operate | Kind::OperateLast => return self.operate(guest),
         }
         true
+    }
+
+    /// PUSHFQ: RF and VM are pushed as zero, and are zero anyhow while host code runs.
+    fn push_flags(&mut self, guest: &Guest) {
+        self.give_up_flags(FLAGS);
+        self.stack_access(guest, true);
+        let flags = self.at.flags();
+        // What LAHF gives is the low byte of RFLAGS, bit 1 included.
+        self.asm.load8(SPARE, Mem::low(flags + 1));
+        self.asm
+            .alu_load(Alu::Or, SPARE, Mem::low(self.at.system_flags()));
+        self.asm.store(Mem::at(ADDRESS, 0), SPARE);
+        self.asm.load8(SPARE, Mem::low(flags));
+        self.asm.shl32(SPARE, 11);
+        self.asm.alu_store(Alu::Or, Mem::at(ADDRESS, 0), SPARE);
+        self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
+    }
+
+    /// POPFQ that changes nothing but arithmetic flags and, at CPL 0, IF.
+    fn pop_flags(&mut self, guest: &Guest) {
+        self.give_up_flags(guest.live_in);
+        self.stack_access(guest, false);
+        self.asm.load(SPARE, Mem::at(ADDRESS, 0));
+        self.asm.mov(ADDRESS, SPARE);
+        self.asm
+            .alu_load(Alu::Xor, ADDRESS, Mem::low(self.at.system_flags()));
+        let may = if self.mode.is_user() { 0 } else { rflags::IF };
+        let system = rflags::DEFINED & !rflags::ARITHMETIC;
+        self.asm.test_imm32(ADDRESS, (system & !may) as u32);
+        self.operate_if(guest, condition::NE);
+        if may != 0 {
+            // An interrupt that waits for IF comes by way of the run loop.
+            self.asm.test_imm32(SPARE, rflags::IF as u32);
+            let stays = self.asm.short_if(condition::E);
+            self.asm
+                .compare_byte(Mem::low(self.at.interrupt_waits()), 0);
+            self.operate_if(guest, condition::NE);
+            self.asm.land(stays);
+            self.asm.mov32(ADDRESS, SPARE);
+            self.asm
+                .alu_imm(false, Alu::And, ADDRESS, system as i32);
+            self.asm.store(Mem::low(self.at.system_flags()), ADDRESS);
+        }
+        let flags = self.at.flags();
+        self.asm.store8(Mem::low(flags + 1), SPARE);
+        self.asm.shr32(SPARE, 11);
+        self.asm.alu_imm(false, Alu::And, SPARE, 1);
+        self.asm.store8(Mem::low(flags), SPARE);
+        self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, 8));
+        self.flags = Where {
+            host: false,
+            memory: true,
+        };
+    }
+
+    /// CLI and STI at CPL 0. The instruction that STI holds interrupts off for is not heeded: none waits, and
+    /// one that comes now might have come later.
+    fn interrupts(&mut self, guest: &Guest, enable: bool) {
+        self.give_up_flags(guest.live_in);
+        let flags = Mem::low(self.at.system_flags());
+        if enable {
+            self.asm
+                .compare_byte(Mem::low(self.at.interrupt_waits()), 0);
+            self.operate_if(guest, condition::NE);
+            self.asm.alu_memory_imm32(Alu::Or, flags, rflags::IF as i32);
+        } else {
+            self.asm
+                .alu_memory_imm32(Alu::And, flags, !(rflags::IF as i32));
+        }
+    }
+
+    /// STAC and CLAC at CPL 0.
+    fn access(&mut self, guest: &Guest, set: bool) {
+        self.give_up_flags(guest.live_in);
+        let flags = Mem::low(self.at.system_flags());
+        if set {
+            self.asm.alu_memory_imm32(Alu::Or, flags, rflags::AC as i32);
+        } else {
+            self.asm
+                .alu_memory_imm32(Alu::And, flags, !(rflags::AC as i32));
+        }
+        self.mode = self.mode.with_access(set);
+    }
+
+    /// BT, BTS, BTR and BTC of memory with an offset in a register, whose upper bits move the address.
+    fn bit_of_memory(&mut self, guest: &Guest, plan: &Plan) {
+        let mut instruction = guest.instruction;
+        instruction.set_code(plan.harmless.code);
+        let size = instruction.memory_size().size();
+        let register = instruction.op1_register();
+        self.give_up_flags(guest.live_in);
+        self.linear_address(&guest.instruction);
+        let offset = self.fetch(number(register), SPARE);
+        // The offset is signed; its lowest bits choose in the operand.
+        if size == 8 {
+            if offset != SPARE {
+                self.asm.mov(SPARE, offset);
+            }
+            self.asm.sar(true, SPARE, 6);
+        } else {
+            self.asm.sign_extend32(SPARE, offset);
+            self.asm.sar(true, SPARE, 5);
+        }
+        let moved = Mem {
+            base: Some(ADDRESS),
+            index: Some((SPARE, size.trailing_zeros() as u8)),
+            displacement: 0,
+        };
+        self.asm.lea(true, ADDRESS, moved);
+        if plan.harmless.locked {
+            self.asm.test_byte(ADDRESS, size as u8 - 1);
+            self.operate_if(guest, condition::NE);
+        }
+        self.translate(guest, size, plan.writes_memory, false, sreg::DS);
+        let offset = self.fetch(number(register), SPARE);
+        if offset != SPARE {
+            self.asm.mov32(SPARE, offset);
+        }
+        self.asm
+            .alu_imm(false, Alu::And, SPARE, size as i32 * 8 - 1);
+        // The flags come by way of the spare register.
+        let stash = Mem::low(self.at.stash());
+        self.asm.store(stash, SPARE);
+        self.before(guest);
+        self.asm.load(SPARE, stash);
+        instruction.set_memory_base(named(ADDRESS, 8));
+        instruction.set_memory_index(Register::None);
+        instruction.set_memory_displacement64(0);
+        instruction.set_memory_displ_size(0);
+        instruction.set_segment_prefix(Register::None);
+        instruction.set_op_register(1, named(SPARE, register.size()));
+        self.encode(&instruction);
+        self.after(guest);
     }
 
     fn encode(&mut self, instruction: &Instruction) {
@@ -942,7 +1112,7 @@ impl Writer<'_> {
             ..self.site(guest)
         };
         let site = self.add_site(site);
-        let class = crate::run::class(self.request.mode);
+        let class = crate::run::class(self.mode);
         self.asm
             .alu_memory_imm32(Alu::Cmp, Mem::low(self.at.poll()), 0);
         self.asm.jump_if(condition::E, self.asm.here());
@@ -968,7 +1138,7 @@ impl Writer<'_> {
             patch: self.asm.here() - 4,
             stub: 0,
             target,
-            mode: self.request.mode,
+            mode: self.mode,
             memory,
             far: target & !0xfff != self.request.rip & !0xfff,
             linked: None,
