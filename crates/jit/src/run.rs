@@ -78,6 +78,8 @@ struct Block {
     incoming: Vec<u32>,
     /// Keys that it is found by.
     keys: [u64; 2],
+    /// The mapping of the next page, if it is an instruction that crosses to it.
+    second: Option<u32>,
     alive: bool,
 }
 
@@ -150,7 +152,7 @@ pub(crate) struct Inner {
     local_high: bool,
     /// EFLAGS.AC as the processor's derived state has it.
     access: bool,
-    page: Box<[u8; 4096]>,
+    page: Box<[u8; 4096 + 16]>,
     pub(crate) statistics: Statistics,
 }
 
@@ -280,7 +282,7 @@ impl Translating {
                     exact: std::env::var_os("JIT_EXACT").is_some(),
                     local_high: false,
                     access: false,
-                    page: Box::new([0; 4096]),
+                    page: Box::new([0; 4096 + 16]),
                     statistics: Statistics::default(),
                 });
             })
@@ -599,6 +601,10 @@ impl Context {
 
     /// Remembers where a jump to a linear address leads.
     fn know_target(&mut self, rip: u64, mode: Mode, block: u32) {
+        if self.rust.blocks[block as usize].second.is_some() {
+            // Both its pages must be looked at each time.
+            return;
+        }
         let class = class(mode);
         if self.rust.target_modes[class] != Some(mode) {
             self.rust.target_modes[class] = Some(mode);
@@ -706,10 +712,28 @@ impl Context {
         }
         self.pages[half][(rip >> 12) as usize % PAGES] = mapping;
         let key = key(mapping, rip, mode, memory);
-        if let Some(&block) = self.rust.found.get(&key) {
+        if let Some(&block) = self.rust.found.get(&key)
+            && self.second_in_force(rip, mode, block)?
+        {
             return Ok(Some(block));
         }
         Ok(self.translate(rip, mode, memory, host, mapping))
+    }
+
+    /// Whether the next page, if the block goes on there, is what it was; if not the block is dropped.
+    fn second_in_force(&mut self, rip: u64, mode: Mode, block: u32) -> Result<bool, Stop> {
+        let Some(second) = self.rust.blocks[block as usize].second else {
+            return Ok(true);
+        };
+        let next = (rip & !0xfff).wrapping_add(PAGE_SIZE);
+        if let Some(host) = self.interp.cpu.fetch(next)?
+            && self.mapping(next, host, mode)? == second
+        {
+            self.pages[(next >> 63) as usize][(next >> 12) as usize % PAGES] = second;
+            return Ok(true);
+        }
+        self.drop_block(block);
+        Ok(false)
     }
 
     fn mapping(&mut self, rip: u64, host: HostAddress, mode: Mode) -> Result<u32, Stop> {
@@ -740,17 +764,73 @@ impl Context {
             // The mapping's number is gone with the rest; next time.
             return None;
         }
+        self.translate_on(rip, mode, memory, host, mapping, None)
+            .or_else(|| self.translate_crossing(rip, mode, memory, host, mapping))
+    }
+
+    /// Translates an instruction that begins on one page and ends on the next.
+    fn translate_crossing(
+        &mut self,
+        rip: u64,
+        mode: Mode,
+        memory: bool,
+        host: HostAddress,
+        mapping: u32,
+    ) -> Option<u32> {
+        if rip & 0xfff <= 0xfff - 15 {
+            return None;
+        }
+        let next = (rip & !0xfff).wrapping_add(PAGE_SIZE);
+        // A fault of the second page's fetch is the interpreter's to find.
+        if !is_canonical(next) || next == 0 {
+            return None;
+        }
+        let second_host = self.interp.cpu.fetch(next).ok()??;
+        let second = self.mapping(next, second_host, mode).ok()?;
+        let gpa = self.rust.mapped[second as usize - 1].gpa;
+        self.interp.cpu.watch_code(gpa, 15);
+        self.pages[(next >> 63) as usize][(next >> 12) as usize % PAGES] = second;
+        let block = self.translate_on(
+            rip,
+            mode,
+            memory,
+            host,
+            mapping,
+            Some((second, second_host)),
+        )?;
+        let on_page = self.rust.on_page.entry(gpa >> 12).or_default();
+        on_page.push(block);
+        Some(block)
+    }
+
+    fn translate_on(
+        &mut self,
+        rip: u64,
+        mode: Mode,
+        memory: bool,
+        host: HostAddress,
+        mapping: u32,
+        second: Option<(u32, HostAddress)>,
+    ) -> Option<u32> {
         let gpa = self.rust.mapped[mapping as usize - 1].gpa;
         // Mark first, then read: a write in between is then seen.
         self.interp.cpu.watch_code(gpa + (rip & 0xfff), 1);
         let rust = &mut self.rust;
-        host.read(&mut rust.page[..]);
+        host.read(&mut rust.page[..PAGE_SIZE as usize]);
+        let bytes = match second {
+            None => PAGE_SIZE as usize,
+            Some((_, second)) => {
+                second.read(&mut rust.page[PAGE_SIZE as usize..]);
+                rust.page.len()
+            }
+        };
         let request = Request {
             rip,
             mode,
             memory,
-            page: &rust.page[..],
+            page: &rust.page[..bytes],
             mapping,
+            second: second.map(|(mapping, _)| mapping),
             first_site: rust.sites.len() as u32,
             first_exit: rust.exits.len() as u32,
             exact: rust.exact,
@@ -784,11 +864,13 @@ impl Context {
             entry: unit.entry,
             incoming: Vec::new(),
             keys: [this, other],
+            second: second.map(|(mapping, _)| mapping),
             alive: true,
         });
         rust.on_page.entry(gpa >> 12).or_default().push(number);
         let cpu = &mut self.interp.cpu;
-        cpu.watch_code(gpa + (rip & 0xfff), unit.length);
+        let first = unit.length.min(PAGE_SIZE - (rip & 0xfff));
+        cpu.watch_code(gpa + (rip & 0xfff), first);
         for (start, end) in unit.seen {
             cpu.watch_code(gpa + u64::from(start), u64::from(end - start));
         }

@@ -71,10 +71,12 @@ pub(crate) struct Request<'a> {
     pub(crate) mode: Mode,
     /// The flags are in memory at the start, else in the host's.
     pub(crate) memory: bool,
-    /// The bytes of the page that holds `rip`.
+    /// The bytes of the page that holds `rip`; and if its first instruction crosses the end, of the next.
     pub(crate) page: &'a [u8],
     /// Number of the mapping that must be in force.
     pub(crate) mapping: u32,
+    /// As `mapping`, of the next page, if the first instruction crosses to it. Then it is the only one.
+    pub(crate) second: Option<u32>,
     /// Numbers of the first site and exit.
     pub(crate) first_site: u32,
     pub(crate) first_exit: u32,
@@ -202,7 +204,8 @@ impl Translator {
         let mut decoder = Decoder::with_ip(64, bytes, request.rip, DecoderOptions::NO_WBNOINVD);
         let mut instruction = Instruction::default();
         let mut mode = request.mode;
-        while decoder.can_decode() && self.guests.len() < MOST {
+        let most = if request.second.is_some() { 1 } else { MOST };
+        while decoder.can_decode() && self.guests.len() < most {
             let start = decoder.position();
             decoder.decode_out(&mut instruction);
             if instruction.is_invalid() {
@@ -309,7 +312,7 @@ fn look_ahead(request: &Request<'_>, unit: &mut Unit, target: u64, depth: u32) -
     let mut at = target;
     let mut instruction = Instruction::default();
     for _ in 0..AHEAD {
-        if at & !0xfff != page || open == 0 {
+        if at & !0xfff != page || open == 0 || request.second.is_some() {
             break;
         }
         let offset = (at & 0xfff) as usize;
@@ -363,8 +366,13 @@ struct Writer<'a> {
 impl Writer<'_> {
     /// Writes it all. `false` if an op could not be had.
     fn write(&mut self, guests: &[Guest]) -> bool {
-        self.check_mapping();
+        let (rip, mapping) = (self.request.rip, self.request.mapping);
+        self.unit.checked = self.asm.here();
+        self.check_mapping(rip, mapping);
         self.unit.entry = self.asm.here();
+        if let Some(second) = self.request.second {
+            self.check_mapping((rip & !0xfff).wrapping_add(0x1000), second);
+        }
         for guest in guests {
             let first = self.unit.sites.len();
             if !self.guest(guest) {
@@ -396,11 +404,10 @@ impl Writer<'_> {
         true
     }
 
-    /// Jumps from other pages come here: the page must still be mapped where this was translated from.
-    fn check_mapping(&mut self) {
-        self.unit.checked = self.asm.here();
-        let slot = Mem::low(self.at.page(self.request.rip));
-        let mapping = self.request.mapping as i32;
+    /// A page must still be mapped where this was translated from.
+    fn check_mapping(&mut self, linear: u64, mapping: u32) {
+        let slot = Mem::low(self.at.page(linear));
+        let mapping = mapping as i32;
         let target = self.request.rip;
         let memory = self.request.memory;
         let jump = if self.unit.any_flags || memory {
