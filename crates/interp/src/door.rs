@@ -9,7 +9,7 @@ use crate::block::Dropped;
 use crate::cpu::{Cpu, Stop};
 use crate::decode::decode;
 use crate::op::Op;
-use crate::tlb::{Access, Changes, View};
+use crate::tlb::{Access, Changes, Layout, View};
 
 /// Where a data access leads.
 #[derive(Clone, Copy, Debug)]
@@ -20,8 +20,6 @@ pub struct Target {
     pub read: bool,
     /// It may be written without asking again: it is dirty, and nobody traces it.
     pub write: bool,
-    /// The page is in every address space.
-    pub global: bool,
 }
 
 impl Interpreter {
@@ -89,6 +87,22 @@ impl Cpu {
         &mut self.tlb.changes
     }
 
+    /// Whether there may be cached translations of the upper half of the address space that are of the current
+    /// address space only.
+    pub fn has_local_high(&self) -> bool {
+        self.tlb.has_local_high()
+    }
+
+    /// The current address space's tag: while it is the same, what was cached for it is right.
+    pub fn space(&self) -> u64 {
+        self.tlb.space()
+    }
+
+    /// Where host code finds cached translations.
+    pub fn translations(&self) -> Layout {
+        self.tlb.layout()
+    }
+
     /// With whose rights explicit accesses are made now.
     pub fn view(&self) -> View {
         self.view
@@ -141,7 +155,6 @@ impl Cpu {
             page: host.page_start(),
             read: self.tlb.find(view, Access::Read, linear, 1).is_some(),
             write: self.tlb.find(view, Access::Write, linear, 1).is_some(),
-            global: self.tlb.is_global(view, linear),
         }))
     }
 

@@ -53,7 +53,7 @@ pub use crate::block::Dropped;
 use crate::block::Blocks;
 use crate::cpu::Cpu;
 pub use crate::door::Target;
-pub use crate::tlb::{Access, Changes, View};
+pub use crate::tlb::{Access, Changes, Layout, View};
 
 /// A vCPU that interprets.
 pub struct Interpreter {

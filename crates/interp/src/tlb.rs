@@ -5,6 +5,8 @@
 //! write tag is there only while the page is dirty in the guest's tables and has no trace flags.
 #![allow(unsafe_code)]
 
+use std::mem::offset_of;
+
 use trapgate_memory::HostAddress;
 
 /// With whose rights memory is accessed.
@@ -46,6 +48,7 @@ const LAST_SPACE: u64 = 0xffe;
 
 /// A cached translation of one page.
 #[derive(Clone, Copy, Debug)]
+#[repr(C)]
 struct Entry {
     read: u64,
     write: u64,
@@ -89,12 +92,33 @@ impl Changes {
     }
 }
 
+/// Where cached translations lie in this process: for host code that looks them up itself. An entry is good for a
+/// linear address if its tag is the page number with [`Layout::space`]'s value in the upper bits; its addend makes
+/// the address a host address.
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    /// Address of the first view's first entry.
+    pub entries: u64,
+    /// Address of the current address space's tag.
+    pub space: u64,
+    /// Entries of each view, a power of two; the index is the page number's lowest bits.
+    pub per_view: u64,
+    /// Bytes of an entry.
+    pub entry_bytes: u64,
+    /// Offset of the tag for loads in an entry.
+    pub read: i32,
+    /// Offset of the tag for stores.
+    pub write: i32,
+    /// Offset of the addend.
+    pub addend: i32,
+}
+
 /// The four tables and the address-space tags.
 #[derive(Debug)]
 pub(crate) struct Tlb {
     entries: Box<[Entry; ENTRIES * VIEWS]>,
-    /// Whether an entry's page is global.
-    globals: Box<[bool; ENTRIES * VIEWS]>,
+    /// There may be entries of the upper half of the address space that are not global.
+    local_high: bool,
     pub(crate) changes: Changes,
     /// Start of the current view's table.
     table: usize,
@@ -114,10 +138,7 @@ impl Tlb {
                 .into_boxed_slice()
                 .try_into()
                 .unwrap_or_else(|_| unreachable!("the vector has that length")),
-            globals: vec![false; ENTRIES * VIEWS]
-                .into_boxed_slice()
-                .try_into()
-                .unwrap_or_else(|_| unreachable!("the vector has that length")),
+            local_high: false,
             changes: Changes::default(),
             table: 0,
             space: 1 << SPACE_SHIFT,
@@ -135,9 +156,28 @@ impl Tlb {
         self.changes.wanted = true;
     }
 
-    /// Whether the cached translation of a linear address, if there is one, is of a global page.
-    pub(crate) fn is_global(&self, view: View, linear: u64) -> bool {
-        self.globals[Self::slot(view as usize * ENTRIES, linear)]
+    /// Whether there may be cached translations of the upper half of the address space that are of the current
+    /// address space only.
+    pub(crate) fn has_local_high(&self) -> bool {
+        self.local_high
+    }
+
+    /// The current address space's tag.
+    pub(crate) fn space(&self) -> u64 {
+        self.space
+    }
+
+    /// Where host code finds cached translations.
+    pub(crate) fn layout(&self) -> Layout {
+        Layout {
+            entries: self.entries.as_ptr() as u64,
+            space: &raw const self.space as u64,
+            per_view: ENTRIES as u64,
+            entry_bytes: size_of::<Entry>() as u64,
+            read: offset_of!(Entry, read) as i32,
+            write: offset_of!(Entry, write) as i32,
+            addend: offset_of!(Entry, addend) as i32,
+        }
     }
 
     #[inline(always)]
@@ -200,7 +240,7 @@ impl Tlb {
         let tag = self.tag(linear);
         let given = |right: bool| if right { tag } else { NEVER };
         let slot = Self::slot(view as usize * ENTRIES, linear);
-        self.globals[slot] = rights.global;
+        self.local_high |= !rights.global && linear >> 63 != 0;
         self.entries[slot] = Entry {
             read: given(rights.read),
             write: given(rights.write),
@@ -237,6 +277,7 @@ impl Tlb {
     pub(crate) fn flush_all(&mut self) {
         self.changes.any = true;
         self.changes.all = true;
+        self.local_high = false;
         self.spaces.fill(0);
         self.large = [(u64::MAX, 0); 2];
         self.space = self.new_space() << SPACE_SHIFT;
@@ -273,6 +314,9 @@ impl Tlb {
             self.entries.fill(EMPTY);
             self.spaces.fill(0);
             self.next_space = 1;
+            // Tags mean something else from here on.
+            self.changes.any = true;
+            self.changes.all = true;
         }
         self.next_space += 1;
         self.next_space - 1

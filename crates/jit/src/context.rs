@@ -13,6 +13,8 @@ use trapgate_x86::SystemState;
 
 /// Entries of each view's table of translations.
 pub(crate) const TLB: usize = 512;
+/// Entries that each view uses: the second is for the few accesses of a kernel to user memory.
+pub(crate) const TLB_ENTRIES: [usize; VIEWS] = [TLB, 128, TLB];
 /// Views with a table: those of [`trapgate_interp::View`] but the last.
 pub(crate) const VIEWS: usize = 3;
 /// Slots for code pages, for each half of the address space.
@@ -24,6 +26,11 @@ pub(crate) const CLASSES: usize = 3;
 
 /// A page of linear addresses that no access can hit: not canonical. Its index in the tables is 0.
 const NEVER: u64 = 0x8000_0000_0000_0000;
+
+/// A page that no access with a page's index can hit: it has another index.
+fn other_page(page: u64) -> u64 {
+    page ^ 0x1000
+}
 
 /// Cached translations, as three arrays. An access of `n` bytes at `a` hits if
 /// `a - page[index(a)] <= 4096 - n`, unsigned, where the index is of the first byte: so one that crosses the
@@ -41,6 +48,7 @@ pub(crate) struct Tlb {
 }
 
 /// See [`Tlb::stack`].
+#[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct StackPage {
     pub(crate) read: u64,
@@ -49,8 +57,18 @@ pub(crate) struct StackPage {
 }
 
 impl Tlb {
-    fn index(linear: u64) -> usize {
-        (linear >> 12) as usize % TLB
+    /// Zeros, to be filled in.
+    pub(crate) fn zero() -> Self {
+        Self {
+            read: [0; TLB],
+            write: [0; TLB],
+            host: [0; TLB],
+            stack: StackPage {
+                read: 0,
+                write: 0,
+                host: 0,
+            },
+        }
     }
 
     /// What a slot holds that nothing hits: a page that does not have the slot's index.
@@ -58,23 +76,23 @@ impl Tlb {
         if index == 0 { NEVER | 0x1000 } else { NEVER }
     }
 
-    /// Forgets everything. `unmatched` is a linear address that no guest can guess: not canonical.
-    pub(crate) fn clear(&mut self, unmatched: u64) {
-        self.read.fill(NEVER);
-        self.read[0] = NEVER | 0x1000;
-        self.write.fill(NEVER);
-        self.write[0] = NEVER | 0x1000;
+    /// Forgets everything in `entries` slots. `unmatched` is a linear address that no guest can guess: not
+    /// canonical.
+    pub(crate) fn clear(&mut self, entries: usize, unmatched: u64) {
+        for pages in [&mut self.read, &mut self.write] {
+            pages[..entries].fill(NEVER);
+            pages[0] = NEVER | 0x1000;
+        }
         self.clear_stack(unmatched);
     }
 
     /// Forgets the pages of the lower half of the address space.
-    pub(crate) fn clear_lower(&mut self, unmatched: u64) {
-        for index in 0..TLB {
-            if self.read[index] >> 63 == 0 {
-                self.read[index] = Self::never(index);
-            }
-            if self.write[index] >> 63 == 0 {
-                self.write[index] = Self::never(index);
+    pub(crate) fn clear_lower(&mut self, entries: usize, unmatched: u64) {
+        for pages in [&mut self.read, &mut self.write] {
+            for (index, page) in pages[..entries].iter_mut().enumerate() {
+                if *page >> 63 == 0 {
+                    *page = Self::never(index);
+                }
             }
         }
         if self.stack.read >> 63 == 0 || self.stack.write >> 63 == 0 {
@@ -88,16 +106,16 @@ impl Tlb {
     }
 
     /// Forgets a page.
-    pub(crate) fn clear_page(&mut self, linear: u64, unmatched: u64) {
-        let index = Self::index(linear);
+    pub(crate) fn clear_page(&mut self, linear: u64, entries: usize, unmatched: u64) {
+        let index = (linear >> 12) as usize % entries;
         self.read[index] = Self::never(index);
         self.write[index] = Self::never(index);
         self.clear_stack(unmatched);
     }
 
     /// Forgets the right to write to a host page.
-    pub(crate) fn revoke_write(&mut self, host: u64, unmatched: u64) {
-        for index in 0..TLB {
+    pub(crate) fn revoke_write(&mut self, host: u64, entries: usize, unmatched: u64) {
+        for index in 0..entries {
             if self.host[index] == host {
                 self.write[index] = Self::never(index);
             }
@@ -108,9 +126,16 @@ impl Tlb {
     }
 
     /// Caches a translation.
-    pub(crate) fn insert(&mut self, linear: u64, host: u64, read: bool, write: bool) {
-        let (index, page) = (Self::index(linear), linear & !0xfff);
-        let given = |right| if right { page } else { Self::never(index) };
+    pub(crate) fn insert(
+        &mut self,
+        linear: u64,
+        host: u64,
+        (read, write): (bool, bool),
+        entries: usize,
+    ) {
+        let page = linear & !0xfff;
+        let index = (linear >> 12) as usize % entries;
+        let given = |right| if right { page } else { other_page(page) };
         self.read[index] = given(read);
         self.write[index] = given(write);
         self.host[index] = host;
@@ -130,6 +155,14 @@ impl Tlb {
             write: given(write),
             host,
         };
+    }
+
+    /// Copies the first `entries` of another table.
+    pub(crate) fn copy_from(&mut self, other: &Self, entries: usize) {
+        self.read[..entries].copy_from_slice(&other.read[..entries]);
+        self.write[..entries].copy_from_slice(&other.write[..entries]);
+        self.host[..entries].copy_from_slice(&other.host[..entries]);
+        self.stack = other.stack;
     }
 }
 

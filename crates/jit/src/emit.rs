@@ -341,6 +341,12 @@ impl Asm {
         ]);
     }
 
+    /// `shr r64, imm8`
+    pub(crate) fn shr(&mut self, register: Reg, count: u8) {
+        self.registers(true, &[0xc1], 5, register.0);
+        self.bytes.push(count);
+    }
+
     /// `shr r32, imm8`
     pub(crate) fn shr32(&mut self, register: Reg, count: u8) {
         self.registers(false, &[0xc1], 5, register.0);
@@ -414,7 +420,7 @@ impl Asm {
     /// The target of a short jump is here.
     pub(crate) fn land(&mut self, jump: Short) {
         let distance = self.bytes.len() - jump.0;
-        debug_assert!(distance < 128);
+        assert!(distance < 128, "a short jump over {distance} bytes");
         self.bytes[jump.0 - 1] = distance as u8;
     }
 

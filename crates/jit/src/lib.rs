@@ -13,6 +13,7 @@ mod low;
 mod mode;
 mod registers;
 mod run;
+mod spaces;
 mod stubs;
 mod unit;
 

@@ -9,7 +9,7 @@ use rustc_hash::FxHashMap;
 use trapgate_engine::{Exit as RunExit, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
 use trapgate_interp::op::Op;
-use trapgate_interp::{Access, Interpreter};
+use trapgate_interp::{Access, Interpreter, View};
 use trapgate_memory::{GuestMemory, HostAddress, PAGE_SIZE};
 use trapgate_x86::paging::is_canonical;
 use trapgate_x86::profile::Level;
@@ -18,11 +18,12 @@ use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
 
 use crate::code_memory::CodeMemory;
 use crate::context::{
-    Addresses, CLASSES, Context, NO_TARGET, PAGES, TARGETS, VIEWS,
+    Addresses, CLASSES, Context, NO_TARGET, PAGES, TARGETS, TLB_ENTRIES,
 };
 use crate::emit::Asm;
 use crate::low::Low;
 use crate::mode::Mode;
+use crate::spaces::{Parts, Spaces};
 use crate::stubs::{self, Stubs, answer, exit};
 use crate::unit::{Exit, Request, Site, Translator};
 
@@ -148,8 +149,10 @@ pub(crate) struct Inner {
     unmatched: u64,
     ended: Ended,
     exact: bool,
-    /// The tables may hold pages of the upper half that are not global.
-    local_high: bool,
+    /// Tag of the address space whose translations are in the tables.
+    space: u64,
+    /// Translations of others.
+    spaces: Spaces,
     /// EFLAGS.AC as the processor's derived state has it.
     access: bool,
     page: Box<[u8; 4096 + 16]>,
@@ -252,15 +255,18 @@ impl Translating {
         let context = unsafe {
             Low::<Context>::new(|context| {
                 let at = Addresses::at(context as usize as u32);
+                // In its final place, the processor tells where its parts lie.
+                addr_of_mut!((*context).interp).write(interp);
+                let tlb = (*context).interp.cpu.translations();
+                let unmatched = unmatched();
                 let mut asm = Asm::default();
                 asm.start(code.next());
-                let stubs = stubs::write(&mut asm, at, wide);
+                let stubs = stubs::write(&mut asm, at, wide, tlb, unmatched);
                 code.append(&asm.bytes);
                 let stubs_end = code.used();
                 addr_of_mut!((*context).poll).write(AtomicU32::new(1));
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
-                addr_of_mut!((*context).interp).write(interp);
                 addr_of_mut!((*context).rust).write(Inner {
                     at,
                     code,
@@ -277,10 +283,11 @@ impl Translating {
                     on_page: FxHashMap::default(),
                     page_users: [true, false],
                     target_modes: [None; CLASSES],
-                    unmatched: unmatched(),
+                    unmatched,
                     ended: Ended::Look,
                     exact: std::env::var_os("JIT_EXACT").is_some(),
-                    local_high: false,
+                    space: 0,
+                    spaces: Spaces::default(),
                     access: false,
                     page: Box::new([0; 4096 + 16]),
                     statistics: Statistics::default(),
@@ -475,13 +482,10 @@ impl Context {
             Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
                 let tlb = &mut self.tlbs[site.mode.view()];
                 let host = target.page.as_ptr() as u64;
-                tlb.insert(linear, host, target.read, target.write);
+                let rights = (target.read, target.write);
+                tlb.insert(linear, host, rights, TLB_ENTRIES[site.mode.view()]);
                 if site.stack {
-                    let rights = (target.read, target.write);
                     tlb.insert_stack(linear, host, rights, self.rust.unmatched);
-                }
-                if !target.global {
-                    self.rust.local_high |= linear >> 63 != 0;
                 }
                 if cpu.changes().any {
                     self.apply_changes();
@@ -636,44 +640,60 @@ impl Context {
     // Translations of addresses.
 
     fn clear_translations(&mut self) {
-        for view in 0..VIEWS {
-            self.tlbs[view].clear(self.rust.unmatched);
+        for (tlb, entries) in self.tlbs.iter_mut().zip(TLB_ENTRIES) {
+            tlb.clear(entries, self.rust.unmatched);
         }
         self.pages = [[0; PAGES]; 2];
-        self.rust.local_high = false;
+        self.rust.spaces.clear();
     }
 
     /// Forgets what the processor's TLB forgot.
     fn apply_changes(&mut self) {
         let unmatched = self.rust.unmatched;
+        let local_high = self.interp.cpu.has_local_high();
         let changes = self.interp.cpu.changes();
         if !changes.any {
             return;
         }
         let (all, space) = (changes.all, changes.space);
         if !all {
-            for &linear in &changes.pages {
-                for tlb in &mut self.tlbs {
-                    tlb.clear_page(linear, unmatched);
+            let tables = self.tlbs.iter_mut().zip(TLB_ENTRIES);
+            let tables = tables.chain(self.rust.spaces.tables());
+            for (tlb, entries) in tables {
+                for &linear in &changes.pages {
+                    tlb.clear_page(linear, entries, unmatched);
                 }
-                self.pages[(linear >> 63) as usize][(linear >> 12) as usize % PAGES] = 0;
+                for &host in &changes.revoked {
+                    tlb.revoke_write(host, entries, unmatched);
+                }
             }
-            for &host in &changes.revoked {
-                for tlb in &mut self.tlbs {
-                    tlb.revoke_write(host, unmatched);
-                }
+            for &linear in &changes.pages {
+                let slot = (linear >> 12) as usize % PAGES;
+                self.pages[(linear >> 63) as usize][slot] = 0;
+                self.rust.spaces.clear_code_page(linear, slot);
             }
         }
         changes.clear();
-        if all || (space && self.rust.local_high) {
+        let tag = self.interp.cpu.space();
+        if all || (space && local_high) {
             self.clear_translations();
-        } else if space {
-            // Only what is global is left in the supervisor's table and the upper half.
-            self.tlbs[1].clear(unmatched);
-            self.tlbs[2].clear(unmatched);
-            self.tlbs[0].clear_lower(unmatched);
-            self.pages[0] = [0; PAGES];
+        } else if space && tag != self.rust.space {
+            // What is global stays in the supervisor's table and the upper half.
+            let supervisor = View::Supervisor as usize;
+            self.tlbs[supervisor].clear_lower(TLB_ENTRIES[supervisor], unmatched);
+            let [_, access, user] = &mut self.tlbs;
+            self.rust.spaces.exchange(
+                self.rust.space,
+                tag,
+                Parts {
+                    access,
+                    user,
+                    pages: &mut self.pages[0],
+                },
+                unmatched,
+            );
         }
+        self.rust.space = tag;
     }
 
     // Code.

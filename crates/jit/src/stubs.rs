@@ -1,8 +1,10 @@
 //! Host code that is there once: the way in, the way out, and calls of Rust functions.
 
-use crate::context::Addresses;
+use trapgate_interp::Layout;
+
+use crate::context::{Addresses, TLB_ENTRIES, VIEWS};
 use crate::emit::{
-    Alu, Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RSP, condition,
+    Alu, Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSP, condition,
 };
 use crate::registers::{ADDRESS, HOME};
 
@@ -11,8 +13,8 @@ use crate::registers::{ADDRESS, HOME};
 pub(crate) struct Stubs {
     /// `extern "sysv64" fn() -> u32`: runs the host code at `target`; gives one of [`exit`].
     pub(crate) enter: u64,
-    /// Called at a miss, with the linear address in [`ADDRESS`]; returns to try again.
-    pub(crate) miss: u64,
+    /// Called at a miss, by view, write and stack, with the linear address in [`ADDRESS`]; returns to try again.
+    pub(crate) refill: [[[u64; 2]; 2]; VIEWS],
     /// Called to run a site's instruction on the interpreter; returns, or goes on elsewhere.
     pub(crate) operate: u64,
     /// Jumped to: leave with [`exit::LINK`]; the flags are in the host's.
@@ -109,6 +111,86 @@ impl Writer<'_> {
         self.asm.raw(&[0xc3]);
     }
 
+    /// Fetches a translation from the processor's own TLB; if it is not there, a Rust function looks further.
+    /// `stack` is for accesses relative to RSP, and what their slot holds that nothing hits.
+    fn refill(
+        &mut self,
+        tlb: Layout,
+        view: usize,
+        write: bool,
+        stack: Option<u64>,
+        miss: u64,
+    ) -> u64 {
+        let start = self.asm.here();
+        let saved = [RAX, RDX, RBX, RCX];
+        for register in saved {
+            self.asm.push(register);
+        }
+        // RDX: the entry. RBX: the tag.
+        self.asm.mov(RAX, ADDRESS);
+        self.asm.shr(RAX, 12);
+        self.asm.mov32(RDX, RAX);
+        self.asm
+            .alu_imm(false, Alu::And, RDX, tlb.per_view as i32 - 1);
+        self.asm
+            .shl32(RDX, tlb.entry_bytes.trailing_zeros() as u8);
+        let table = tlb.entries + view as u64 * tlb.per_view * tlb.entry_bytes;
+        self.asm.mov_imm(RCX, table);
+        self.asm.alu(true, Alu::Add, RDX, RCX);
+        self.asm.mov(RBX, RAX);
+        self.asm
+            .alu_load(Alu::Or, RBX, Mem::low(tlb.space as u32));
+        let (tag, other) = if write {
+            (tlb.write, tlb.read)
+        } else {
+            (tlb.read, tlb.write)
+        };
+        self.asm.compare_load(RBX, Mem::at(RDX, tag));
+        self.asm.jump_if(condition::NE, self.asm.here());
+        let unknown = self.asm.bytes.len() - 4;
+        // RAX: the slot. RCX: the page.
+        self.asm
+            .alu_imm(false, Alu::And, RAX, TLB_ENTRIES[view] as i32 - 1);
+        self.asm.mov(RCX, ADDRESS);
+        self.asm.alu_imm(true, Alu::And, RCX, -4096);
+        let pages = |write| match stack {
+            None => Mem::array(self.at.tlb_pages(view, write), RAX),
+            Some(_) => Mem::low(self.at.stack_page(view, write)),
+        };
+        let host = match stack {
+            None => Mem::array(self.at.tlb_hosts(view), RAX),
+            Some(_) => Mem::low(self.at.stack_host(view)),
+        };
+        let (this_page, other_page) = (pages(write), pages(!write));
+        // It is there and was missed: the access crosses the page's end.
+        self.asm.compare_load(RCX, this_page);
+        self.asm.jump_if(condition::E, self.asm.here());
+        let crosses = self.asm.bytes.len() - 4;
+        self.asm.store(this_page, RCX);
+        self.asm.compare_load(RBX, Mem::at(RDX, other));
+        self.asm.mov(RBX, RCX);
+        let both = self.asm.short_if(condition::E);
+        match stack {
+            None => self.asm.alu_imm(true, Alu::Xor, RBX, 0x1000),
+            Some(unmatched) => self.asm.mov_imm(RBX, unmatched),
+        }
+        self.asm.land(both);
+        self.asm.store(other_page, RBX);
+        self.asm.alu_load(Alu::Add, RCX, Mem::at(RDX, tlb.addend));
+        self.asm.store(host, RCX);
+        for register in saved.into_iter().rev() {
+            self.asm.pop(register);
+        }
+        self.asm.raw(&[0xc3]);
+        self.asm.patch(unknown, self.asm.here());
+        self.asm.patch(crosses, self.asm.here());
+        for register in saved.into_iter().rev() {
+            self.asm.pop(register);
+        }
+        self.asm.jump(miss);
+        start
+    }
+
     fn leave_with(&mut self, reason: u32) -> u64 {
         let start = self.asm.here();
         self.save();
@@ -119,7 +201,13 @@ impl Writer<'_> {
 }
 
 /// Writes the stubs.
-pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool) -> Stubs {
+pub(crate) fn write(
+    asm: &mut Asm,
+    at: Addresses,
+    wide: bool,
+    tlb: Layout,
+    unmatched: u64,
+) -> Stubs {
     let mut writer = Writer { asm, at, wide };
     let enter = writer.asm.here();
     for register in [RBX, RBP, R12, R13, R14, R15] {
@@ -164,6 +252,14 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool) -> Stubs {
         start
     };
     let miss = call(&mut writer, at.miss());
+    let mut refill = [[[0; 2]; 2]; VIEWS];
+    for (view, stubs) in refill.iter_mut().enumerate() {
+        for (write, stubs) in stubs.iter_mut().enumerate() {
+            for (stack, stub) in stubs.iter_mut().enumerate() {
+                *stub = writer.refill(tlb, view, write != 0, (stack != 0).then_some(unmatched), miss);
+            }
+        }
+    }
     let operate = call(&mut writer, at.operate());
 
     let link_host = writer.asm.here();
@@ -177,7 +273,7 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool) -> Stubs {
     writer.leave_with(exit::INDIRECT);
     Stubs {
         enter,
-        miss,
+        refill,
         operate,
         link_host,
         link_memory,

@@ -10,7 +10,7 @@ use trapgate_interp::Interpreter;
 use trapgate_interp::op::Op;
 use trapgate_x86::registers::{rflags, sreg};
 
-use crate::context::{Addresses, TARGETS};
+use crate::context::{Addresses, TARGETS, TLB_ENTRIES};
 use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDX, Reg, condition};
 use crate::instruction::{COUNTER, Count, FLAGS, Guest, Kind, Plan, classify, flag_use};
 use crate::mode::Mode;
@@ -115,6 +115,8 @@ enum Aside {
         jump: usize,
         retry: u64,
         site: u32,
+        /// Address of the stub that fetches the translation.
+        refill: u64,
         /// Array with the page address that was subtracted.
         pages: Mem,
     },
@@ -586,7 +588,7 @@ impl Writer<'_> {
         } else {
             self.asm.rorx32(SPARE, ADDRESS, 12);
             self.asm
-                .alu_imm(false, Alu::And, SPARE, crate::context::TLB as i32 - 1);
+                .alu_imm(false, Alu::And, SPARE, TLB_ENTRIES[view] as i32 - 1);
             (
                 Mem::array(self.at.tlb_pages(view, write), SPARE),
                 Mem::array(self.at.tlb_hosts(view), SPARE),
@@ -598,10 +600,12 @@ impl Writer<'_> {
         self.asm.jump_if(condition::A, retry);
         let jump = self.asm.bytes.len() - 4;
         self.asm.alu_load(Alu::Add, ADDRESS, hosts);
+        let refill = self.stubs.refill[view][usize::from(write)][usize::from(stack)];
         self.asides.push(Aside::Miss {
             jump,
             retry,
             site,
+            refill,
             pages,
         });
     }
@@ -1221,12 +1225,13 @@ impl Writer<'_> {
                     jump,
                     retry,
                     site,
+                    refill,
                     pages,
                 } => {
                     self.asm.patch(jump, here);
                     self.asm.alu_load(Alu::Add, ADDRESS, pages);
                     self.asm.store_imm32(Mem::low(self.at.site()), site);
-                    self.asm.call(self.stubs.miss);
+                    self.asm.call(refill);
                     self.asm.jump(retry);
                 }
                 Aside::Operate { jump, site } => {

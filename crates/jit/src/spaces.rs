@@ -1,0 +1,115 @@
+//! Translations of address spaces that are not the current one: a process that gets the processor back finds
+//! its translations as it left them.
+
+use crate::context::{PAGES, TLB_ENTRIES, Tlb};
+use trapgate_interp::View;
+
+/// Address spaces that are kept.
+const MOST: usize = 8;
+
+/// What belongs to one address space.
+pub(crate) struct Parts<'a> {
+    /// The table of a supervisor with access to user pages.
+    pub(crate) access: &'a mut Tlb,
+    /// The user's.
+    pub(crate) user: &'a mut Tlb,
+    /// Code pages of the lower half.
+    pub(crate) pages: &'a mut [u32; PAGES],
+}
+
+struct Space {
+    /// The processor's tag for it.
+    tag: u64,
+    access: Tlb,
+    user: Tlb,
+    pages: [u32; PAGES],
+    /// When it was put here.
+    age: u64,
+}
+
+/// See the module.
+#[derive(Default)]
+pub(crate) struct Spaces {
+    kept: Vec<Box<Space>>,
+    age: u64,
+}
+
+impl Spaces {
+    pub(crate) fn clear(&mut self) {
+        for space in &mut self.kept {
+            // No tag: they are never given out as zero.
+            space.tag = 0;
+        }
+    }
+
+    /// All tables, with how many entries they use.
+    pub(crate) fn tables(&mut self) -> impl Iterator<Item = (&mut Tlb, usize)> {
+        let access = TLB_ENTRIES[View::SupervisorUser as usize];
+        let user = TLB_ENTRIES[View::User as usize];
+        self.kept
+            .iter_mut()
+            .filter(|space| space.tag != 0)
+            .flat_map(move |space| [(&mut space.access, access), (&mut space.user, user)])
+    }
+
+    /// Forgets a code page.
+    pub(crate) fn clear_code_page(&mut self, linear: u64, slot: usize) {
+        if linear >> 63 == 0 {
+            for space in &mut self.kept {
+                space.pages[slot] = 0;
+            }
+        }
+    }
+
+    /// Puts away the parts of the space with tag `old`, and replaces them by those of `new`; empty ones if they
+    /// are not kept.
+    pub(crate) fn exchange(&mut self, old: u64, new: u64, parts: Parts<'_>, unmatched: u64) {
+        let access = TLB_ENTRIES[View::SupervisorUser as usize];
+        let user = TLB_ENTRIES[View::User as usize];
+        self.age += 1;
+        let found = self.kept.iter().position(|space| space.tag == new && new != 0);
+        let place = self
+            .kept
+            .iter()
+            .position(|space| space.tag == old || space.tag == 0)
+            .filter(|&place| Some(place) != found);
+        let place = match place {
+            Some(place) => place,
+            None if self.kept.len() < MOST => {
+                self.kept.push(Box::new(Space {
+                    tag: 0,
+                    access: Tlb::zero(),
+                    user: Tlb::zero(),
+                    pages: [0; PAGES],
+                    age: 0,
+                }));
+                self.kept.len() - 1
+            }
+            None => {
+                let others = (0..self.kept.len()).filter(|&place| Some(place) != found);
+                let oldest = others.min_by_key(|&place| self.kept[place].age);
+                oldest.unwrap_or(0)
+            }
+        };
+        let space = &mut self.kept[place];
+        space.tag = old;
+        space.age = self.age;
+        space.access.copy_from(parts.access, access);
+        space.user.copy_from(parts.user, user);
+        space.pages.copy_from_slice(parts.pages);
+        match found {
+            Some(found) => {
+                let space = &mut self.kept[found];
+                space.age = self.age;
+                parts.access.copy_from(&space.access, access);
+                parts.user.copy_from(&space.user, user);
+                parts.pages.copy_from_slice(&space.pages);
+            }
+            None => {
+                parts.access.clear(access, unmatched);
+                parts.user.clear(user, unmatched);
+                parts.pages.fill(0);
+            }
+        }
+    }
+}
