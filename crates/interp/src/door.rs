@@ -20,6 +20,8 @@ pub struct Target {
     pub read: bool,
     /// It may be written without asking again: it is dirty, and nobody traces it.
     pub write: bool,
+    /// It is in the upper half of the address space and not global.
+    pub local: bool,
 }
 
 impl Interpreter {
@@ -87,12 +89,6 @@ impl Cpu {
         &mut self.tlb.changes
     }
 
-    /// Whether there may be cached translations of the upper half of the address space that are of the current
-    /// address space only.
-    pub fn has_local_high(&self) -> bool {
-        self.tlb.has_local_high()
-    }
-
     /// The current address space's tag: while it is the same, what was cached for it is right.
     pub fn space(&self) -> u64 {
         self.tlb.space()
@@ -119,6 +115,12 @@ impl Cpu {
             crate::mmu::Place::Ram { host, .. } => Some(host.page_start()),
             crate::mmu::Place::Device => None,
         })
+    }
+
+    /// Whether the page of an instruction that was just fetched is in the upper half of the address space and not
+    /// global.
+    pub fn fetched_locally(&self, linear: u64) -> bool {
+        self.tlb.is_local(self.plain_view, linear)
     }
 
     /// Guest-physical address of an instruction.
@@ -155,6 +157,7 @@ impl Cpu {
             page: host.page_start(),
             read: self.tlb.find(view, Access::Read, linear, 1).is_some(),
             write: self.tlb.find(view, Access::Write, linear, 1).is_some(),
+            local: self.tlb.is_local(view, linear),
         }))
     }
 

@@ -93,14 +93,14 @@ impl Changes {
 }
 
 /// Where cached translations lie in this process: for host code that looks them up itself. An entry is good for a
-/// linear address if its tag is the page number with [`Layout::space`]'s value in the upper bits; its addend makes
+/// linear address if its tag is the page number with the word at [`Layout::tags`] for its half in the upper bits; its addend makes
 /// the address a host address.
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
     /// Address of the first view's first entry.
     pub entries: u64,
-    /// Address of the current address space's tag.
-    pub space: u64,
+    /// Address of two words: the current address space's tag, and that of global pages of the upper half.
+    pub tags: u64,
     /// Entries of each view, a power of two; the index is the page number's lowest bits.
     pub per_view: u64,
     /// Bytes of an entry.
@@ -117,13 +117,12 @@ pub struct Layout {
 #[derive(Debug)]
 pub(crate) struct Tlb {
     entries: Box<[Entry; ENTRIES * VIEWS]>,
-    /// There may be entries of the upper half of the address space that are not global.
-    local_high: bool,
     pub(crate) changes: Changes,
     /// Start of the current view's table.
     table: usize,
-    /// The current address-space tag, shifted to its place.
-    space: u64,
+    /// The current address space's tag, shifted to its place; and that of global pages of the upper half of the
+    /// address space, which a kernel's are. What is not global there is found by [`Self::find`] alone.
+    tags: [u64; 2],
     next_space: u64,
     /// Address-space tag of each PCID, 0 if it has none.
     spaces: Box<[u16; 4096]>,
@@ -138,11 +137,10 @@ impl Tlb {
                 .into_boxed_slice()
                 .try_into()
                 .unwrap_or_else(|_| unreachable!("the vector has that length")),
-            local_high: false,
             changes: Changes::default(),
             table: 0,
-            space: 1 << SPACE_SHIFT,
-            next_space: 2,
+            tags: [1 << SPACE_SHIFT, 2 << SPACE_SHIFT],
+            next_space: 3,
             spaces: vec![0; 4096]
                 .into_boxed_slice()
                 .try_into()
@@ -156,22 +154,27 @@ impl Tlb {
         self.changes.wanted = true;
     }
 
-    /// Whether there may be cached translations of the upper half of the address space that are of the current
-    /// address space only.
-    pub(crate) fn has_local_high(&self) -> bool {
-        self.local_high
+    /// Whether the cached translation of an address in the upper half is of the current address space only.
+    pub(crate) fn is_local(&self, view: View, linear: u64) -> bool {
+        let entry = &self.entries[Self::slot(view as usize * ENTRIES, linear)];
+        let local = self.local_tag(linear);
+        linear >> 63 != 0 && (entry.read == local || entry.write == local || entry.execute == local)
+    }
+
+    fn local_tag(&self, linear: u64) -> u64 {
+        (linear >> 12) | self.tags[0]
     }
 
     /// The current address space's tag.
     pub(crate) fn space(&self) -> u64 {
-        self.space
+        self.tags[0]
     }
 
     /// Where host code finds cached translations.
     pub(crate) fn layout(&self) -> Layout {
         Layout {
             entries: self.entries.as_ptr() as u64,
-            space: &raw const self.space as u64,
+            tags: &raw const self.tags as u64,
             per_view: ENTRIES as u64,
             entry_bytes: size_of::<Entry>() as u64,
             read: offset_of!(Entry, read) as i32,
@@ -193,7 +196,7 @@ impl Tlb {
 
     #[inline(always)]
     fn tag(&self, linear: u64) -> u64 {
-        (linear >> 12) | self.space
+        (linear >> 12) | self.tags[(linear >> 63) as usize]
     }
 
     /// Host address of `size` bytes for reading in the current view, if cached and in one page.
@@ -232,15 +235,19 @@ impl Tlb {
             Access::Write => entry.write,
             Access::Execute => entry.execute,
         };
-        (tag == self.tag(linear) && linear & 0xfff <= 0x1000 - size).then(|| host(entry, linear))
+        let known = tag == self.tag(linear) || tag == self.local_tag(linear);
+        (known && linear & 0xfff <= 0x1000 - size).then(|| host(entry, linear))
     }
 
     /// Caches a translation. `page` is the host address of the linear address's page.
     pub(crate) fn insert(&mut self, view: View, linear: u64, page: HostAddress, rights: Rights) {
-        let tag = self.tag(linear);
+        let tag = if rights.global {
+            self.tag(linear)
+        } else {
+            self.local_tag(linear)
+        };
         let given = |right: bool| if right { tag } else { NEVER };
         let slot = Self::slot(view as usize * ENTRIES, linear);
-        self.local_high |= !rights.global && linear >> 63 != 0;
         self.entries[slot] = Entry {
             read: given(rights.read),
             write: given(rights.write),
@@ -277,10 +284,9 @@ impl Tlb {
     pub(crate) fn flush_all(&mut self) {
         self.changes.any = true;
         self.changes.all = true;
-        self.local_high = false;
         self.spaces.fill(0);
         self.large = [(u64::MAX, 0); 2];
-        self.space = self.new_space() << SPACE_SHIFT;
+        self.tags = [0, 1].map(|_| self.new_space() << SPACE_SHIFT);
     }
 
     /// Forgets the address space of one PCID (all of them if it is the current one's tag only).
@@ -302,11 +308,12 @@ impl Tlb {
             self.spaces[index] = space as u16;
             space
         };
-        if self.space != space << SPACE_SHIFT {
+        let tag = space << SPACE_SHIFT;
+        if self.tags[0] != tag {
             self.changes.any = true;
             self.changes.space = true;
         }
-        self.space = space << SPACE_SHIFT;
+        self.tags[0] = tag;
     }
 
     fn new_space(&mut self) -> u64 {

@@ -32,6 +32,9 @@ const CODE: usize = 32 << 20;
 /// Room that a unit certainly needs no more than.
 const UNIT: usize = 64 << 10;
 
+/// Pages of the upper half that are not global, of which a list is kept; if there are more, all are forgotten.
+const MOST_LOCAL: usize = 256;
+
 /// Why a translator could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum JitError {
@@ -153,6 +156,10 @@ pub(crate) struct Inner {
     space: u64,
     /// Translations of others.
     spaces: Spaces,
+    /// Pages of the upper half in the tables that are not global, by view.
+    local: Vec<(usize, u64)>,
+    /// The same of code pages.
+    local_code: Vec<u64>,
     /// EFLAGS.AC as the processor's derived state has it.
     access: bool,
     page: Box<[u8; 4096 + 16]>,
@@ -288,6 +295,8 @@ impl Translating {
                     exact: std::env::var_os("JIT_EXACT").is_some(),
                     space: 0,
                     spaces: Spaces::default(),
+                    local: Vec::new(),
+                    local_code: Vec::new(),
                     access: false,
                     page: Box::new([0; 4096 + 16]),
                     statistics: Statistics::default(),
@@ -487,6 +496,9 @@ impl Context {
                 if site.stack {
                     tlb.insert_stack(linear, host, rights, self.rust.unmatched);
                 }
+                if target.local && self.rust.local.len() < MOST_LOCAL {
+                    self.rust.local.push((site.mode.view(), linear));
+                }
                 if cpu.changes().any {
                     self.apply_changes();
                 }
@@ -645,12 +657,13 @@ impl Context {
         }
         self.pages = [[0; PAGES]; 2];
         self.rust.spaces.clear();
+        self.rust.local.clear();
+        self.rust.local_code.clear();
     }
 
     /// Forgets what the processor's TLB forgot.
     fn apply_changes(&mut self) {
         let unmatched = self.rust.unmatched;
-        let local_high = self.interp.cpu.has_local_high();
         let changes = self.interp.cpu.changes();
         if !changes.any {
             return;
@@ -675,12 +688,24 @@ impl Context {
         }
         changes.clear();
         let tag = self.interp.cpu.space();
-        if all || (space && local_high) {
+        if all {
             self.clear_translations();
         } else if space && tag != self.rust.space {
             // What is global stays in the supervisor's table and the upper half.
             let supervisor = View::Supervisor as usize;
             self.tlbs[supervisor].clear_lower(TLB_ENTRIES[supervisor], unmatched);
+            if self.rust.local.len() >= MOST_LOCAL {
+                self.tlbs[supervisor].clear(TLB_ENTRIES[supervisor], unmatched);
+            }
+            if self.rust.local_code.len() >= MOST_LOCAL {
+                self.pages[1] = [0; PAGES];
+            }
+            for (view, linear) in self.rust.local.drain(..) {
+                self.tlbs[view].clear_page(linear, TLB_ENTRIES[view], unmatched);
+            }
+            for linear in self.rust.local_code.drain(..) {
+                self.pages[1][(linear >> 12) as usize % PAGES] = 0;
+            }
             let [_, access, user] = &mut self.tlbs;
             self.rust.spaces.exchange(
                 self.rust.space,
@@ -730,7 +755,7 @@ impl Context {
             self.rust.page_users[half] = mode.is_user();
             self.pages[half] = [0; PAGES];
         }
-        self.pages[half][(rip >> 12) as usize % PAGES] = mapping;
+        self.set_page(rip, mapping);
         let key = key(mapping, rip, mode, memory);
         if let Some(&block) = self.rust.found.get(&key)
             && self.second_in_force(rip, mode, block)?
@@ -738,6 +763,17 @@ impl Context {
             return Ok(Some(block));
         }
         Ok(self.translate(rip, mode, memory, host, mapping))
+    }
+
+    /// The mapping of a code page, just fetched from, is in force.
+    fn set_page(&mut self, linear: u64, mapping: u32) {
+        let slot = &mut self.pages[(linear >> 63) as usize][(linear >> 12) as usize % PAGES];
+        if *slot != mapping {
+            *slot = mapping;
+            if self.rust.local_code.len() < MOST_LOCAL && self.interp.cpu.fetched_locally(linear) {
+                self.rust.local_code.push(linear);
+            }
+        }
     }
 
     /// Whether the next page, if the block goes on there, is what it was; if not the block is dropped.
@@ -749,7 +785,7 @@ impl Context {
         if let Some(host) = self.interp.cpu.fetch(next)?
             && self.mapping(next, host, mode)? == second
         {
-            self.pages[(next >> 63) as usize][(next >> 12) as usize % PAGES] = second;
+            self.set_page(next, second);
             return Ok(true);
         }
         self.drop_block(block);
@@ -809,7 +845,7 @@ impl Context {
         let second = self.mapping(next, second_host, mode).ok()?;
         let gpa = self.rust.mapped[second as usize - 1].gpa;
         self.interp.cpu.watch_code(gpa, 15);
-        self.pages[(next >> 63) as usize][(next >> 12) as usize % PAGES] = second;
+        self.set_page(next, second);
         let block = self.translate_on(
             rip,
             mode,

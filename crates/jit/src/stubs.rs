@@ -138,8 +138,10 @@ impl Writer<'_> {
         self.asm.mov_imm(RCX, table);
         self.asm.alu(true, Alu::Add, RDX, RCX);
         self.asm.mov(RBX, RAX);
+        self.asm.mov(RCX, ADDRESS);
+        self.asm.shr(RCX, 63);
         self.asm
-            .alu_load(Alu::Or, RBX, Mem::low(tlb.space as u32));
+            .alu_load(Alu::Or, RBX, Mem::array(tlb.tags as u32, RCX));
         let (tag, other) = if write {
             (tlb.write, tlb.read)
         } else {
