@@ -20,7 +20,7 @@ pub(crate) const VIEWS: usize = 3;
 /// Slots for code pages, for each half of the address space.
 pub(crate) const PAGES: usize = 512;
 /// Entries of a table of jump targets.
-pub(crate) const TARGETS: usize = 4096;
+pub(crate) const TARGETS: usize = 1 << 16;
 /// Tables of jump targets: user, supervisor, supervisor with EFLAGS.AC.
 pub(crate) const CLASSES: usize = 3;
 
@@ -359,6 +359,11 @@ impl Addresses {
 
     pub(crate) fn selector(self, segment: usize) -> u32 {
         self.segment(segment) + offset_of!(Segment, selector) as u32
+    }
+
+    /// The x87 control word.
+    pub(crate) fn x87_control(self) -> u32 {
+        self.cpu(offset_of!(Cpu, regs) + offset_of!(RegisterFile, x87))
     }
 
     pub(crate) fn kernel_gs_base(self) -> u32 {

@@ -10,6 +10,7 @@ pub(crate) const RDX: Reg = Reg(2);
 pub(crate) const RBX: Reg = Reg(3);
 pub(crate) const RSP: Reg = Reg(4);
 pub(crate) const RBP: Reg = Reg(5);
+pub(crate) const RSI: Reg = Reg(6);
 pub(crate) const RDI: Reg = Reg(7);
 pub(crate) const R9: Reg = Reg(9);
 pub(crate) const R10: Reg = Reg(10);
@@ -213,6 +214,29 @@ impl Asm {
         self.memory(false, &[0x0f, 0xb7], to.0, from);
     }
 
+    /// `mov r16, word [m]`: the rest of the register stays.
+    pub(crate) fn load_word(&mut self, to: Reg, from: Mem) {
+        self.bytes.push(0x66);
+        self.memory(false, &[0x8b], to.0, from);
+    }
+
+    /// `mov word [m], r16`
+    pub(crate) fn store16(&mut self, to: Mem, from: Reg) {
+        self.bytes.push(0x66);
+        self.memory(false, &[0x89], from.0, to);
+    }
+
+    /// `movzx r32, r16`
+    pub(crate) fn zero_extend16(&mut self, to: Reg, from: Reg) {
+        self.registers(false, &[0x0f, 0xb7], to.0, from.0);
+    }
+
+    /// `test byte [m], imm8`
+    pub(crate) fn test_byte_memory(&mut self, operand: Mem, value: u8) {
+        self.memory(false, &[0xf6], 0, operand);
+        self.bytes.push(value);
+    }
+
     /// `mov byte [m], r8`; the register is one of the first four.
     pub(crate) fn store8(&mut self, to: Mem, from: Reg) {
         debug_assert!(from.0 < 4);
@@ -408,6 +432,12 @@ impl Asm {
     /// `jcc rel8` to somewhere ahead.
     pub(crate) fn short_if(&mut self, condition: u8) -> Short {
         self.raw(&[0x70 | condition, 0]);
+        Short(self.bytes.len())
+    }
+
+    /// `jrcxz` over a short jump to somewhere ahead, which is taken unless RCX is zero.
+    pub(crate) fn short_unless_rcx_zero(&mut self) -> Short {
+        self.raw(&[0xe3, 2, 0xeb, 0]);
         Short(self.bytes.len())
     }
 

@@ -2,6 +2,7 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, OpCodeOperandKind, OpKind, Register, RflagsBits};
 use trapgate_thunk::{Class, Harmless, inspect};
+use trapgate_x86::registers::sreg;
 
 use crate::emit::{RCX, Reg};
 use crate::mode::Mode;
@@ -45,14 +46,33 @@ pub(crate) enum Kind {
     /// STAC, else CLAC.
     Access(bool),
     SwapGs,
-    /// MOV of a segment's selector to a register.
+    /// MOV of a segment's selector to a register of 32 or 64 bits.
     Selector(usize),
+    /// The same to one of 16 bits.
+    SelectorWord(usize),
+    /// RDFSBASE, RDGSBASE.
+    ReadBase(usize),
+    /// WRFSBASE, WRGSBASE of 64 bits.
+    WriteBase(usize),
+    /// FNSTCW.
+    ControlWord,
+    String(Text),
     /// BT and its like of memory with an offset in a register.
     BitOfMemory(Plan),
     /// The interpreter runs it; then on with the next.
     Operate,
     /// The interpreter runs it, and what comes then is looked up.
     OperateLast,
+}
+
+/// A string instruction.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Text {
+    /// Bytes of an element.
+    pub(crate) size: i32,
+    pub(crate) repeated: bool,
+    /// MOVS, else STOS.
+    pub(crate) moves: bool,
 }
 
 /// Which branch on RCX.
@@ -169,12 +189,29 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         Code::Stac if mode.has_smap() => return Kind::Access(true),
         Code::Clac if mode.has_smap() => return Kind::Access(false),
         Code::Swapgs if !mode.is_user() => return Kind::SwapGs,
+        Code::Rdfsbase_r32 | Code::Rdfsbase_r64 if mode.has_bases() => {
+            return Kind::ReadBase(sreg::FS);
+        }
+        Code::Rdgsbase_r32 | Code::Rdgsbase_r64 if mode.has_bases() => {
+            return Kind::ReadBase(sreg::GS);
+        }
+        Code::Wrfsbase_r64 if mode.has_bases() => return Kind::WriteBase(sreg::FS),
+        Code::Wrgsbase_r64 if mode.has_bases() => return Kind::WriteBase(sreg::GS),
+        Code::Fnstcw_m2byte if mode.has_sse() && can_address(instruction) => {
+            return Kind::ControlWord;
+        }
+        Code::Mov_rm16_Sreg if instruction.op0_kind() == OpKind::Register => {
+            return Kind::SelectorWord(instruction.op1_register().number());
+        }
         Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg
             if instruction.op0_kind() == OpKind::Register =>
         {
             return Kind::Selector(instruction.op1_register().number());
         }
         _ => {}
+    }
+    if let Some(string) = string(instruction) {
+        return Kind::String(string);
     }
     if let Some(plan) = plan(instruction, mode) {
         return if plan.harmless.bit_offset {
@@ -188,6 +225,33 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
     } else {
         Kind::Operate
     }
+}
+
+/// MOVS and STOS with 64-bit addresses and no segment of its own.
+fn string(instruction: &Instruction) -> Option<Text> {
+    let (size, moves) = match instruction.code() {
+        Code::Movsb_m8_m8 => (1, true),
+        Code::Movsw_m16_m16 => (2, true),
+        Code::Movsd_m32_m32 => (4, true),
+        Code::Movsq_m64_m64 => (8, true),
+        Code::Stosb_m8_AL => (1, false),
+        Code::Stosw_m16_AX => (2, false),
+        Code::Stosd_m32_EAX => (4, false),
+        Code::Stosq_m64_RAX => (8, false),
+        _ => return None,
+    };
+    let wide = |index| {
+        matches!(
+            instruction.op_kind(index),
+            OpKind::MemoryESRDI | OpKind::MemorySegRSI | OpKind::Register
+        )
+    };
+    let plain = instruction.segment_prefix() == Register::None;
+    (wide(0) && wide(1) && plain && !instruction.has_repne_prefix()).then_some(Text {
+        size,
+        repeated: instruction.has_rep_prefix(),
+        moves,
+    })
 }
 
 fn divide(signed: bool, wide: bool) -> Kind {

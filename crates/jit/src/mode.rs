@@ -21,8 +21,10 @@ impl Mode {
     const MASKED: u8 = 1 << 4;
     /// CPL 0 with CR4.SMAP: EFLAGS.AC decides about user pages.
     const SMAP: u8 = 1 << 5;
+    /// CR4.FSGSBASE.
+    const BASES: u8 = 1 << 6;
     /// Bits used.
-    pub(crate) const BITS: u32 = 6;
+    pub(crate) const BITS: u32 = 7;
 
     /// The processor's; `None` if code can't be translated in it.
     pub(crate) fn of(cpu: &Cpu) -> Option<Self> {
@@ -37,6 +39,9 @@ impl Mode {
         let sys = &cpu.sys;
         if cpu.cpl == 0 && sys.cr4 & cr4::SMAP != 0 {
             mode |= Self::SMAP;
+        }
+        if sys.cr4 & cr4::FSGSBASE != 0 {
+            mode |= Self::BASES;
         }
         if sys.cr0 & (cr0::EM | cr0::TS) == 0 && sys.cr4 & cr4::OSFXSR != 0 {
             mode |= Self::SSE;
@@ -56,6 +61,10 @@ impl Mode {
 
     pub(crate) fn is_user(self) -> bool {
         self.0 & Self::USER != 0
+    }
+
+    pub(crate) fn has_bases(self) -> bool {
+        self.0 & Self::BASES != 0
     }
 
     pub(crate) fn has_smap(self) -> bool {

@@ -11,8 +11,8 @@ use trapgate_interp::op::Op;
 use trapgate_x86::registers::{rflags, sreg};
 
 use crate::context::{Addresses, TARGETS, TLB_ENTRIES};
-use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDX, Reg, condition};
-use crate::instruction::{COUNTER, Count, FLAGS, Guest, Kind, Plan, classify, flag_use};
+use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDI, RDX, RSI, Reg, condition};
+use crate::instruction::{COUNTER, Count, FLAGS, Guest, Kind, Plan, Text, classify, flag_use};
 use crate::mode::Mode;
 use crate::registers::{ADDRESS, GUEST_RCX, GUEST_RSP, HOME, SPARE, is_high_byte, named, number};
 use crate::stubs::Stubs;
@@ -256,7 +256,15 @@ impl Translator {
             Kind::Count(..) => (0, 0, 0),
             Kind::PushFlags => (FLAGS, 0, 0),
             Kind::PopFlags => (0, FLAGS, FLAGS),
-            Kind::Interrupts(_) | Kind::Access(_) | Kind::SwapGs | Kind::Selector(_) => (0, 0, 0),
+            Kind::Interrupts(_)
+            | Kind::Access(_)
+            | Kind::SwapGs
+            | Kind::Selector(_)
+            | Kind::SelectorWord(_)
+            | Kind::ReadBase(_)
+            | Kind::WriteBase(_)
+            | Kind::ControlWord
+            | Kind::String(_) => (0, 0, 0),
             _ => flag_use(&instruction),
         };
         self.guests.push(Guest {
@@ -737,6 +745,50 @@ impl Writer<'_> {
                 self.asm.store(kernel, SPARE);
                 self.asm.store(base, ADDRESS);
             }
+            Kind::String(string) => self.string(guest, string),
+            Kind::ControlWord => {
+                self.give_up_flags(guest.live_in);
+                self.operand(guest, 2, true, 1);
+                self.asm.load16(SPARE, Mem::low(self.at.x87_control()));
+                self.asm.store16(Mem::at(ADDRESS, 0), SPARE);
+            }
+            Kind::ReadBase(segment) => {
+                let to = instruction.op0_register();
+                let wide = to.size() == 8;
+                let base = Mem::low(self.at.segment_base(segment));
+                let to = number(to);
+                let place = HOME[to].unwrap_or(SPARE);
+                if wide {
+                    self.asm.load(place, base);
+                } else {
+                    self.asm.load32(place, base);
+                }
+                if HOME[to].is_none() {
+                    self.asm.store(Mem::low(self.at.gpr(to)), SPARE);
+                }
+            }
+            Kind::WriteBase(segment) => {
+                let from = self.fetch(number(instruction.op0_register()), ADDRESS);
+                self.give_up_flags(guest.live_in);
+                // Canonical: the upper 17 bits are all alike.
+                self.asm.mov(SPARE, from);
+                self.asm.sar(true, SPARE, 47);
+                self.asm.lea(true, SPARE, Mem::at(SPARE, 1));
+                self.asm.alu_imm(true, Alu::Cmp, SPARE, 1);
+                self.operate_if(guest, condition::A);
+                self.asm.store(Mem::low(self.at.segment_base(segment)), from);
+            }
+            Kind::SelectorWord(segment) => {
+                let to = number(instruction.op0_register());
+                let selector = Mem::low(self.at.selector(segment));
+                match HOME[to] {
+                    Some(home) => self.asm.load_word(home, selector),
+                    None => {
+                        self.asm.load16(SPARE, selector);
+                        self.asm.store16(Mem::low(self.at.gpr(to)), SPARE);
+                    }
+                }
+            }
             Kind::Selector(segment) => {
                 // MOV of a selector to a register of 32 or 64 bits clears the upper bits.
                 let to = number(instruction.op0_register());
@@ -753,6 +805,97 @@ impl Writer<'_> {
             Kind::Operate | Kind::OperateLast => return self.operate(guest),
         }
         true
+    }
+
+    /// MOVS, STOS and LODS with an ascending index, on one page; the interpreter does the others.
+    fn string(&mut self, guest: &Guest, string: Text) {
+        let Text { size, repeated, moves } = string;
+        let shift = size.trailing_zeros() as u8;
+        self.give_up_flags(guest.live_in);
+        // DF is bit 10.
+        self.asm
+            .test_byte_memory(Mem::low(self.at.system_flags() + 1), 4);
+        self.operate_if(guest, condition::NE);
+        let none = if repeated {
+            self.asm.mov(SPARE, GUEST_RCX);
+            let some = self.asm.short_unless_rcx_zero();
+            self.asm.jump(self.asm.here());
+            let none = self.asm.bytes.len() - 4;
+            self.asm.land(some);
+            // The first byte after what is written, and read, must not be on a page further on.
+            self.asm.alu_imm(true, Alu::Cmp, SPARE, 4096 >> shift);
+            self.operate_if(guest, condition::A);
+            Some(none)
+        } else {
+            None
+        };
+        let pointers: &[Reg] = if moves { &[RDI, RSI] } else { &[RDI] };
+        for &pointer in pointers {
+            self.asm.mov32(ADDRESS, pointer);
+            self.asm.alu_imm(false, Alu::And, ADDRESS, 0xfff);
+            let end = if repeated {
+                Mem {
+                    base: Some(ADDRESS),
+                    index: Some((GUEST_RCX, shift)),
+                    displacement: 0,
+                }
+            } else {
+                Mem::at(ADDRESS, size)
+            };
+            self.asm.lea(true, ADDRESS, end);
+            self.asm.alu_imm(true, Alu::Cmp, ADDRESS, 4096);
+            self.operate_if(guest, condition::A);
+        }
+        if moves {
+            self.asm.mov(ADDRESS, RSI);
+            self.translate(guest, 1, false, false, sreg::DS);
+            self.asm.store(Mem::low(self.at.stash()), ADDRESS);
+        }
+        self.asm.mov(ADDRESS, RDI);
+        self.translate(guest, 1, true, false, sreg::ES);
+        // From here on nothing can go wrong. The host's own instruction does it, on host addresses.
+        self.asm.push(RDI);
+        self.asm.mov(RDI, ADDRESS);
+        if moves {
+            self.asm.push(RSI);
+            self.asm.load(RSI, Mem::low(self.at.stash()));
+        }
+        if repeated {
+            self.asm.mov(RCX, GUEST_RCX);
+        }
+        let opcode = if moves { 0xa4 } else { 0xaa } | u8::from(size > 1);
+        if size == 2 {
+            self.asm.raw(&[0x66]);
+        }
+        if repeated {
+            self.asm.raw(&[0xf3]);
+        }
+        if size == 8 {
+            self.asm.raw(&[0x48]);
+        }
+        self.asm.raw(&[opcode]);
+        if moves {
+            self.asm.pop(RSI);
+        }
+        self.asm.pop(RDI);
+        for &pointer in pointers {
+            let end = if repeated {
+                Mem {
+                    base: Some(pointer),
+                    index: Some((GUEST_RCX, shift)),
+                    displacement: 0,
+                }
+            } else {
+                Mem::at(pointer, size)
+            };
+            self.asm.lea(true, pointer, end);
+        }
+        if repeated {
+            self.asm.mov_imm(GUEST_RCX, 0);
+        }
+        if let Some(none) = none {
+            self.asm.patch(none, self.asm.here());
+        }
     }
 
     /// PUSHFQ: RF and VM are pushed as zero, and are zero anyhow while host code runs.
@@ -1128,8 +1271,9 @@ impl Writer<'_> {
             .alu_memory_imm32(Alu::Cmp, Mem::low(self.at.poll()), 0);
         self.asm.jump_if(condition::E, self.asm.here());
         let poll = self.asm.bytes.len() - 4;
-        self.asm.mov32(SPARE, ADDRESS);
-        self.asm.alu_imm(false, Alu::And, SPARE, TARGETS as i32 - 1);
+        // The index is the lower half of the address's lower half.
+        const { assert!(TARGETS == 1 << 16) };
+        self.asm.zero_extend16(SPARE, ADDRESS);
         self.asm
             .compare_load(ADDRESS, Mem::array(self.at.targets_linear(class), SPARE));
         self.asm.jump_if(condition::NE, self.asm.here());
