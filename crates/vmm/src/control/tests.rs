@@ -147,6 +147,8 @@ fn nothing_of_a_machine_is_held_after_it_is_disconnected() {
     remote.counters().unwrap();
     remote.disconnect();
     assert_eq!(Arc::strong_count(&machine), 1);
+    // Between two machines there is nothing to count.
+    assert_eq!(remote.counters().unwrap_err().kind, ProblemKind::Busy);
 }
 
 #[test]
