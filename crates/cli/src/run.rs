@@ -581,6 +581,10 @@ impl Scene {
             Outcome::Failed(trapgate_vmm::Failure::Restart(error)) => {
                 Err(Failure::machine(&self.name, error))
             }
+            Outcome::Failed(failure @ trapgate_vmm::Failure::Engine { .. }) => {
+                Err(Failure::new(status::HOST, failure.to_string())
+                    .fix("run it on another engine, for example with `--engine interp`"))
+            }
             Outcome::Failed(failure) => Err(Failure::defect(failure.to_string())),
         }
     }

@@ -8,7 +8,7 @@ use trapgate_engine::probe::{EngineKind, Host};
 use trapgate_engine::{Vcpu, World};
 use trapgate_interp::Interpreter;
 use trapgate_jit::Translating;
-use trapgate_kvm::{Facts, KvmMachine, Lacks};
+use trapgate_kvm::{Facts, KvmError, KvmMachine, Lacks};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::CpuProfile;
 use trapgate_x86::profile::Level;
@@ -63,11 +63,12 @@ fn usable_kvm(level: Level, host: &Host) -> Result<String, String> {
         (Ok(()), true) => Ok(host.kvm.to_string()),
         (Err(error), true) => Err(one_line(&error)),
         (Ok(()), false) => Ok(format!("{}; by name only", host.kvm)),
-        (Err(error), false) => Ok(format!(
-            "{}; by name only, and {}",
+        (Err(KvmError::Profile { profile, features }), false) => Ok(format!(
+            "{}; by name only, and guests lack {} of the features of {profile}",
             host.kvm,
-            one_line(&error)
+            features.len(),
         )),
+        (Err(error), false) => Err(one_line(&error)),
     }
 }
 
@@ -89,20 +90,18 @@ pub(crate) type Constructor = dyn Fn(
     u32,
 ) -> Result<Box<dyn Vcpu>, MachineError>;
 
-/// How processors of an engine are made; `None` for those that are not in this version.
-fn constructor(kind: EngineKind, host: &Host) -> Option<Box<Constructor>> {
+/// How processors of an engine are made.
+fn constructor(kind: EngineKind, host: &Host) -> Box<Constructor> {
     match kind {
-        EngineKind::Kvm => Some(kvm_constructor(host)),
-        EngineKind::Jit => Some(Box::new(|memory, world, profile, index, count| {
-            Ok(Box::new(Translating::new(
-                memory, world, profile, index, count,
-            )?))
-        })),
-        EngineKind::Interp => Some(Box::new(|memory, world, profile, index, count| {
-            Ok(Box::new(Interpreter::new(
-                memory, world, profile, index, count,
-            )))
-        })),
+        EngineKind::Kvm => kvm_constructor(host),
+        EngineKind::Jit => Box::new(|memory, world, profile, index, count| {
+            let vcpu = Translating::new(memory, world, profile, index, count)?;
+            Ok(Box::new(vcpu))
+        }),
+        EngineKind::Interp => Box::new(|memory, world, profile, index, count| {
+            let vcpu = Interpreter::new(memory, world, profile, index, count);
+            Ok(Box::new(vcpu))
+        }),
     }
 }
 
@@ -131,13 +130,8 @@ pub(crate) fn take(
     host: &Host,
 ) -> Result<(Choice, Box<Constructor>), MachineError> {
     let choice = choose_for(config.engine, config.level, host)?;
-    match constructor(choice.kind, host) {
-        Some(make) => Ok((choice, make)),
-        None => Err(MachineError::Engine {
-            engine: choice.kind,
-            reason: "not in this version".to_owned(),
-        }),
-    }
+    let make = constructor(choice.kind, host);
+    Ok((choice, make))
 }
 
 /// As [`take`], for a machine whose TSC has run at a frequency already: an engine that cannot have it is

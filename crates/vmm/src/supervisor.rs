@@ -42,6 +42,13 @@ pub(crate) enum Event {
     Reset(ResetCause),
     /// A processor shut down.
     TripleFault(Box<TripleFault>),
+    /// What a processor's engine runs on failed it.
+    Engine {
+        /// Index of the processor.
+        cpu: usize,
+        /// What happened.
+        failure: trapgate_engine::Failure,
+    },
     /// A thread ended by itself.
     Died {
         /// What the thread was for.
@@ -246,6 +253,9 @@ impl Supervisor {
                 OnTripleFault::Report => Some(Outcome::TripleFault(fault)),
                 OnTripleFault::Reset => reset(ResetCause::TripleFault),
             },
+            Event::Engine { cpu, failure } => {
+                Some(Outcome::Failed(Failure::Engine { cpu, failure }))
+            }
             Event::Died { thread, message } => {
                 Some(Outcome::Failed(Failure::Thread { thread, message }))
             }
