@@ -1,0 +1,152 @@
+//! The report as a table.
+
+use std::fmt::Write;
+
+use crate::report::{Mean, Ratios, Report, Row};
+use crate::subject::Subject;
+
+/// The report, for a terminal.
+pub(crate) fn table(report: &Report) -> String {
+    let mut text = String::new();
+    // Writing to a String does not fail.
+    for (name, value) in &report.about {
+        let _ = writeln!(text, "{name}: {value}");
+    }
+    if let Some(engine) = &report.engine {
+        let _ = writeln!(text, "engine: {engine}");
+    }
+    let _ = writeln!(text, "rounds: {}", report.rounds);
+    for note in &report.notes {
+        let _ = writeln!(text, "note: {note}");
+    }
+    text.push('\n');
+
+    let head = [
+        "workload",
+        "kind",
+        "native",
+        "trapgate",
+        "TCG",
+        "trapgate÷native",
+        "TCG÷native",
+        "TCG÷trapgate",
+        "spread",
+    ];
+    let mut rows = vec![head.map(str::to_owned)];
+    rows.extend(report.workloads.iter().chain(&report.boot).map(cells));
+    for mean in &report.means {
+        rows.push(mean_cells("mean", mean, &mean.ratios));
+    }
+    for mean in report.means.iter().take(1) {
+        rows.push(mean_cells("mean of fastest", mean, &mean.ratios_of_least));
+    }
+    align(&rows, &mut text);
+    if !report.memory_mib.is_empty() {
+        let memory: Vec<String> = report
+            .memory_mib
+            .iter()
+            .map(|(subject, mib)| format!("{} {mib:.0} MiB", subject.name()))
+            .collect();
+        let _ = writeln!(text, "\nresident beyond guest RAM: {}", memory.join(", "));
+    }
+    if !report.targets.is_empty() {
+        text.push('\n');
+    }
+    for target in &report.targets {
+        let judgement = if target.met { "met   " } else { "missed" };
+        let _ = writeln!(text, "{judgement}  {}: {}", target.text, target.measured);
+    }
+    for row in &report.workloads {
+        for (subject, reason) in &row.not_run {
+            let _ = writeln!(
+                text,
+                "not run: {} under {}: {reason}",
+                row.name,
+                subject.name()
+            );
+        }
+    }
+    for lost in &report.failures {
+        let _ = writeln!(
+            text,
+            "failed: {} under {}: {}",
+            lost.workload,
+            lost.subject.name(),
+            lost.reason
+        );
+    }
+    text
+}
+
+fn cells(row: &Row) -> [String; 9] {
+    let seconds = |subject| {
+        row.median(subject)
+            .map(|median| format!("{median:.3} s"))
+            .unwrap_or_default()
+    };
+    let spread = row
+        .times
+        .values()
+        .map(|times| times.spread)
+        .fold(0.0, f64::max);
+    let [a, b, c] = ratios(&row.ratios);
+    [
+        row.name.to_owned(),
+        row.kind.map_or("", |kind| kind.name()).to_owned(),
+        seconds(Subject::Native),
+        seconds(Subject::Trapgate),
+        seconds(Subject::Tcg),
+        a,
+        b,
+        c,
+        format!("{:.0} %", spread * 100.0),
+    ]
+}
+
+fn mean_cells(name: &str, mean: &Mean, of: &Ratios) -> [String; 9] {
+    let [a, b, c] = ratios(of);
+    let none = String::new;
+    [
+        format!("{name} ({})", mean.workloads),
+        mean.of.to_owned(),
+        none(),
+        none(),
+        none(),
+        a,
+        b,
+        c,
+        none(),
+    ]
+}
+
+fn ratios(ratios: &Ratios) -> [String; 3] {
+    [
+        ratios.trapgate_over_native,
+        ratios.tcg_over_native,
+        ratios.tcg_over_trapgate,
+    ]
+    .map(|ratio| ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default())
+}
+
+/// The first two columns begin at the left, the others end at the right.
+fn align<const N: usize>(rows: &[[String; N]], text: &mut String) {
+    let length = |cell: &String| cell.chars().count();
+    let widths: [usize; N] = std::array::from_fn(|column| {
+        rows.iter()
+            .map(|row| length(&row[column]))
+            .max()
+            .unwrap_or(0)
+    });
+    for row in rows {
+        let mut line = String::new();
+        for (column, cell) in row.iter().enumerate() {
+            let width = widths[column];
+            let _ = if column < 2 {
+                write!(line, "{cell:width$}  ")
+            } else {
+                write!(line, "{cell:>width$}  ")
+            };
+        }
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+}
