@@ -20,6 +20,7 @@ pub struct KvmVcpu {
     pub(crate) vcpu: VcpuFd,
     pub(crate) machine: Arc<KvmMachine>,
     pub(crate) world: Box<dyn World>,
+    index: usize,
     kick: Arc<Kick>,
     signals: Arc<Signals>,
     /// State that the kernel does not keep.
@@ -66,6 +67,7 @@ impl KvmVcpu {
         machine: Arc<KvmMachine>,
         vcpu: VcpuFd,
         world: Box<dyn World>,
+        index: usize,
     ) -> Result<Self, KvmError> {
         let kick = Arc::new(Kick::default());
         let interrupter = Arc::clone(&kick);
@@ -73,6 +75,7 @@ impl KvmVcpu {
             vcpu,
             machine,
             world,
+            index,
             signals: Arc::new(Signals::with_interrupter(move || interrupter.kick())),
             kick,
             ours: Ours::default(),
@@ -87,6 +90,11 @@ impl KvmVcpu {
         };
         new.import(&CpuState::default())?;
         Ok(new)
+    }
+
+    /// Whether the kernel has the interrupt controllers.
+    pub(crate) fn has_kernel_controllers(&self) -> bool {
+        self.machine.has_controllers()
     }
 
     /// Signals from outside, and interrupts. Gives the exit if the guest is not to go on.
@@ -105,6 +113,10 @@ impl KvmVcpu {
         }
         if signals.take(Signal::Kick) {
             return Ok(Some(Exit::Kicked));
+        }
+        if self.has_kernel_controllers() {
+            // It halts, starts and takes interrupts in the kernel.
+            return Ok((self.activity == Activity::Shutdown).then_some(Exit::ShutDown));
         }
         match self.activity {
             Activity::Running | Activity::Halted => {}
@@ -129,6 +141,10 @@ impl KvmVcpu {
 
     /// Lets the guest run until it asks for something, and deals with that.
     fn enter(&mut self) -> Result<Option<Exit>, KvmError> {
+        if self.has_kernel_controllers() {
+            let ended = self.run_kernel(false)?;
+            return self.act(ended);
+        }
         let priority = u64::from(self.world.task_priority());
         let window = self.interrupt_waits;
         let run = self.vcpu.get_kvm_run();
@@ -260,6 +276,9 @@ impl KvmVcpu {
 
     fn run_until_exit(&mut self) -> Result<Exit, KvmError> {
         self.start_tsc()?;
+        if let Some(controllers) = &self.machine.controllers {
+            controllers.arm(self.index)?;
+        }
         let mut exit = loop {
             if let Some(exit) = self.between_entries()? {
                 break exit;
@@ -274,7 +293,7 @@ impl KvmVcpu {
             }
             exit = other;
         }
-        self.note_tsc()?;
+        self.tell_offset()?;
         Ok(exit)
     }
 

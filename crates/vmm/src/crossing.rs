@@ -11,13 +11,12 @@ use std::time::Duration;
 use trapgate_engine::probe::EngineKind;
 use trapgate_engine::{Exit, Refused, Signal, Signals, StateError, Vcpu, World};
 use trapgate_interp::Interpreter;
-use trapgate_kvm::{Facts, KvmMachine, Lacks};
+use trapgate_kvm::{Facts, Interrupts, KvmMachine, Lacks};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::{CpuProfile, CpuState};
 
-use crate::{
-    Choice, Content, EngineChoice, Hooks, Machine, MachineConfig, Outcome, Snapshot, lock,
-};
+use crate::engines::{By, Constructor, OnKvm};
+use crate::{Choice, Content, Hooks, Host, Machine, MachineConfig, Outcome, Snapshot, lock};
 
 /// Moves in each direction, unless `TRAPGATE_MOVES` says otherwise.
 const MOVES: u64 = 12;
@@ -226,7 +225,9 @@ fn maker(
         let (memory, world) = (Arc::clone(&memory), Box::new(world.clone()));
         match kind {
             EngineKind::Kvm => {
-                let machine = KvmMachine::new(memory, profile.clone(), 1, Lacks::Hide).unwrap();
+                let machine =
+                    KvmMachine::new(memory, profile.clone(), 1, Lacks::Hide, Interrupts::World)
+                        .unwrap();
                 Box::new(machine.vcpu(world, 0).unwrap())
             }
             _ => Box::new(Interpreter::new(memory, world, profile.clone(), 0, 1)),
@@ -266,20 +267,18 @@ fn chain(
         ..MachineConfig::default()
     };
     let control = Arc::new(Control::default());
-    let choice = Choice {
-        kind: begin,
-        reason: "a test".to_owned(),
-    };
+    let choice = choice(begin);
     let reached = Arc::clone(&control);
     let machine = Machine::start_on(
         config,
         hooks,
         choice,
-        &move |memory, world, profile, _, _| {
+        &By(move |memory, world, profile, _, _| {
             let world = SharedWorld(Arc::new(Mutex::new(world)));
             let make = maker(memory, world, profile);
-            Ok(Box::new(Wanderer::new(make, begin, Arc::clone(&reached))))
-        },
+            let wanderer = Wanderer::new(make, begin, Arc::clone(&reached));
+            Ok(Box::new(wanderer) as Box<dyn Vcpu>)
+        }),
     )
     .unwrap();
     let mut die = Die(seed | 1);
@@ -384,18 +383,42 @@ fn computation_survives_moves_between_engines_at_random_moments() {
     println!("{made:?} in {run} runs");
 }
 
-/// Starts `chain` on an engine, by its name; and what it says.
-fn start(engine: EngineKind, command_line: &str, tsc_hz: u64) -> (Machine, Arc<Mutex<Vec<u8>>>) {
+/// Makes processors of an engine; those of KVM with their interrupt controllers where they are to be.
+fn constructor(engine: EngineKind, interrupts: Interrupts) -> Box<dyn Constructor> {
+    match engine {
+        EngineKind::Kvm => Box::new(OnKvm::new(&Host::probe(), interrupts)),
+        _ => Box::new(By(|memory, world, profile, index, count| {
+            let vcpu = Interpreter::new(memory, world, profile, index, count);
+            Ok(Box::new(vcpu) as Box<dyn Vcpu>)
+        })),
+    }
+}
+
+fn choice(kind: EngineKind) -> Choice {
+    Choice {
+        kind,
+        reason: "a test".to_owned(),
+    }
+}
+
+/// Starts `chain` on an engine; and what it says.
+fn start(
+    engine: EngineKind,
+    interrupts: Interrupts,
+    command_line: &str,
+    tsc_hz: u64,
+) -> (Machine, Arc<Mutex<Vec<u8>>>) {
     let said = Arc::new(Mutex::new(Vec::new()));
     let config = MachineConfig {
         memory_bytes: 16 << 20,
         kernel: Content::from(trapgate_guests::named("chain").unwrap().image),
         command_line: command_line.to_owned(),
-        engine: EngineChoice::Only(engine),
         tsc_hz,
         ..MachineConfig::default()
     };
-    (Machine::start(config, hooks(&said)).unwrap(), said)
+    let make = constructor(engine, interrupts);
+    let machine = Machine::start_on(config, hooks(&said), choice(engine), &*make).unwrap();
+    (machine, said)
 }
 
 fn hooks(said: &Arc<Mutex<Vec<u8>>>) -> Hooks {
@@ -421,10 +444,9 @@ fn last_words(machine: &Machine, said: &Mutex<Vec<u8>>) -> Vec<String> {
     lines[last..].iter().map(|&line| line.to_owned()).collect()
 }
 
-/// A machine that computes is saved at a random moment on one engine, and ends with the right result when
-/// it is restored on the other.
-#[test]
-fn computation_survives_a_snapshot_that_another_engine_restores() {
+/// A machine that computes is saved at random moments on one engine, and each time ends with the right
+/// result when it is restored on the other.
+fn cross(interrupts: Interrupts) {
     let Some(Setting {
         tsc_hz,
         without,
@@ -436,7 +458,7 @@ fn computation_survives_a_snapshot_that_another_engine_restores() {
     };
     let directory = tempfile::tempdir().unwrap();
     let command_line = format!("rounds=200 {without}");
-    let (machine, said) = start(EngineKind::Interp, &command_line, tsc_hz);
+    let (machine, said) = start(EngineKind::Interp, interrupts, &command_line, tsc_hz);
     let expected = last_words(&machine, &said);
     assert!(
         expected.contains(&"chain: 0 pieces of state lost".to_owned()),
@@ -450,7 +472,7 @@ fn computation_survives_a_snapshot_that_another_engine_restores() {
     ] {
         let mut moved = 0;
         while moved < moves {
-            let (machine, _) = start(from, &command_line, tsc_hz);
+            let (machine, _) = start(from, interrupts, &command_line, tsc_hz);
             let path = directory.path().join(format!("{from}-{moved}"));
             let ended = machine.wait_for(die.time(Duration::from_millis(most)));
             if ended.is_some() || machine.snapshot(&path).is_err() {
@@ -461,11 +483,10 @@ fn computation_survives_a_snapshot_that_another_engine_restores() {
             }
             machine.stop();
             drop(machine);
-            let mut snapshot = Snapshot::open(&path).unwrap();
-            snapshot.set_engine(EngineChoice::Only(to));
+            let snapshot = Snapshot::open(&path).unwrap();
             let said = Arc::default();
-            let machine = Machine::restore(&snapshot, hooks(&said)).unwrap();
-            assert_eq!(machine.engine().kind, to);
+            let make = constructor(to, interrupts);
+            let machine = Machine::restore_on(&snapshot, hooks(&said), choice(to), &*make).unwrap();
             let words = last_words(&machine, &said);
             // Some of them may have been said before.
             assert!(
@@ -478,4 +499,18 @@ fn computation_survives_a_snapshot_that_another_engine_restores() {
         }
         println!("{moved} from {from} to {to}; {too_late} came too late until now");
     }
+}
+
+#[test]
+fn computation_survives_a_snapshot_that_another_engine_restores() {
+    cross(Interrupts::World);
+}
+
+#[test]
+fn computation_survives_a_snapshot_with_the_kernels_interrupt_controllers() {
+    if Facts::probe().is_ok_and(|facts| !facts.irqchip) {
+        eprintln!("skipped: this KVM has no interrupt controllers");
+        return;
+    }
+    cross(Interrupts::Kernel);
 }

@@ -8,11 +8,12 @@ use trapgate_engine::probe::{EngineKind, Host};
 use trapgate_engine::{Vcpu, World};
 use trapgate_interp::Interpreter;
 use trapgate_jit::Translating;
-use trapgate_kvm::{Facts, KvmError, KvmMachine, Lacks};
+use trapgate_kvm::{Facts, Interrupts, KvmError, KvmMachine, Lacks};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::CpuProfile;
 use trapgate_x86::profile::Level;
 
+use crate::controllers::Controllers;
 use crate::{EngineChoice, MachineConfig, MachineError};
 
 /// An engine, and whether it can be used.
@@ -80,47 +81,119 @@ fn one_line(error: &dyn Error) -> String {
     }
 }
 
-/// Makes processor `index` of `count`, the last two arguments. All calls of one constructor make
-/// processors of one machine, and have the same memory, profile and count.
-pub(crate) type Constructor = dyn Fn(
-    Arc<GuestMemory>,
-    Box<dyn World>,
-    CpuProfile,
-    u32,
-    u32,
-) -> Result<Box<dyn Vcpu>, MachineError>;
+/// Makes the processors of one machine.
+pub(crate) trait Constructor {
+    /// Processor `index` of `count`, the last two arguments. All calls have the same memory, profile
+    /// and count.
+    fn vcpu(
+        &self,
+        memory: Arc<GuestMemory>,
+        world: Box<dyn World>,
+        profile: CpuProfile,
+        index: u32,
+        count: u32,
+    ) -> Result<Box<dyn Vcpu>, MachineError>;
 
-/// How processors of an engine are made.
-fn constructor(kind: EngineKind, host: &Host) -> Box<Constructor> {
-    match kind {
-        EngineKind::Kvm => kvm_constructor(host),
-        EngineKind::Jit => Box::new(|memory, world, profile, index, count| {
-            let vcpu = Translating::new(memory, world, profile, index, count)?;
-            Ok(Box::new(vcpu))
-        }),
-        EngineKind::Interp => Box::new(|memory, world, profile, index, count| {
-            let vcpu = Interpreter::new(memory, world, profile, index, count);
-            Ok(Box::new(vcpu))
-        }),
+    /// Interrupt controllers that the engine has of its own. Asked for when all processors are made.
+    fn controllers(&self) -> Option<Arc<dyn Controllers>> {
+        None
     }
 }
 
-fn kvm_constructor(host: &Host) -> Box<Constructor> {
-    let lacks = if host.kvm.is_hardware() {
-        Lacks::Refuse
-    } else {
-        Lacks::Hide
-    };
-    let made: OnceCell<Arc<KvmMachine>> = OnceCell::new();
-    Box::new(move |memory, world, profile, index, count| {
-        let machine = match made.get() {
+/// Makes processors by a function, with the arguments of [`Constructor::vcpu`].
+pub(crate) struct By<F>(pub(crate) F);
+
+impl<F> Constructor for By<F>
+where
+    F: Fn(
+        Arc<GuestMemory>,
+        Box<dyn World>,
+        CpuProfile,
+        u32,
+        u32,
+    ) -> Result<Box<dyn Vcpu>, MachineError>,
+{
+    fn vcpu(
+        &self,
+        memory: Arc<GuestMemory>,
+        world: Box<dyn World>,
+        profile: CpuProfile,
+        index: u32,
+        count: u32,
+    ) -> Result<Box<dyn Vcpu>, MachineError> {
+        self.0(memory, world, profile, index, count)
+    }
+}
+
+/// Makes processors of KVM.
+pub(crate) struct OnKvm {
+    lacks: Lacks,
+    interrupts: Interrupts,
+    /// Made with the first processor.
+    machine: OnceCell<Arc<KvmMachine>>,
+}
+
+impl OnKvm {
+    /// With the interrupt controllers where they are to be.
+    pub(crate) fn new(host: &Host, interrupts: Interrupts) -> Self {
+        Self {
+            lacks: if host.kvm.is_hardware() {
+                Lacks::Refuse
+            } else {
+                Lacks::Hide
+            },
+            interrupts,
+            machine: OnceCell::new(),
+        }
+    }
+}
+
+impl Constructor for OnKvm {
+    fn vcpu(
+        &self,
+        memory: Arc<GuestMemory>,
+        world: Box<dyn World>,
+        profile: CpuProfile,
+        index: u32,
+        count: u32,
+    ) -> Result<Box<dyn Vcpu>, MachineError> {
+        let machine = match self.machine.get() {
             Some(machine) => machine,
             None => {
-                let machine = KvmMachine::new(memory, profile, count, lacks)?;
-                made.get_or_init(|| machine)
+                let machine = KvmMachine::new(memory, profile, count, self.lacks, self.interrupts)?;
+                self.machine.get_or_init(|| machine)
             }
         };
         Ok(Box::new(machine.vcpu(world, index)?))
+    }
+
+    fn controllers(&self) -> Option<Arc<dyn Controllers>> {
+        let machine = self.machine.get()?;
+        machine
+            .has_controllers()
+            .then(|| Arc::clone(machine) as Arc<dyn Controllers>)
+    }
+}
+
+/// How processors of an engine are made.
+fn constructor(kind: EngineKind, host: &Host) -> Result<Box<dyn Constructor>, MachineError> {
+    Ok(match kind {
+        EngineKind::Kvm => {
+            let interrupts = if Facts::probe()?.irqchip {
+                Interrupts::Kernel
+            } else {
+                Interrupts::World
+            };
+            Box::new(OnKvm::new(host, interrupts))
+        }
+        EngineKind::Jit => Box::new(By(|memory, world, profile, index, count| {
+            let vcpu = Translating::new(memory, world, profile, index, count)?;
+            Ok(Box::new(vcpu) as Box<dyn Vcpu>)
+        })),
+        EngineKind::Interp => Box::new(By(|memory, world, profile, index, count| {
+            let vcpu = Interpreter::new(memory, world, profile, index, count);
+            Ok(Box::new(vcpu) as Box<dyn Vcpu>)
+        })),
     })
 }
 
@@ -128,9 +201,9 @@ fn kvm_constructor(host: &Host) -> Box<Constructor> {
 pub(crate) fn take(
     config: &MachineConfig,
     host: &Host,
-) -> Result<(Choice, Box<Constructor>), MachineError> {
+) -> Result<(Choice, Box<dyn Constructor>), MachineError> {
     let choice = choose_for(config.engine, config.level, host)?;
-    let make = constructor(choice.kind, host);
+    let make = constructor(choice.kind, host)?;
     Ok((choice, make))
 }
 
@@ -139,7 +212,7 @@ pub(crate) fn take(
 pub(crate) fn take_saved(
     config: &MachineConfig,
     host: &Host,
-) -> Result<(Choice, Box<Constructor>), MachineError> {
+) -> Result<(Choice, Box<dyn Constructor>), MachineError> {
     let taken = take(config, host)?;
     let kind = taken.0.kind;
     let hz = tsc_hz(kind, config.tsc_hz)?;

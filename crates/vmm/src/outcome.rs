@@ -50,6 +50,12 @@ pub enum Failure {
         /// What happened.
         failure: trapgate_engine::Failure,
     },
+    /// The host kernel's interrupt controllers refused something.
+    #[error("the interrupt controllers could not go on: {message}")]
+    Controllers {
+        /// What they said.
+        message: String,
+    },
     /// A thread of ours ended by itself.
     #[error("the thread of {thread} ended unexpectedly: {message}")]
     Thread {

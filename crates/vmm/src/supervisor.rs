@@ -49,6 +49,11 @@ pub(crate) enum Event {
         /// What happened.
         failure: trapgate_engine::Failure,
     },
+    /// Interrupt controllers that are not the chipset's refused something.
+    Controllers {
+        /// What they said.
+        message: String,
+    },
     /// A thread ended by itself.
     Died {
         /// What the thread was for.
@@ -255,6 +260,9 @@ impl Supervisor {
             },
             Event::Engine { cpu, failure } => {
                 Some(Outcome::Failed(Failure::Engine { cpu, failure }))
+            }
+            Event::Controllers { message } => {
+                Some(Outcome::Failed(Failure::Controllers { message }))
             }
             Event::Died { thread, message } => {
                 Some(Outcome::Failed(Failure::Thread { thread, message }))

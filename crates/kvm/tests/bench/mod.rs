@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use trapgate_engine::{Exit, Refused, Vcpu, World};
-use trapgate_kvm::{Facts, KvmMachine, KvmVcpu, Lacks};
+use trapgate_kvm::{Facts, Interrupts, KvmMachine, KvmVcpu, Lacks};
 use trapgate_memory::{GuestMemory, RamRange};
 use trapgate_x86::descriptor::access;
 use trapgate_x86::msr::IA32_APIC_BASE;
@@ -162,7 +162,14 @@ pub fn bench(code: &[u8]) -> Option<Bench> {
         told: Arc::default(),
         base: Instant::now(),
     };
-    let machine = KvmMachine::new(Arc::clone(&memory), profile, 1, Lacks::Hide).unwrap();
+    let machine = KvmMachine::new(
+        Arc::clone(&memory),
+        profile,
+        1,
+        Lacks::Hide,
+        Interrupts::World,
+    )
+    .unwrap();
     let mut vcpu = machine.vcpu(Box::new(world.clone()), 0).unwrap();
     write(&memory, PAGES, PAGES + 0x1003);
     write(&memory, PAGES + 0x1000, PAGES + 0x2003);
