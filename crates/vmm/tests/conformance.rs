@@ -3,7 +3,12 @@
 //!
 //! A paravirtual KVM emulates supervisor code, and runs user code on a processor that it has not
 //! virtualized. What it gets wrong is in [`PARAVIRTUAL_FAULTS`], line by line: that no engine of ours can mend. On
-//! virtualization hardware nothing is forgiven.
+//! virtualization hardware nothing is forgiven but what the kernel's local APIC does not check
+//! ([`LENIENT`]).
+//!
+//! On a paravirtual KVM the interrupt controllers are ours: its kernel's local APIC shows nothing in service
+//! while a handler runs (QEMU 7.2 with `-accel kvm`, which uses it, has that line wrong too, and the
+//! others of `interrupts` that are in the table).
 
 mod boot;
 
@@ -30,6 +35,13 @@ const NONE: Faults = Faults {
     gives_up_before: None,
     why: "",
 };
+
+/// Lines of `interrupts` that Linux's own local APIC gets wrong (6.18): it takes writes that the
+/// architecture refuses.
+const LENIENT: &[&str] = &[
+    "x2apic, end of interrupt with 1",
+    "x2apic, a reserved bit of the task priority",
+];
 
 /// What is wrong with the paravirtual KVM that these tests were written on (`kvm-pvm` of Linux
 /// 6.18).
@@ -143,7 +155,9 @@ fn check(program: &Program, printed: &str, ended: &Outcome, faults: &Faults) {
     let covered = |line: &str, by: &[&str]| by.iter().any(|begin| line.starts_with(begin));
     for line in &missing {
         assert!(
-            covered(line, faults.wrong) || covered(line, faults.at_times),
+            covered(line, faults.wrong)
+                || covered(line, faults.at_times)
+                || name == "interrupts" && covered(line, LENIENT),
             "{name}: `{line}` is not in\n{printed}"
         );
     }
