@@ -24,6 +24,9 @@ pub(crate) struct Arguments {
     /// The engine that trapgate uses: auto, kvm, jit or interp
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = parse_engine)]
     pub(crate) engine: String,
+    /// What trapgate's guest has of x86-64: v2 or v3; without it what trapgate gives by itself
+    #[arg(long, value_name = "LEVEL", value_parser = ["v2", "v3"])]
+    pub(crate) level: Option<String>,
     /// Leave QEMU out
     #[arg(long)]
     pub(crate) no_qemu: bool,

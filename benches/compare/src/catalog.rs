@@ -60,7 +60,7 @@ pub(crate) const CATALOG: &[Entry] = &[
     compute("bytecode", "an interpreter of bytecode"),
     compute("virtual", "virtual calls on objects of eight types"),
     compute("double", "five bodies that attract each other"),
-    compute("avx2", "matrices and bytes, with AVX2 and FMA"),
+    compute("avx2", "bits and matrices, with AVX2 and FMA"),
     compute("copy", "memset and memcpy, 1 KiB to 1 MiB"),
     compute("gzip", "gzip of 4 MiB"),
     system("fork-exec", "a shell starts 500 programs"),

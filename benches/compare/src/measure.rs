@@ -11,8 +11,8 @@ use crate::protocol::Event;
 use crate::report::{Lost, Report};
 use crate::subject::{RAM_MIB, Running, Silence, Subject, qemu_version};
 
-/// What the guest may take more than the limit of its own, before it counts as hanging.
-const GRACE: Duration = Duration::from_secs(15);
+/// How much longer than a workload may take its process may be silent, before it counts as hanging.
+const GRACE: Duration = Duration::from_secs(10);
 /// From here on the clock of a guest is not believed any more, as a part of what the host's clock says.
 const CLOCK_ERROR: f64 = 0.01;
 /// Stretches that are too short to compare clocks by, in seconds.
@@ -130,7 +130,10 @@ fn one_round(
             return Ok(());
         };
         let mut reason = match stop.silence {
-            Silence::Late => format!("nothing came for {} s", arguments.limit),
+            Silence::Late => format!(
+                "nothing came for {} s",
+                (arguments.limit() + GRACE).as_secs()
+            ),
             Silence::Ended => "its process ended".to_owned(),
         };
         if !last_words.is_empty() {
@@ -165,18 +168,14 @@ fn follow(
     let mut during = None;
     let mut clocks: Vec<(Instant, u64)> = Vec::new();
     let mut seconds: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    let mut next_is_known = true;
     loop {
-        let limit = if next_is_known { limit + GRACE } else { limit };
-        let event = running.next(limit);
-        let (at, event) = match event {
+        let (at, event) = match running.next(limit + GRACE) {
             Ok(event) => event,
             Err(silence) => {
                 take(results, seconds, &clocks);
                 return Err(Stop { silence, during });
             }
         };
-        next_is_known = true;
         match event {
             Event::Engine(engine) => results.engine = Some(engine),
             Event::Init => {
@@ -207,7 +206,7 @@ fn follow(
                 results.failed.insert(name, reason);
             }
             Event::End => {
-                if subject == Subject::Trapgate || subject == Subject::Tcg {
+                if subject != Subject::Native {
                     let kib = host::beyond_guest_ram(running.process(), RAM_MIB << 10);
                     results.memory.extend(kib.map(|kib| kib as f64 / 1024.0));
                 }

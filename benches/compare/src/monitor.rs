@@ -8,12 +8,12 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
 use rustix::process::{Signal, set_parent_process_death_signal};
-use trapgate_vmm::{Hooks, Host, Machine, MachineConfig, Outcome, choose};
+use trapgate_vmm::{Hooks, Host, Level, Machine, MachineConfig, Outcome, choose};
 
 use crate::Failure;
 
 /// The first argument of such a process. Then follows `exec PROGRAM ARGUMENT…` or
-/// `trapgate ENGINE RAM-BYTES KERNEL INITRAMFS COMMAND-LINE`.
+/// `trapgate ENGINE LEVEL RAM-BYTES KERNEL INITRAMFS COMMAND-LINE`.
 pub(crate) const OPTION: &str = "--as-child";
 
 /// Such a process.
@@ -32,11 +32,11 @@ pub(crate) fn main(words: Vec<OsString>) -> Result<ExitCode, Failure> {
         let error = Command::new(program).args(rest).exec();
         return Err(format!("cannot start {}: {error}", program.display()).into());
     }
-    let [engine, memory, kernel, initramfs, command_line] = rest else {
-        return Err("five arguments make a machine".into());
+    let [engine, level, memory, kernel, initramfs, command_line] = rest else {
+        return Err("six arguments make a machine".into());
     };
     let text = |word: &OsString| word.to_string_lossy().into_owned();
-    let config = MachineConfig {
+    let mut config = MachineConfig {
         engine: text(engine).parse()?,
         memory_bytes: text(memory).parse()?,
         kernel: std::fs::read(kernel)?.into(),
@@ -46,6 +46,12 @@ pub(crate) fn main(words: Vec<OsString>) -> Result<ExitCode, Failure> {
         entropy: false,
         ..MachineConfig::default()
     };
+    match &text(level)[..] {
+        "v2" => config.level = Level::V2,
+        "v3" => config.level = Level::V3,
+        // What trapgate chooses.
+        _ => {}
+    }
     let hooks = Hooks {
         serial: Box::new(|bytes| {
             let mut out = std::io::stdout().lock();

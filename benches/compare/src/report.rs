@@ -329,3 +329,156 @@ fn targets(report: &Report) -> Vec<Target> {
     );
     targets
 }
+
+/// Reports to test with.
+#[cfg(test)]
+pub(crate) mod testing {
+    use clap::Parser;
+
+    use super::*;
+
+    fn arguments(words: &[&str]) -> Arguments {
+        Arguments::parse_from(std::iter::once("compare").chain(words.iter().copied()))
+    }
+
+    fn results(seconds: &[(&str, &[f64])], boots: &[f64]) -> Results {
+        Results {
+            seconds: seconds
+                .iter()
+                .map(|(name, runs)| ((*name).to_owned(), runs.to_vec()))
+                .collect(),
+            boots: boots.to_vec(),
+            ..Results::default()
+        }
+    }
+
+    /// `crc`, which takes 1, 2 and 8 s, `dd`, and `avx2`, which does not run under trapgate.
+    pub(crate) fn report() -> Report {
+        let crc: &[f64] = &[1.0, 0.5, 9.0];
+        let native = results(&[("crc", crc), ("avx2", &[0.1]), ("dd", &[0.25])], &[]);
+        let mut trapgate = results(&[("crc", &[2.0]), ("dd", &[1.0])], &[1.0, 1.5, 1.25]);
+        trapgate
+            .skipped
+            .insert("avx2".to_owned(), "no AVX2".to_owned());
+        trapgate.memory = vec![50.0, 100.0, 60.0];
+        let tcg = results(
+            &[("crc", &[8.0]), ("avx2", &[10.0]), ("dd", &[2.0])],
+            &[2.5],
+        );
+        let all = BTreeMap::from([
+            (Subject::Native, native),
+            (Subject::Trapgate, trapgate),
+            (Subject::Tcg, tcg),
+        ]);
+        let arguments = arguments(&["--only", "crc,avx2,dd,boot"]);
+        Report::new(Vec::new(), Vec::new(), &arguments, &all)
+    }
+
+    /// A report of a run in which nothing came out.
+    pub(crate) fn nothing() -> Report {
+        let all = BTreeMap::from([(Subject::Native, Results::default())]);
+        Report::new(Vec::new(), Vec::new(), &arguments(&[]), &all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mean<'a>(report: &'a Report, of: &str) -> &'a Mean {
+        report.means.iter().find(|mean| mean.of == of).unwrap()
+    }
+
+    fn close(value: Option<f64>, to: f64) -> bool {
+        value.is_some_and(|value| (value / to - 1.0).abs() < 1e-9)
+    }
+
+    #[test]
+    fn ratios_are_of_medians_and_beside_them_of_the_shortest_runs() {
+        let report = testing::report();
+        let crc = report
+            .workloads
+            .iter()
+            .find(|row| row.name == "crc")
+            .unwrap();
+        assert_eq!(crc.ratios.trapgate_over_native, Some(2.0));
+        assert_eq!(crc.ratios.tcg_over_native, Some(8.0));
+        assert_eq!(crc.ratios.tcg_over_trapgate, Some(4.0));
+        assert_eq!(crc.ratios_of_least.trapgate_over_native, Some(4.0));
+        let boot = report.boot.as_ref().unwrap();
+        assert_eq!(boot.ratios.tcg_over_trapgate, Some(2.0));
+        assert_eq!(boot.ratios.trapgate_over_native, None);
+    }
+
+    #[test]
+    fn means_are_of_those_that_have_the_ratio() {
+        let report = testing::report();
+        let all = mean(&report, "all");
+        assert_eq!(all.workloads, 3);
+        // crc and dd: 2 and 4; 4 and 2. avx2 is in TCG's mean only: 8, 100 and 8.
+        assert!(close(all.ratios.trapgate_over_native, 8_f64.sqrt()));
+        assert!(close(all.ratios.tcg_over_trapgate, 8_f64.sqrt()));
+        assert!(close(all.ratios.tcg_over_native, 6400_f64.cbrt()));
+        assert!(close(
+            mean(&report, "compute").ratios.trapgate_over_native,
+            2.0
+        ));
+        assert!(close(mean(&report, "system").ratios.tcg_over_trapgate, 2.0));
+    }
+
+    #[test]
+    fn targets_are_judged_by_what_was_measured() {
+        let report = testing::report();
+        let judged: Vec<(&str, bool)> = report
+            .targets
+            .iter()
+            .map(|target| (&target.measured[..], target.met))
+            .collect();
+        assert_eq!(
+            judged,
+            [
+                ("2.83", false),
+                ("2.00 at least (dd)", true),
+                ("2.00", true),
+                ("4.00 at most (dd)", true),
+                ("2.00", true),
+                ("60.00 MiB", true),
+            ]
+        );
+        assert!(testing::nothing().targets.is_empty());
+    }
+
+    #[test]
+    fn workload_that_failed_is_named_and_has_no_time() {
+        let mut native = Results::default();
+        native.seconds.insert("crc".to_owned(), vec![1.0]);
+        native
+            .failed
+            .insert("crc".to_owned(), "computed 1".to_owned());
+        let all = BTreeMap::from([(Subject::Native, native)]);
+        let arguments = clap::Parser::parse_from(["compare", "--only", "crc"]);
+
+        let report = Report::new(Vec::new(), Vec::new(), &arguments, &all);
+
+        assert!(report.workloads[0].times.is_empty());
+        assert_eq!(report.failures.len(), 1);
+        assert_eq!(report.failures[0].workload, "crc");
+    }
+
+    #[test]
+    fn json_has_every_run() {
+        let json = serde_json::to_value(testing::report()).unwrap();
+        let crc = &json["workloads"][0];
+        assert_eq!(crc["name"], "crc");
+        assert_eq!(crc["kind"], "compute");
+        assert_eq!(
+            crc["times"]["native"]["runs"],
+            serde_json::json!([1.0, 0.5, 9.0])
+        );
+        assert_eq!(crc["times"]["tcg"]["median"], 8.0);
+        assert_eq!(crc["ratios"]["tcg_over_trapgate"], 4.0);
+        let avx2 = &json["workloads"][1];
+        assert_eq!(avx2["not_run"]["trapgate"], "no AVX2");
+        assert_eq!(json["boot"]["times"]["trapgate"]["median"], 1.25);
+    }
+}

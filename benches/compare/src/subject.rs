@@ -1,9 +1,11 @@
 //! What is compared: the host, trapgate and TCG, as processes whose standard output is read.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -19,6 +21,8 @@ pub(crate) const RAM_MIB: u64 = 1024;
 
 /// Lines that are kept of what a process says of itself.
 const LAST_WORDS: usize = 5;
+/// How long they are waited for when it has ended.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// One of those that are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -57,6 +61,7 @@ impl Subject {
             Self::Trapgate => vec![
                 "trapgate".to_owned(),
                 arguments.engine.clone(),
+                arguments.level.clone().unwrap_or_default(),
                 (RAM_MIB << 20).to_string(),
                 image.kernel.display().to_string(),
                 image.initramfs(names)?.display().to_string(),
@@ -106,7 +111,8 @@ pub(crate) struct Running {
     child: Child,
     pub(crate) begun: Instant,
     events: Receiver<(Instant, Event)>,
-    errors: Option<JoinHandle<Vec<String>>>,
+    last_words: Arc<Mutex<VecDeque<String>>>,
+    listener: Option<JoinHandle<()>>,
 }
 
 /// Why nothing came of a process any more.
@@ -140,23 +146,25 @@ impl Running {
                 }
             });
         }
-        let errors = child.stderr.take().map(|errors| {
+        let last_words = Arc::new(Mutex::new(VecDeque::new()));
+        let keep = Arc::clone(&last_words);
+        let listener = child.stderr.take().map(|errors| {
             std::thread::spawn(move || {
-                let mut last = Vec::new();
                 for line in BufReader::new(errors).split(b'\n').map_while(Result::ok) {
-                    last.push(String::from_utf8_lossy(&line).trim().to_owned());
+                    let mut last = keep.lock().unwrap_or_else(PoisonError::into_inner);
+                    last.push_back(String::from_utf8_lossy(&line).trim().to_owned());
                     if last.len() > LAST_WORDS {
-                        last.remove(0);
+                        last.pop_front();
                     }
                 }
-                last
             })
         });
         Ok(Self {
             child,
             begun,
             events,
-            errors,
+            last_words,
+            listener,
         })
     }
 
@@ -177,8 +185,21 @@ impl Running {
     /// Ends it; gives the last that it said on standard error.
     pub(crate) fn end(mut self) -> String {
         self.kill();
-        let last = self.errors.take().and_then(|errors| errors.join().ok());
-        last.unwrap_or_default().join("; ")
+        // The end of its output comes at once, unless something that it started holds the other end.
+        let deadline = Instant::now() + PATIENCE;
+        while self
+            .listener
+            .as_ref()
+            .is_some_and(|listener| !listener.is_finished())
+            && Instant::now() < deadline
+        {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let last = self
+            .last_words
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        Vec::from(last.clone()).join("; ")
     }
 
     fn kill(&mut self) {

@@ -150,3 +150,41 @@ fn align<const N: usize>(rows: &[[String; N]], text: &mut String) {
         let _ = writeln!(text, "{}", line.trim_end());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::testing;
+
+    #[test]
+    fn table_has_a_line_for_each_workload_and_columns_that_end_together() {
+        let text = table(&testing::report());
+        let line = |start: &str| text.lines().find(|line| line.starts_with(start)).unwrap();
+        let words = |start| line(start).split_whitespace().collect::<Vec<_>>();
+        assert_eq!(
+            words("crc"),
+            [
+                "crc", "compute", "1.000", "s", "2.000", "s", "8.000", "s", "2.00", "8.00", "4.00",
+                "425", "%"
+            ]
+        );
+        assert_eq!(
+            words("boot"),
+            ["boot", "1.250", "s", "2.500", "s", "2.00", "20", "%"]
+        );
+        assert_eq!(
+            words("mean (3)"),
+            ["mean", "(3)", "all", "2.83", "18.57", "2.83"]
+        );
+        assert_eq!(line("crc").chars().count(), line("boot").chars().count());
+        assert!(text.contains("not run: avx2 under trapgate: no AVX2"));
+        assert!(text.contains("resident beyond guest RAM: trapgate 60 MiB"));
+    }
+
+    #[test]
+    fn nothing_measured_is_a_table_without_means() {
+        let text = table(&testing::nothing());
+        assert!(!text.contains("mean"));
+        assert!(!text.contains("met"));
+    }
+}

@@ -36,13 +36,13 @@ enum Op {
 /// the sum of the lengths.
 fn program(limit: u32) -> Vec<Op> {
     vec![
-        /* 0 */ Op::Set(0, 1),           // n
+        /* 0 */ Op::Set(0, 1), // n
         /* 1 */ Op::Set(1, limit),
-        /* 2 */ Op::Set(2, 0),           // sum
+        /* 2 */ Op::Set(2, 0), // sum
         /* 3 */ Op::Set(6, 2),
         // Next n.
         /* 4 */ Op::Move(3, 0),
-        /* 5 */ Op::Set(4, 0),           // length
+        /* 5 */ Op::Set(4, 0), // length
         // Next in the sequence.
         /* 6 */ Op::IfLess(3, 6, 13),
         /* 7 */ Op::Increase(4, 4, 1),

@@ -62,6 +62,8 @@ pub(crate) fn run(setting: &Setting) -> Work {
                 value ^= node.weight();
             }
         }
-        Ok(nodes.iter().fold(value, |all, node| mix(all, node.weight())))
+        Ok(nodes
+            .iter()
+            .fold(value, |all, node| mix(all, node.weight())))
     })
 }

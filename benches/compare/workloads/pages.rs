@@ -54,6 +54,9 @@ pub(crate) fn churn(setting: &Setting) -> Work {
     const SIZE: usize = 128 << 10;
     let passes = 20_000 / setting.scale;
     Box::new(move || {
-        (0..passes).try_fold(0, |sum, _| Ok(sum + touch(SIZE, [0, SIZE - 1].into_iter())?))
+        (0..passes).try_fold(
+            0,
+            |sum, _| Ok(sum + touch(SIZE, [0, SIZE - 1].into_iter())?),
+        )
     })
 }

@@ -98,7 +98,9 @@ fn text(size: usize, random: &mut Random) -> Vec<u8> {
     let words: Vec<Vec<u8>> = (0..2000)
         .map(|_| {
             let length = 2 + random.next() % 9;
-            (0..length).map(|_| b'a' + (random.next() % 26) as u8).collect()
+            (0..length)
+                .map(|_| b'a' + (random.next() % 26) as u8)
+                .collect()
         })
         .collect();
     let mut text = Vec::with_capacity(size + 16);

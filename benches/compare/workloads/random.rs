@@ -20,11 +20,9 @@ pub(crate) fn mix(check: u64, value: u64) -> u64 {
 
 /// The check of some bytes.
 pub(crate) fn mix_bytes(bytes: &[u8]) -> u64 {
-    bytes
-        .chunks(8)
-        .fold(bytes.len() as u64, |check, chunk| {
-            let mut word = [0; 8];
-            word[..chunk.len()].copy_from_slice(chunk);
-            mix(check, u64::from_le_bytes(word))
-        })
+    bytes.chunks(8).fold(bytes.len() as u64, |check, chunk| {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        mix(check, u64::from_le_bytes(word))
+    })
 }
