@@ -477,6 +477,29 @@ mod tests {
     }
 
     #[test]
+    fn machines_that_run_are_named_first() {
+        for command in ["pause", "resume", "stop", "console"] {
+            Arguments::try_parse_from(["trapgate", command, "web-1"]).unwrap();
+            assert!(
+                refused(&[command, "../x"])
+                    .to_string()
+                    .contains("cannot be")
+            );
+            assert!(refused(&[command]).to_string().contains("<NAME>"));
+        }
+        Arguments::try_parse_from(["trapgate", "snapshot", "web", "dir"]).unwrap();
+        let stop = refused(&["stop", "x", "--now", "--grace", "1"]);
+        assert!(stop.to_string().contains("cannot be used with"), "{stop}");
+    }
+
+    #[test]
+    fn machine_in_the_background_shows_no_kernel() {
+        assert!(run(&["-dq", "--name", "x"]).detach);
+        let error = refused(&["run", "--detach", "--verbose"]).to_string();
+        assert!(error.contains("cannot be used with"), "{error}");
+    }
+
+    #[test]
     fn help_has_examples_and_statuses() {
         let error = refused(&["run", "--help"]);
         assert_eq!(error.kind(), ErrorKind::DisplayHelp);

@@ -354,7 +354,8 @@ impl Scene {
                 Next::Restart => {
                     self.keyboard.disconnect();
                     self.lock_log().restarted();
-                    if !self.quiet {
+                    // Once in the background: a guest that crashes again and again must not fill the file.
+                    if !self.quiet && (first || !self.detach) {
                         terminal::say("trapgate: the guest restarts");
                     }
                     first = false;

@@ -9,6 +9,7 @@
 use std::error::Error;
 use std::fmt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -61,6 +62,8 @@ pub struct RemoteControl {
     paused: Mutex<bool>,
     /// For those who may wait: read as long as someone works on the machine.
     machine: RwLock<Option<Arc<Machine>>>,
+    /// How many machines there have been.
+    machines: AtomicU64,
     /// When the processors told their numbers last.
     counted: Mutex<Option<Instant>>,
 }
@@ -85,6 +88,7 @@ impl RemoteControl {
             quick: Mutex::default(),
             paused: Mutex::default(),
             machine: RwLock::default(),
+            machines: AtomicU64::new(0),
             counted: Mutex::default(),
         }
     }
@@ -102,6 +106,7 @@ impl RemoteControl {
         if *paused {
             machine.engage_brake();
         }
+        self.machines.fetch_add(1, Ordering::Relaxed);
         self.replace(Some(Arc::clone(machine)));
         drop(paused);
         let mut quick = lock(&self.quick);
@@ -134,8 +139,9 @@ impl RemoteControl {
 
     /// The guest is gone for good.
     pub fn end(&self) {
-        self.disconnect();
+        // First: between the two nobody is to be told that another machine comes.
         self.states.set(State::Ended);
+        self.disconnect();
         if let Some(terminal) = &self.terminal {
             terminal.close();
         }
@@ -147,7 +153,7 @@ impl RemoteControl {
             return ProblemKind::Ended.into();
         }
         Problem::new(ProblemKind::Busy)
-            .cause("its guest is restarting")
+            .cause("its guest is restarting, or about to end")
             .fix("ask again in a second")
     }
 
@@ -219,7 +225,9 @@ impl Control for RemoteControl {
             machine.refresh_counters();
             *counted = Some(Instant::now());
         }
-        Ok(counters(machine))
+        // One that the guest reset may have become another.
+        let earlier = self.machines.load(Ordering::Relaxed).saturating_sub(1);
+        Ok(counters(machine, earlier))
     }
 
     fn pause(&self) -> Result<StateAnswer, Problem> {
@@ -297,8 +305,8 @@ fn cause_chain(error: &dyn Error) -> String {
     }
 }
 
-/// All that a machine counts.
-fn counters(machine: &Machine) -> Counters {
+/// All that a machine counts. `earlier` machines were reset.
+fn counters(machine: &Machine, earlier: u64) -> Counters {
     let own = machine.counters();
     let alone = |name: &str, unit, kind, value, help: &str| Counter {
         name: name.to_owned(),
@@ -313,8 +321,8 @@ fn counters(machine: &Machine) -> Counters {
             "resets",
             Unit::Count,
             Kind::Total,
-            own.resets,
-            "Resets that the machine went through by itself",
+            earlier + own.resets,
+            "Times that the guest reset the machine",
         ),
         alone(
             "host_cpu",

@@ -131,6 +131,8 @@ fn machine_that_comes_after_one_that_was_paused_is_paused_and_after_a_stop_stops
     assert_eq!(remote.pause().unwrap(), answer(State::Paused, false));
     thread::sleep(Duration::from_millis(5));
     assert_eq!(second.counters().clock, stands);
+    let counters = remote.counters().unwrap();
+    assert_eq!(counters.get("resets").unwrap().value, 1);
 
     remote.disconnect();
     remote.stop();
