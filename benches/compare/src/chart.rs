@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::catalog::Kind;
-use crate::report::{Ratios, Report};
+use crate::report::{Lost, Ratios, Report, Row};
 use crate::subject::Subject;
 
 const WIDTH: f64 = 960.0;
@@ -164,6 +164,18 @@ pub(crate) fn svg(report: &Report) -> String {
         [ratios.trapgate_over_native, ratios.tcg_over_native]
             .map(|value| value.map(|value| (scale.at(1.0), scale.at(value), short(value))))
     };
+    // In the place of a bar that is missing.
+    let missing = |row: &Row, subject: Subject| {
+        let failed = |lost: &Lost| lost.subject == subject && lost.workload == row.name;
+        let why = if row.not_run.contains_key(&subject) {
+            "not run"
+        } else if report.failures.iter().any(failed) {
+            "failed"
+        } else {
+            return None;
+        };
+        Some((scale.at(1.0), scale.at(1.0), why.to_owned()))
+    };
     for kind in [Kind::Compute, Kind::System] {
         let rows: Vec<_> = report
             .workloads
@@ -175,12 +187,12 @@ pub(crate) fn svg(report: &Report) -> String {
         }
         drawing.heading(kind.name());
         for row in rows {
-            drawing.row(
-                row.name,
-                "",
-                ends(&row.ratios),
-                row.ratios.tcg_over_trapgate,
-            );
+            let [trapgate, tcg] = ends(&row.ratios);
+            let ends = [
+                trapgate.or_else(|| missing(row, Subject::Trapgate)),
+                tcg.or_else(|| missing(row, Subject::Tcg)),
+            ];
+            drawing.row(row.name, "", ends, row.ratios.tcg_over_trapgate);
         }
         if let Some(mean) = report.means.iter().find(|mean| mean.of == kind.name()) {
             drawing.row(
@@ -247,7 +259,7 @@ fn boot(report: &Report, drawing: &mut Drawing) {
     if most == 0.0 {
         return;
     }
-    drawing.heading("boot");
+    drawing.heading("boot, in seconds");
     let ends = seconds.map(|value| {
         let length = |value: f64| value / most * (RIGHT - LEFT) * 0.9;
         value.map(|value| (LEFT, LEFT + length(value), format!("{value:.2} s")))
@@ -300,10 +312,17 @@ mod tests {
 
         let svg = svg(&report);
 
-        // Three workloads, three means and the boot have two bars each, but for one workload that ran on TCG only;
-        // two more explain the colours, and one is the ground.
-        assert_eq!(svg.matches("<rect").count(), 2 * 7 - 1 + 2 + 1);
-        for text in ["crc", "avx2", "geometric mean", "2.50 s", ">8.00<"] {
+        // Three workloads, three means and the boot have two bars each; two more explain the colours, and one is
+        // the ground.
+        assert_eq!(svg.matches("<rect").count(), 2 * 7 + 2 + 1);
+        for text in [
+            "crc",
+            "avx2",
+            "geometric mean",
+            "not run",
+            "2.50 s",
+            ">8.00<",
+        ] {
             assert!(svg.contains(text), "{text}");
         }
     }

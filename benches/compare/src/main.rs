@@ -20,6 +20,7 @@ mod statistics;
 mod subject;
 mod table;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -48,18 +49,28 @@ fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let image = image::prepare(arguments)?;
     let report = measure::measure(arguments, &image)?;
     print!("{}", table::table(&report));
-    if let Some(path) = &arguments.json {
-        let text = serde_json::to_string_pretty(&report)? + "\n";
-        std::fs::write(path, text)
-            .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
-    }
-    if let Some(path) = &arguments.svg {
-        std::fs::write(path, chart::svg(&report))
-            .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
-    }
+    write(arguments.json.as_deref(), || {
+        Ok(serde_json::to_string_pretty(&report)? + "\n")
+    })?;
+    write(arguments.markdown.as_deref(), || {
+        Ok(table::markdown(&report))
+    })?;
+    write(arguments.svg.as_deref(), || Ok(chart::svg(&report)))?;
     Ok(if report.failures.is_empty() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Writes to a file, if one was asked for.
+fn write(
+    path: Option<&Path>,
+    text: impl FnOnce() -> Result<String, Failure>,
+) -> Result<(), Failure> {
+    if let Some(path) = path {
+        std::fs::write(path, text()?)
+            .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    }
+    Ok(())
 }

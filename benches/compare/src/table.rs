@@ -1,9 +1,37 @@
-//! The report as a table.
+//! The report as a table, for a terminal and for a document.
 
 use std::fmt::Write;
 
 use crate::report::{Mean, Ratios, Report, Row};
 use crate::subject::Subject;
+
+const HEAD: [&str; 9] = [
+    "workload",
+    "kind",
+    "native",
+    "trapgate",
+    "TCG",
+    "trapgate÷native",
+    "TCG÷native",
+    "TCG÷trapgate",
+    "spread",
+];
+
+/// The workloads, the boot and the means, as a table in Markdown.
+pub(crate) fn markdown(report: &Report) -> String {
+    let line = |cells: [String; 9]| format!("| {} |\n", cells.join(" | "));
+    let rule = std::array::from_fn(|column| if column < 2 { "---" } else { "--:" }.to_owned());
+    let head = [line(HEAD.map(str::to_owned)), line(rule)];
+    head.into_iter().chain(body(report).map(line)).collect()
+}
+
+fn body(report: &Report) -> impl Iterator<Item = [String; 9]> {
+    let rows = report.workloads.iter().chain(&report.boot).map(cells);
+    let means = report.means.iter();
+    let of_fastest = report.means.iter().take(1);
+    rows.chain(means.map(|mean| mean_cells("mean", mean, &mean.ratios)))
+        .chain(of_fastest.map(|mean| mean_cells("mean of fastest", mean, &mean.ratios_of_least)))
+}
 
 /// The report, for a terminal.
 pub(crate) fn table(report: &Report) -> String {
@@ -21,25 +49,8 @@ pub(crate) fn table(report: &Report) -> String {
     }
     text.push('\n');
 
-    let head = [
-        "workload",
-        "kind",
-        "native",
-        "trapgate",
-        "TCG",
-        "trapgate÷native",
-        "TCG÷native",
-        "TCG÷trapgate",
-        "spread",
-    ];
-    let mut rows = vec![head.map(str::to_owned)];
-    rows.extend(report.workloads.iter().chain(&report.boot).map(cells));
-    for mean in &report.means {
-        rows.push(mean_cells("mean", mean, &mean.ratios));
-    }
-    for mean in report.means.iter().take(1) {
-        rows.push(mean_cells("mean of fastest", mean, &mean.ratios_of_least));
-    }
+    let mut rows = vec![HEAD.map(str::to_owned)];
+    rows.extend(body(report));
     align(&rows, &mut text);
     if !report.memory_mib.is_empty() {
         let memory: Vec<String> = report
@@ -179,6 +190,21 @@ mod tests {
         assert_eq!(line("crc").chars().count(), line("boot").chars().count());
         assert!(text.contains("not run: avx2 under trapgate: no AVX2"));
         assert!(text.contains("resident beyond guest RAM: trapgate 60 MiB"));
+    }
+
+    #[test]
+    fn markdown_has_the_same_cells() {
+        let text = markdown(&testing::report());
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(
+            lines[2],
+            "| crc | compute | 1.000 s | 2.000 s | 8.000 s | 2.00 | 8.00 | 4.00 | 425 % |"
+        );
+        assert!(
+            lines.iter().all(|line| line.matches('|').count() == 10),
+            "{text}"
+        );
+        assert_eq!(lines.len(), 2 + 3 + 1 + 3 + 1);
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub(crate) fn faults(setting: &Setting) -> Work {
     Box::new(move || {
         (0..passes).try_fold(0, |sum, _| {
             // Scattered within each 2 MiB, so that faults come in no order but close to each other.
-            let pages = (0..SIZE / PAGE).map(|page| (page & !511) | (page * 167 & 511));
+            let pages = (0..SIZE / PAGE).map(|page| (page & !511) | ((page * 167) & 511));
             Ok(sum + touch(SIZE, pages.map(|page| page * PAGE))?)
         })
     })

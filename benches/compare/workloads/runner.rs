@@ -18,7 +18,7 @@ pub(crate) fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
-        [ref program, "all", names, work, busybox, scale, seconds] => {
+        [program, "all", names, work, busybox, scale, seconds] => {
             let rest = [work, busybox, scale, seconds];
             say(format_args!("@clock {}", now()));
             for name in names.split(',').filter(|name| !name.is_empty()) {
