@@ -26,6 +26,7 @@ const KVM_GET_SREGS2: u64 = number(READ, 0xcc, size_of::<kvm_sregs2>());
 const KVM_SET_SREGS2: u64 = number(WRITE, 0xcd, size_of::<kvm_sregs2>());
 const KVM_GET_MSRS: u64 = number(READ | WRITE, 0x88, size_of::<kvm_msrs>());
 const KVM_SET_MSRS: u64 = number(WRITE, 0x89, size_of::<kvm_msrs>());
+const KVM_SET_SIGNAL_MASK: u64 = number(WRITE, 0x8b, 4);
 const KVM_GET_LAPIC: u64 = number(READ, 0x8e, size_of::<kvm_lapic_state>());
 const KVM_SET_LAPIC: u64 = number(WRITE, 0x8f, size_of::<kvm_lapic_state>());
 const KVM_GET_DEVICE_ATTR: u64 = number(WRITE, 0xe2, size_of::<kvm_device_attr>());
@@ -199,7 +200,7 @@ pub(crate) fn set_apic_base(vcpu: &impl AsRawFd, base: u64) -> io::Result<()> {
 }
 
 /// KVM_GET_LAPIC.
-pub(crate) fn lapic(vcpu: &OwnedFd) -> io::Result<[u8; PAGE]> {
+pub(crate) fn lapic(vcpu: &impl AsRawFd) -> io::Result<[u8; PAGE]> {
     let mut state = kvm_lapic_state::default();
     // SAFETY: the descriptor is a vCPU's; the kernel writes a `kvm_lapic_state`, which lives.
     result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_LAPIC, &raw mut state) })?;
@@ -261,4 +262,21 @@ pub(crate) fn io_apic_irqchip(state: &KernelIoApic) -> kvm_irqchip {
     };
     irqchip.chip.ioapic = ioapic;
     irqchip
+}
+
+/// KVM_SET_SIGNAL_MASK: the signals that are blocked while the kernel runs the processor, a bit each from
+/// signal 1; `None` for the thread's own.
+pub(crate) fn set_signal_mask(vcpu: &OwnedFd, blocked: Option<u64>) -> io::Result<()> {
+    /// `struct kvm_signal_mask` with the kernel's own size of a signal set.
+    #[repr(C, packed)]
+    struct SignalMask {
+        length: u32,
+        set: u64,
+    }
+    let mask = blocked.map(|set| SignalMask { length: 8, set });
+    let argument = mask
+        .as_ref()
+        .map_or(std::ptr::null(), |mask| &raw const *mask);
+    // SAFETY: the descriptor is a vCPU's; the kernel reads a length and as many bytes, or nothing.
+    result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, argument) })
 }

@@ -156,13 +156,13 @@ impl KvmMachine {
         }
     }
 
-    /// Takes the interrupt controllers back, at `now`. All processors stand still.
+    /// Takes the interrupt controllers back. All processors stand still.
     ///
     /// # Errors
     /// The kernel has none.
-    pub fn take_controllers(&self, now: u64) -> Result<ControllersState, KvmError> {
+    pub fn take_controllers(&self) -> Result<ControllersState, KvmError> {
         match &self.controllers {
-            Some(controllers) => controllers.take(&self.machine, now),
+            Some(controllers) => controllers.take(&self.machine),
             None => Err(KvmError::Lacks {
                 what: "interrupt controllers: it was made without",
             }),

@@ -10,7 +10,7 @@ use trapgate_engine::{Exit, Failure, Signal, Signals, StateError, Vcpu, World};
 use trapgate_x86::{Activity, CpuState};
 
 use crate::error::{call, named};
-use crate::kick::Kick;
+use crate::kick::{Kick, with_signal_waiting};
 use crate::machine::KvmMachine;
 use crate::state::Ours;
 use crate::{KvmError, calls};
@@ -294,7 +294,40 @@ impl KvmVcpu {
             exit = other;
         }
         self.tell_offset()?;
+        self.note_timer()?;
         Ok(exit)
+    }
+
+    /// Notes what the local APIC's timer does, if that is the kernel's.
+    fn note_timer(&mut self) -> Result<(), KvmError> {
+        let machine = Arc::clone(&self.machine);
+        let Some(controllers) = &machine.controllers else {
+            return Ok(());
+        };
+        let page = calls::lapic(&self.vcpu).map_err(named("KVM_GET_LAPIC"))?;
+        // After the count was read: late by the time between rather than early.
+        let now = self.world.clock();
+        if controllers.left(self.index, &page, now) {
+            self.settle_timer()?;
+        }
+        Ok(())
+    }
+
+    /// Enters the kernel, and not the guest: an interrupt of the timer that waits in the kernel, where
+    /// nobody can take it from, comes into the local APIC's registers.
+    fn settle_timer(&mut self) -> Result<(), KvmError> {
+        self.vcpu.set_kvm_immediate_exit(0);
+        let Self { vcpu, .. } = self;
+        let descriptor = calls::duplicate(vcpu).map_err(named("the descriptor of a processor"))?;
+        let ended = with_signal_waiting(&descriptor, || vcpu.run().map(|_| ()))
+            .map_err(named("KVM_SET_SIGNAL_MASK"))?;
+        match ended {
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(()),
+            Err(error) => Err(call("KVM_RUN")(error)),
+            Ok(()) => Err(KvmError::Lacks {
+                what: "a KVM_RUN that a signal ends",
+            }),
+        }
     }
 
     fn run_on_this_thread(&mut self) -> Exit {

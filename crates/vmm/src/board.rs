@@ -102,7 +102,7 @@ impl Board {
             return;
         }
         let now = self.clock.now();
-        let taken = controllers.take(now).and_then(|state| {
+        let taken = controllers.take().and_then(|state| {
             cell.chipset
                 .take_back_controllers(&state, now)
                 .map_err(Into::into)

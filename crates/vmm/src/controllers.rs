@@ -17,8 +17,8 @@ pub(crate) trait Controllers: Send + Sync {
     /// Takes them, at `now`, nanoseconds of VM time, with the GSIs that are high, a bit each. The
     /// processors stand still.
     fn give(&self, state: &ControllersState, levels: u32, now: u64) -> Result<(), Failure>;
-    /// Gives them back, at `now`. The processors stand still.
-    fn take(&self, now: u64) -> Result<ControllersState, Failure>;
+    /// Gives them back. The processors stand still.
+    fn take(&self) -> Result<ControllersState, Failure>;
     /// Sets the level of a GSI.
     fn set_line(&self, gsi: u32, level: bool) -> Result<(), Failure>;
     /// Sends a message-signalled interrupt.
@@ -30,8 +30,8 @@ impl Controllers for KvmMachine {
         self.give_controllers(state, levels, now).map_err(boxed)
     }
 
-    fn take(&self, now: u64) -> Result<ControllersState, Failure> {
-        self.take_controllers(now).map_err(boxed)
+    fn take(&self) -> Result<ControllersState, Failure> {
+        self.take_controllers().map_err(boxed)
     }
 
     fn set_line(&self, gsi: u32, level: bool) -> Result<(), Failure> {

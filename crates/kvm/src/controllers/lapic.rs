@@ -142,14 +142,45 @@ pub(crate) fn to_kernel(id: u32, state: &LocalApicState, now: u64) -> KernelLapi
     kernel
 }
 
+/// What the timer of a processor does that has left the guest, as far as its registers tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Timer {
+    /// It does not count, or counts in TSC ticks.
+    Idle,
+    /// Nanoseconds that are left.
+    Counts(u64),
+    /// Its count has ended; the interrupt may still wait in the kernel, where nobody sees it.
+    Ended,
+}
+
+/// See [`Timer`].
+pub(crate) fn timer(page: &[u8; PAGE]) -> Timer {
+    let kernel = KernelLapic {
+        apic_base: 0,
+        page: *page,
+        deadline: 0,
+    };
+    if mode(kernel.get(at::LVT[0])) == DEADLINE_MODE || kernel.get(at::INITIAL) == 0 {
+        return Timer::Idle;
+    }
+    match kernel.get(at::CURRENT) {
+        0 => Timer::Ended,
+        count => Timer::Counts(u64::from(count) * step(kernel.get(at::DIVIDE))),
+    }
+}
+
 /// The inverse of [`to_kernel`]. `initial` is the initial count that the kernel was not given because it
-/// had ended.
-pub(crate) fn from_kernel(kernel: &KernelLapic, initial: u32, now: u64) -> LocalApicState {
+/// had ended; `expires` is when the count ends, in nanoseconds of VM time, as it was when the processor
+/// left the guest: in the kernel it goes on.
+pub(crate) fn from_kernel(
+    kernel: &KernelLapic,
+    initial: u32,
+    expires: Option<u64>,
+) -> LocalApicState {
     let lvt = at::LVT.map(|offset| kernel.get(offset) & !LVT_STATUS);
     let divide = kernel.get(at::DIVIDE) & 0xb;
     let counted = kernel.get(at::INITIAL);
-    let count = u64::from(kernel.get(at::CURRENT));
-    let counts = mode(lvt[0]) != DEADLINE_MODE && count != 0;
+    let counts = mode(lvt[0]) != DEADLINE_MODE && counted != 0;
     LocalApicState {
         apic_base: kernel.apic_base,
         tpr: kernel.get(at::TPR) & 0xff,
@@ -171,7 +202,7 @@ pub(crate) fn from_kernel(kernel: &KernelLapic, initial: u32, now: u64) -> Local
             } else {
                 counted
             },
-            expires: counts.then(|| now.saturating_add(count * step(divide))),
+            expires: expires.filter(|_| counts),
             tsc_deadline: if mode(lvt[0]) == DEADLINE_MODE {
                 kernel.deadline
             } else {
@@ -195,7 +226,7 @@ mod tests {
     }
 
     prop_compose! {
-        fn timer()(
+        fn timer_state()(
             mode in 0u32..3,
             divide in prop::sample::select(vec![0u32, 1, 2, 3, 8, 9, 10, 11]),
             initial in 1u32..,
@@ -224,7 +255,7 @@ mod tests {
             command in any::<u32>(),
             [isr, irr, tmr] in prop::array::uniform3(vectors()),
             mut lvt: [u32; 7],
-            (mode, timer) in timer(),
+            (mode, timer) in timer_state(),
         ) -> LocalApicState {
             for entry in &mut lvt {
                 *entry &= 0x1_a7ff & !LVT_STATUS;
@@ -250,7 +281,11 @@ mod tests {
         #[test]
         fn state_comes_back(state in state()) {
             let kernel = to_kernel(3, &state, NOW);
-            prop_assert_eq!(from_kernel(&kernel, state.timer.initial, NOW), state);
+            let expires = match timer(&kernel.page) {
+                Timer::Counts(left) => Some(NOW + left),
+                Timer::Idle | Timer::Ended => None,
+            };
+            prop_assert_eq!(from_kernel(&kernel, state.timer.initial, expires), state);
         }
     }
 
@@ -263,7 +298,7 @@ mod tests {
                 deadline: 0,
             },
             0,
-            NOW,
+            None,
         );
         assert_eq!(to_kernel(5, &state, NOW).get(at::ID), 5 << 24);
         state.apic_base |= X2APIC;
@@ -280,11 +315,11 @@ mod tests {
                 deadline: 0,
             },
             0,
-            NOW,
+            None,
         );
         state.timer.initial = 1000;
         let kernel = to_kernel(0, &state, NOW);
         assert_eq!((kernel.get(at::INITIAL), kernel.get(at::CURRENT)), (0, 0));
-        assert_eq!(from_kernel(&kernel, 1000, NOW).timer.initial, 1000);
+        assert_eq!(from_kernel(&kernel, 1000, None).timer.initial, 1000);
     }
 }

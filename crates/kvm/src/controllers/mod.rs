@@ -29,6 +29,7 @@ use crate::{KvmError, calls};
 pub(crate) use ioapic::KernelIoApic;
 use lapic::KernelLapic;
 pub(crate) use lapic::PAGE;
+use lapic::Timer;
 use pic::Which;
 
 /// One processor's local APIC.
@@ -41,6 +42,9 @@ struct Slot {
     deadline: Option<u64>,
     /// An initial count that the kernel was not given, see [`lapic::to_kernel`].
     initial: u32,
+    /// When the timer's count ends, in nanoseconds of VM time: as it was given, or when the processor
+    /// last left the guest.
+    expires: Option<u64>,
 }
 
 /// The kernel's interrupt controllers.
@@ -85,6 +89,7 @@ impl Controllers {
             vcpu,
             deadline: None,
             initial: 0,
+            expires: None,
         });
         Ok(())
     }
@@ -106,6 +111,20 @@ impl Controllers {
                 .map_err(named("KVM_SET_MSRS")),
             None => Ok(()),
         }
+    }
+
+    /// A processor has left the guest, with these registers of its local APIC at `now`, nanoseconds of
+    /// VM time: notes when the timer's count ends, since in the kernel it goes on. Whether an interrupt
+    /// of the timer may wait in the kernel.
+    pub(crate) fn left(&self, index: usize, page: &[u8; PAGE], now: u64) -> bool {
+        let timer = lapic::timer(page);
+        if let Some(slot) = self.slots().get_mut(index) {
+            slot.expires = match timer {
+                Timer::Counts(left) => Some(now.saturating_add(left)),
+                Timer::Idle | Timer::Ended => None,
+            };
+        }
+        timer == Timer::Ended
     }
 
     /// Gives the kernel the state; `levels` are the GSIs that are high, a bit each. All processors
@@ -146,6 +165,7 @@ impl Controllers {
             calls::set_lapic(&slot.vcpu, &kernel.page).map_err(named("KVM_SET_LAPIC"))?;
             slot.deadline = (kernel.deadline != 0).then_some(kernel.deadline);
             slot.initial = state.timer.initial;
+            slot.expires = state.timer.expires;
         }
         let kernel = ioapic::to_kernel(io_apic);
         machine
@@ -154,7 +174,7 @@ impl Controllers {
     }
 
     /// Takes the state from the kernel. All processors stand still.
-    pub(crate) fn take(&self, machine: &VmFd, now: u64) -> Result<ControllersState, KvmError> {
+    pub(crate) fn take(&self, machine: &VmFd) -> Result<ControllersState, KvmError> {
         let slots = self.slots();
         let mut local_apics = Vec::new();
         for slot in slots.iter() {
@@ -168,7 +188,7 @@ impl Controllers {
                     }
                 },
             };
-            local_apics.push(lapic::from_kernel(&kernel, slot.initial, now));
+            local_apics.push(lapic::from_kernel(&kernel, slot.initial, slot.expires));
         }
         let get = |chip_id| {
             let mut irqchip = kvm_irqchip {
