@@ -150,6 +150,11 @@ pub struct Bench {
 
 /// A 64-bit program in ring 0, with `code` to run; `None` where there is no KVM.
 pub fn bench(code: &[u8]) -> Option<Bench> {
+    bench_with(code, Interrupts::World)
+}
+
+/// As [`bench`], with the interrupt controllers where they are to be.
+pub fn bench_with(code: &[u8], interrupts: Interrupts) -> Option<Bench> {
     let profile = profile()?;
     let memory = Arc::new(
         GuestMemory::new(&[RamRange {
@@ -162,14 +167,8 @@ pub fn bench(code: &[u8]) -> Option<Bench> {
         told: Arc::default(),
         base: Instant::now(),
     };
-    let machine = KvmMachine::new(
-        Arc::clone(&memory),
-        profile,
-        1,
-        Lacks::Hide,
-        Interrupts::World,
-    )
-    .unwrap();
+    let machine =
+        KvmMachine::new(Arc::clone(&memory), profile, 1, Lacks::Hide, interrupts).unwrap();
     let mut vcpu = machine.vcpu(Box::new(world.clone()), 0).unwrap();
     write(&memory, PAGES, PAGES + 0x1003);
     write(&memory, PAGES + 0x1000, PAGES + 0x2003);
