@@ -6,7 +6,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, kvm_guest_debug};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use trapgate_engine::{Exit, Failure, Signal, Signals, StateError, Vcpu, World};
+use trapgate_engine::{Counter, Exit, Failure, Measure, Signal, Signals, StateError, Vcpu, World};
 use trapgate_x86::{Activity, CpuState};
 
 use crate::error::{call, named};
@@ -42,6 +42,33 @@ pub struct KvmVcpu {
     pub(crate) stretch: usize,
     /// The state's offset of the TSC, if it is not set.
     pub(crate) tsc_offset: u64,
+    counters: Counters,
+}
+
+/// What there is to count: how often the guest was left, and for what.
+struct Counters {
+    exits: Counter,
+    ports: Counter,
+    memory: Counter,
+    msrs: Counter,
+}
+
+impl Counters {
+    fn new() -> Self {
+        let events = |name, help| Counter::new(name, Measure::Events, help);
+        Self {
+            exits: events(
+                "exits",
+                "Times that the guest was left for the program that runs it",
+            ),
+            ports: events("port_exits", "Those of them for an access to a port"),
+            memory: events(
+                "device_exits",
+                "Those of them for an access to a device's memory",
+            ),
+            msrs: events("msr_exits", "Those of them for a model-specific register"),
+        }
+    }
 }
 
 /// What one KVM_RUN ended with.
@@ -87,6 +114,7 @@ impl KvmVcpu {
             interrupt_waits: false,
             stretch: 0,
             tsc_offset: 0,
+            counters: Counters::new(),
         };
         new.import(&CpuState::default())?;
         Ok(new)
@@ -207,6 +235,13 @@ impl KvmVcpu {
 
     /// Deals with what a KVM_RUN ended with. Gives the exit if the guest is not to go on.
     fn act(&mut self, ended: Ended) -> Result<Option<Exit>, KvmError> {
+        self.counters.exits.add(1);
+        match &ended {
+            Ended::Answered => self.counters.memory.add(1),
+            Ended::Port => self.counters.ports.add(1),
+            Ended::ReadMsr(_) | Ended::WriteMsr(..) => self.counters.msrs.add(1),
+            _ => {}
+        }
         match ended {
             Ended::Nothing => {}
             Ended::Answered => self.answer_waits = true,
@@ -398,6 +433,16 @@ impl Vcpu for KvmVcpu {
     /// The hardware does not count for us.
     fn instructions(&self) -> u64 {
         0
+    }
+
+    fn counters(&self) -> Vec<Counter> {
+        let Counters {
+            exits,
+            ports,
+            memory,
+            msrs,
+        } = &self.counters;
+        [exits, ports, memory, msrs].map(Counter::clone).to_vec()
     }
 }
 

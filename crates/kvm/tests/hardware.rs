@@ -153,6 +153,14 @@ fn ports_of_each_size_and_strings_reach_the_world() {
         (0x13, 2, 3),
     ];
     assert_eq!(bench.world.with(|told| told.ports.clone()), expected);
+    let counted = |name| {
+        let counters = bench.vcpu.counters();
+        let counter = counters.iter().find(|counter| counter.name() == name);
+        counter.unwrap().get()
+    };
+    assert!(counted("port_exits") >= 4, "{}", counted("port_exits"));
+    assert!(counted("exits") > counted("port_exits"));
+    assert_eq!(counted("device_exits"), 0);
 }
 
 #[test]
