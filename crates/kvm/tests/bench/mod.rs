@@ -155,6 +155,11 @@ pub fn bench(code: &[u8]) -> Option<Bench> {
 
 /// As [`bench`], with the interrupt controllers where they are to be.
 pub fn bench_with(code: &[u8], interrupts: Interrupts) -> Option<Bench> {
+    bench_of(code, interrupts, 1)
+}
+
+/// As [`bench_with`], in a machine of `count` processors, of which the others are the caller's to make.
+pub fn bench_of(code: &[u8], interrupts: Interrupts, count: u32) -> Option<Bench> {
     let profile = profile()?;
     let memory = Arc::new(
         GuestMemory::new(&[RamRange {
@@ -168,7 +173,7 @@ pub fn bench_with(code: &[u8], interrupts: Interrupts) -> Option<Bench> {
         base: Instant::now(),
     };
     let machine =
-        KvmMachine::new(Arc::clone(&memory), profile, 1, Lacks::Hide, interrupts).unwrap();
+        KvmMachine::new(Arc::clone(&memory), profile, count, Lacks::Hide, interrupts).unwrap();
     let mut vcpu = machine.vcpu(Box::new(world.clone()), 0).unwrap();
     write(&memory, PAGES, PAGES + 0x1003);
     write(&memory, PAGES + 0x1000, PAGES + 0x2003);
