@@ -185,6 +185,11 @@ impl KvmMachine {
         controllers::send_message(&self.machine, address, data)
     }
 
+    /// Whether the kernel may not see that the guest lets interrupts in.
+    pub(crate) fn overlooks_windows(&self) -> bool {
+        self.lacks == Lacks::Hide && self.facts.guest_debug
+    }
+
     /// What this KVM can do.
     pub fn facts(&self) -> &Facts {
         &self.facts

@@ -37,6 +37,14 @@ pub struct KvmVcpu {
     pub(crate) ready: bool,
     /// The interrupt controller signalled an interrupt that could not be taken yet.
     pub(crate) interrupt_waits: bool,
+    /// Somebody said so: it is not only that nobody has looked since a state was set.
+    interrupt_signalled: bool,
+    /// An event was queued that the next KVM_RUN delivers.
+    event_queued: bool,
+    /// [`Vcpu::step`] wants one instruction.
+    step_wanted: bool,
+    /// The kernel runs single steps.
+    stepping: bool,
     /// The stretch between two pauses in which the TSC was last set, see [`crate::pace`]; 0 if it
     /// is not.
     pub(crate) stretch: usize,
@@ -112,6 +120,10 @@ impl KvmVcpu {
             interrupts_on: false,
             ready: false,
             interrupt_waits: false,
+            interrupt_signalled: false,
+            event_queued: false,
+            step_wanted: false,
+            stepping: false,
             stretch: 0,
             tsc_offset: 0,
             counters: Counters::new(),
@@ -132,12 +144,14 @@ impl KvmVcpu {
         signals.take(Signal::Flush);
         if signals.take(Signal::Nmi) {
             self.vcpu.nmi().map_err(call("KVM_NMI"))?;
+            self.event_queued = true;
             if self.activity == Activity::Halted {
                 self.activity = Activity::Running;
             }
         }
         if signals.take(Signal::Interrupt) {
             self.interrupt_waits = true;
+            self.interrupt_signalled = true;
         }
         if signals.take(Signal::Kick) {
             return Ok(Some(Exit::Kicked));
@@ -158,10 +172,14 @@ impl KvmVcpu {
                 Some(vector) => {
                     calls::interrupt(&self.vcpu, vector).map_err(named("KVM_INTERRUPT"))?;
                     self.activity = Activity::Running;
+                    self.event_queued = true;
                     // There may be another behind it, from the other interrupt controller.
                     self.ready = false;
                 }
-                None => self.interrupt_waits = false,
+                None => {
+                    self.interrupt_waits = false;
+                    self.interrupt_signalled = false;
+                }
             }
         }
         Ok((self.activity == Activity::Halted).then_some(Exit::Halted))
@@ -170,11 +188,15 @@ impl KvmVcpu {
     /// Lets the guest run until it asks for something, and deals with that.
     fn enter(&mut self) -> Result<Option<Exit>, KvmError> {
         if self.has_kernel_controllers() {
+            self.set_stepping(self.step_wanted)?;
             let ended = self.run_kernel(false)?;
             return self.act(ended);
         }
         let priority = u64::from(self.world.task_priority());
         let window = self.interrupt_waits;
+        let step = self.step_wanted || self.must_be_watched(priority)?;
+        self.set_stepping(step)?;
+        self.event_queued = false;
         let run = self.vcpu.get_kvm_run();
         run.request_interrupt_window = window.into();
         run.cr8 = priority;
@@ -186,6 +208,7 @@ impl KvmVcpu {
         if priority_now != priority {
             self.world.set_task_priority(priority_now as u8);
             self.interrupt_waits = true;
+            self.interrupt_signalled = true;
         }
         self.act(ended)
     }
@@ -264,7 +287,7 @@ impl KvmVcpu {
                 self.activity = Activity::Shutdown;
                 return Ok(Some(Exit::ShutDown));
             }
-            Ended::Stepped => return Ok(Some(Exit::Debug)),
+            Ended::Stepped => return Ok(self.step_wanted.then_some(Exit::Debug)),
             Ended::InternalError => {
                 let code = calls::suberror(self.vcpu.get_kvm_run());
                 return Ok(Some(
@@ -328,6 +351,7 @@ impl KvmVcpu {
             }
             exit = other;
         }
+        self.set_stepping(false)?;
         self.tell_offset()?;
         self.note_timer()?;
         Ok(exit)
@@ -377,14 +401,56 @@ impl KvmVcpu {
         }
     }
 
-    fn set_debug(&mut self, control: u32) -> Result<(), KvmError> {
+    /// Whether the guest must be run step by step, so that nothing is overlooked. A KVM without
+    /// hardware emulates supervisor code in long batches: it looks for an interrupt window after each
+    /// only, and does not tell that the task priority fell. A guest that opens a window for a moment,
+    /// again and again, could wait for ever.
+    fn must_be_watched(&self, priority: u64) -> Result<bool, KvmError> {
+        let waits = self.interrupt_signalled && !self.ready;
+        if !self.machine.overlooks_windows() || self.event_queued || !waits && priority == 0 {
+            return Ok(false);
+        }
+        // A step over it would not say what it was. Nor would one into an event whose handler begins so.
+        Ok(!self.halts_next()?)
+    }
+
+    /// Whether the next instruction is HLT.
+    fn halts_next(&self) -> Result<bool, KvmError> {
+        const HLT: [u8; 1] = [0xf4];
+        let regs = self.vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
+        let sregs = calls::sregs2(&self.vcpu).map_err(named("KVM_GET_SREGS2"))?;
+        let linear = sregs.cs.base.wrapping_add(regs.rip);
+        let place = self
+            .vcpu
+            .translate_gva(linear)
+            .map_err(call("KVM_TRANSLATE"))?;
+        let mut byte = [0];
+        let there = place.valid != 0
+            && self
+                .machine
+                .memory
+                .read(place.physical_address, &mut byte)
+                .is_ok();
+        Ok(there && byte == HLT)
+    }
+
+    fn set_stepping(&mut self, on: bool) -> Result<(), KvmError> {
+        if on == self.stepping {
+            return Ok(());
+        }
         let debug = kvm_guest_debug {
-            control,
+            control: if on {
+                KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP
+            } else {
+                0
+            },
             ..kvm_guest_debug::default()
         };
         self.vcpu
             .set_guest_debug(&debug)
-            .map_err(call("KVM_SET_GUEST_DEBUG"))
+            .map_err(call("KVM_SET_GUEST_DEBUG"))?;
+        self.stepping = on;
+        Ok(())
     }
 }
 
@@ -397,17 +463,10 @@ impl Vcpu for KvmVcpu {
     /// PUSHF or in the frame of an event, sees it. An event that is delivered takes the first
     /// instruction of its handler with it.
     fn step(&mut self) -> Exit {
-        if self
-            .set_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)
-            .is_err()
-        {
-            return self.failed("KVM cannot run single steps", 0);
-        }
+        self.step_wanted = true;
         let exit = self.run_on_this_thread();
-        match self.set_debug(0) {
-            Ok(()) => exit,
-            Err(_) => self.failed("KVM cannot end single steps", 0),
-        }
+        self.step_wanted = false;
+        exit
     }
 
     fn state(&mut self) -> CpuState {
