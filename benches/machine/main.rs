@@ -14,6 +14,7 @@ mod footprint;
 mod host;
 mod linux;
 mod loops;
+mod restore;
 mod untouched;
 
 use std::process::ExitCode;
@@ -60,6 +61,7 @@ fn measure(arguments: &Arguments) -> ExitCode {
             Group::Loops => loops::measure(arguments.runs, &mut report),
             Group::Boot => linux::measure_boot(arguments.runs, &mut report),
             Group::Untouched => untouched::measure(&mut report),
+            Group::Restore => restore::measure(arguments.runs, &mut report),
             Group::Transfer => linux::measure_transfer(arguments.runs, &mut report),
             Group::Clock => linux::measure_clock(&mut report),
         };

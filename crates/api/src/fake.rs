@@ -67,7 +67,7 @@ impl FakeMachine {
     }
 }
 
-/// A guest that writes what is typed. Not from within `input`: the terminal may not be told from there.
+/// A guest that writes what is typed.
 struct Echo(Terminal);
 
 impl Keyboard for Echo {

@@ -4,38 +4,47 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use crate::control::Control;
 use crate::fake::{FakeMachine, OnButton};
 use crate::server::{Service, connection};
 
 /// No conversation takes longer, unless something waits that should not.
 const LIMIT: Duration = Duration::from_secs(20);
+/// How long the client waits for a server that does not read.
+const PATIENCE: Duration = Duration::from_millis(20);
 
-/// What the server says to a client that sends these pieces, one after the other, and then no more.
+/// What the server says to a client that sends these pieces, one after the other, and then no more. `obedient` says
+/// whether the guest powers off when its power button is pressed.
 ///
 /// # Panics
 /// If the server does not come to an end.
-pub fn converse(pieces: &[Vec<u8>]) -> Vec<u8> {
+pub fn converse(pieces: &[Vec<u8>], obedient: bool) -> Vec<u8> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
         .expect("the host has memory");
     runtime.block_on(async {
-        let machine = FakeMachine::new(OnButton::PowerOff);
-        // A guest that says something and is gone, so that an attached terminal comes to an end.
-        let terminal = machine.terminal.clone();
+        let machine = FakeMachine::new(if obedient {
+            OnButton::PowerOff
+        } else {
+            OnButton::Ignore
+        });
         let (client, server) = tokio::io::duplex(4096);
-        let served = tokio::spawn(connection(server, Service::new(machine, LIMIT)));
+        let service = Service::new(machine.clone(), LIMIT);
+        let served = tokio::spawn(connection(server, service));
         let (mut from, mut to) = tokio::io::split(client);
         let send = async {
             for piece in pieces {
-                // Fails once the server has closed the connection.
-                if to.write_all(piece).await.is_err() {
+                // Fails once the server has closed the connection, and waits while it stops the guest and reads nothing.
+                let sent = tokio::time::timeout(PATIENCE, to.write_all(piece)).await;
+                if !matches!(sent, Ok(Ok(()))) {
                     break;
                 }
                 tokio::task::yield_now().await;
             }
             let _ = to.shutdown().await;
-            terminal.inspect(crate::terminal::Terminal::close);
+            // Whoever waits for the guest, by a stop or an attached terminal, need not wait longer.
+            machine.stop();
         };
         let mut answer = Vec::new();
         let receive = async {

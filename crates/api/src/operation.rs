@@ -120,9 +120,9 @@ impl Operation for GetCounters {
     const METHOD: Method = Method::Get;
     const PATH: &'static str = "/v1/vm/counters";
     const SUMMARY: &'static str = "Gives the numbers that the machine keeps of itself";
-    const DESCRIPTION: &'static str =
-        "Which counters there are depends on the engine and on the version.";
-    const PROBLEMS: &'static [ProblemKind] = &[ProblemKind::Ended];
+    const DESCRIPTION: &'static str = "Which counters there are depends on the engine and on the version. Totals begin again \
+        at 0 when the guest restarts.";
+    const PROBLEMS: &'static [ProblemKind] = &[ProblemKind::Busy, ProblemKind::Ended];
 
     async fn perform(control: Arc<dyn Control>, _: Nothing) -> Result<Counters, Problem> {
         waiting(move || control.counters()).await
@@ -256,12 +256,8 @@ impl Operation for Snapshot {
     const SUMMARY: &'static str = "Saves the machine to a directory";
     const DESCRIPTION: &'static str = "The guest stands still meanwhile, and goes on afterwards; if it was paused it stays \
         paused. The directory appears under its name only when it is complete.";
-    const PROBLEMS: &'static [ProblemKind] = &[
-        ProblemKind::Busy,
-        ProblemKind::Ended,
-        ProblemKind::Host,
-        ProblemKind::Unsupported,
-    ];
+    const PROBLEMS: &'static [ProblemKind] =
+        &[ProblemKind::Busy, ProblemKind::Ended, ProblemKind::Host];
 
     async fn perform(
         control: Arc<dyn Control>,

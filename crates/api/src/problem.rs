@@ -67,8 +67,6 @@ kinds! {
     UpgradeRequired = "urn:trapgate:problem:upgrade-required", 426, "this needs an upgraded connection";
     /// trapgate is wrong.
     Defect = "urn:trapgate:problem:defect", 500, "trapgate failed";
-    /// This machine can't do it.
-    Unsupported = "urn:trapgate:problem:unsupported", 501, "this machine cannot do that";
 }
 
 /// Why a request was not fulfilled.

@@ -63,7 +63,7 @@ pub(crate) struct Service {
     control: Arc<dyn Control>,
     /// How long each part of a client's turn may take.
     patience: Duration,
-    /// Requests that are being answered.
+    /// Requests that are being answered, and terminals that are attached.
     answering: watch::Sender<usize>,
 }
 
@@ -77,7 +77,7 @@ impl Service {
     }
 }
 
-/// A request that is being answered, until this is dropped.
+/// A request that is being answered, or a terminal that is attached, until this is dropped.
 struct Answering(Arc<Service>);
 
 impl Answering {
@@ -144,8 +144,8 @@ impl Server {
         &self.claim
     }
 
-    /// Takes no more requests, lets those that are being answered have their answer if that takes no longer than
-    /// `limit`, and gives the name back.
+    /// Takes no more requests, closes the guest's terminal, lets everyone have the rest of their answer and of what the guest
+    /// wrote if that takes no longer than `limit`, and gives the name back.
     pub fn finish(mut self, limit: Duration) {
         self.end(limit);
     }
@@ -193,6 +193,9 @@ async fn serve(
     let limit = first_of(accept, finished).await;
     // Nobody connects any more.
     drop(listener);
+    if let Some(terminal) = service.control.terminal() {
+        terminal.close();
+    }
     let mut answering = service.answering.subscribe();
     let _ = tokio::time::timeout(limit, answering.wait_for(|count| *count == 0)).await;
 }
@@ -347,8 +350,9 @@ fn console(service: &Arc<Service>, request: Request<Incoming>) -> Result<Answer,
     }
     let terminal = service.control.terminal().ok_or_else(no_terminal)?;
     let viewer = terminal.attach()?;
-    let patience = service.patience;
+    let answering = Answering::new(service);
     tokio::spawn(async move {
+        let patience = answering.0.patience;
         // Fails if the client has gone.
         if let Ok(upgraded) = hyper::upgrade::on(request).await {
             attached(TokioIo::new(upgraded), &viewer, patience).await;

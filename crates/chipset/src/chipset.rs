@@ -15,11 +15,13 @@ use crate::rtc::Rtc;
 use crate::serial::Serial;
 use crate::ticks;
 
+mod lent;
 mod ports;
 mod saved;
 #[cfg(test)]
 mod tests;
 
+pub use lent::ControllersState;
 pub use saved::{BoardState, ChipsetState, RestoreError};
 
 /// The access is refused: the vCPU must see #GP(0).
@@ -115,6 +117,8 @@ pub struct Chipset {
     /// When [`advance`](Self::advance) has something to do; `u64::MAX` for never. May be too early.
     deadline: u64,
     deadline_is_stale: bool,
+    /// Somebody else runs the interrupt controllers, see [`lent`].
+    lent: bool,
     apics: Vec<LocalApic>,
     /// What [`interrupt_pending`](Self::interrupt_pending) answers, by vCPU.
     pending: Vec<bool>,
@@ -151,6 +155,7 @@ impl Chipset {
             deadline_is_stale: true,
             pending: vec![false; config.cpus],
             lowest_priority_turn: 0,
+            lent: false,
             apics,
             io_apic: IoApic::new(),
             lines: [0; map::IO_APIC_PINS as usize],
@@ -332,6 +337,11 @@ impl Chipset {
 
     /// A message-signalled interrupt: the write of `data` to `address` by a device.
     pub fn send_msi(&mut self, address: u64, data: u32) {
+        if self.lent {
+            self.effects.messages.push((address, data));
+            self.has_effects = true;
+            return;
+        }
         if let Some(message) = InterruptMessage::from_msi(address, data) {
             self.deliver(message);
         }
@@ -384,6 +394,11 @@ impl Chipset {
         if was_high == is_high {
             return;
         }
+        if self.lent {
+            self.effects.lines.push((gsi, is_high));
+            self.has_effects = true;
+            return;
+        }
         if self.io_apic.set_pin(gsi as usize, is_high) {
             self.service_io_apic();
         }
@@ -409,7 +424,9 @@ impl Chipset {
     /// Whether an interrupt on this GSI could get anywhere.
     fn is_heard(&self, gsi: u32) -> bool {
         let irq = if gsi == map::TIMER_GSI { 0 } else { gsi as u8 };
-        !self.io_apic.entry(gsi as usize).is_masked()
+        // Whoever has the controllers knows.
+        self.lent
+            || !self.io_apic.entry(gsi as usize).is_masked()
             || self.pic.is_unmasked(irq) && self.apics[0].listens_to_pic()
     }
 

@@ -8,6 +8,10 @@
 pub struct Effects {
     /// Signals to vCPUs, in the order in which they were sent.
     pub signals: Vec<Signal>,
+    /// While the interrupt controllers are lent: levels that changed, by GSI, in their order.
+    pub lines: Vec<(u32, bool)>,
+    /// While the interrupt controllers are lent: message-signalled interrupts, as address and data.
+    pub messages: Vec<(u64, u32)>,
     /// The machine is to stop. The first request wins.
     pub power: Option<PowerRequest>,
     /// Bytes written to COM1 and COM2.
@@ -22,6 +26,8 @@ impl Effects {
     /// Whether there is nothing to act on.
     pub fn is_empty(&self) -> bool {
         self.signals.is_empty()
+            && self.lines.is_empty()
+            && self.messages.is_empty()
             && self.power.is_none()
             && self.serial.iter().all(Vec::is_empty)
             && !self.serial_room.contains(&true)
@@ -32,12 +38,16 @@ impl Effects {
     pub fn clear(&mut self) {
         let Self {
             signals,
+            lines,
+            messages,
             power,
             serial,
             serial_room,
             debug,
         } = self;
         signals.clear();
+        lines.clear();
+        messages.clear();
         *power = None;
         serial.iter_mut().for_each(Vec::clear);
         *serial_room = [false; 2];

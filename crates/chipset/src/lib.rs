@@ -23,6 +23,7 @@ pub mod serial;
 pub mod ticks;
 
 pub use chipset::{
-    BoardState, Chipset, ChipsetConfig, ChipsetState, ConfigError, GeneralProtection, RestoreError,
+    BoardState, Chipset, ChipsetConfig, ChipsetState, ConfigError, ControllersState,
+    GeneralProtection, RestoreError,
 };
 pub use effects::{CpuSignal, Effects, PowerRequest, ResetCause, Signal};

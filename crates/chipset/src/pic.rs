@@ -279,6 +279,11 @@ impl Pic {
         self.output
     }
 
+    /// Works the cascade and the output out from the lines.
+    pub(crate) fn settle(&mut self) {
+        self.update();
+    }
+
     fn update(&mut self) {
         // The cascade follows the slave's output rather than its edges: in the INTA cycle that ends
         // one request of the slave, the next one raises the output again.

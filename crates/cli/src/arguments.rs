@@ -42,10 +42,39 @@ Examples:
 
 `trapgate run --help` says more.";
 
+// Beside the commands' lines: clap drops what is said of this at their arguments.
+
+const STOP: &str = "\
+Ask a machine to shut down, and stop it if it doesn't.
+
+Presses the machine's power button, which asks the guest to shut down, and resumes the machine if it is paused. If the \
+guest is still there after a while, the machine is stopped as if its power cord were pulled. If you interrupt this \
+command before, the guest has been asked but is not forced.";
+
+const CONSOLE: &str = "\
+Attach this terminal to a machine's; Ctrl-] detaches, and the machine goes on.
+
+First you see what the guest wrote last (up to 16 KiB), then what it writes, and your keys go to it. Several may be \
+attached at once. Without a terminal, standard input goes to the guest, and this ends with the machine.";
+
+const RUN: &str = "Boots a machine and connects this terminal to it.\n\n\
+        With no IMAGE it boots your distribution's own Linux kernel, fetched once with your package manager, \
+        to a shell. With a COMMAND it runs just that: what it prints and its exit status become trapgate's, \
+        and its input is trapgate's input.\n\n\
+        In an interactive session the key Ctrl-] leaves at once, as if the power cord were pulled.";
+
+const RESTORE: &str = "Lets a machine go on from a snapshot, connected to this terminal or to trapgate's input and output, as \
+        `trapgate run` connects one.\n\n\
+        Nothing is read but what the guest touches, and nothing is written to the snapshot: any number of machines may go \
+        on from it. Its files must stay as they are for as long. Disks are not in it: they are expected where they were, \
+        unless `machine.json` in the directory is changed to name others.\n\n\
+        For the guest no time has passed. Its clocks go on where they stood, so its time of day is late.";
+
 /// What trapgate can do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Action {
     /// Boot a machine: to a shell, or to run one command
+    #[command(long_about = RUN)]
     Run(RunArguments),
     /// List the machines that run
     #[command(after_help = status::CLIENT_HELP)]
@@ -57,13 +86,16 @@ pub(crate) enum Action {
     #[command(after_help = status::CLIENT_HELP)]
     Resume(MachineArguments),
     /// Ask a machine to shut down, and stop it if it doesn't
+    #[command(long_about = STOP)]
     Stop(StopArguments),
     /// Save a machine to a directory; it goes on afterwards
     #[command(after_help = status::CLIENT_HELP)]
     Snapshot(SnapshotArguments),
     /// Let a saved machine go on, connected to this terminal
+    #[command(long_about = RESTORE)]
     Restore(RestoreArguments),
     /// Attach this terminal to a machine's; Ctrl-] detaches
+    #[command(long_about = CONSOLE)]
     Console(ConsoleArguments),
     /// Say what this host offers, and what each missing thing costs
     Doctor(DoctorArguments),
@@ -72,11 +104,6 @@ pub(crate) enum Action {
 /// Arguments of `trapgate run`.
 #[derive(Args, Debug)]
 #[command(
-    long_about = "Boots a machine and connects this terminal to it.\n\n\
-        With no IMAGE it boots your distribution's own Linux kernel, fetched once with your package manager, \
-        to a shell. With a COMMAND it runs just that: what it prints and its exit status become trapgate's, \
-        and its input is trapgate's input.\n\n\
-        In an interactive session the key Ctrl-] leaves at once, as if the power cord were pulled.",
     after_help = "See `trapgate run --help` for examples and exit statuses.",
     after_long_help = run_help()
 )]
@@ -222,12 +249,7 @@ pub(crate) struct MachineArguments {
 
 /// Arguments of `trapgate stop`.
 #[derive(Args, Debug)]
-#[command(
-    long_about = "Presses the machine's power button, which asks the guest to shut down, and resumes the machine if it \
-        is paused. If the guest is still there after a while the machine is stopped as if its power cord were \
-        pulled. If you interrupt this command before, the guest has been asked but is not forced.",
-    after_help = status::CLIENT_HELP
-)]
+#[command(after_help = status::CLIENT_HELP)]
 pub(crate) struct StopArguments {
     /// Name of the machine, see `trapgate ps`
     pub(crate) name: Name,
@@ -261,12 +283,6 @@ pub(crate) struct SnapshotArguments {
 /// Arguments of `trapgate restore`.
 #[derive(Args, Debug)]
 #[command(
-    long_about = "Lets a machine go on from a snapshot, connected to this terminal or to trapgate's input and output, as \
-        `trapgate run` connects one.\n\n\
-        Nothing is read but what the guest touches, and nothing is written to the snapshot: any number of machines may go \
-        on from it. Its files must stay as they are for as long. Disks are not in it: they are expected where they were, \
-        unless `machine.json` in the directory is changed to name others.\n\n\
-        For the guest no time has passed. Its clocks go on where they stood, so its time of day is late.",
     after_help = RESTORE_EXAMPLES,
     after_long_help = restore_help()
 )]
@@ -312,13 +328,7 @@ fn restore_help() -> String {
 
 /// Arguments of `trapgate console`.
 #[derive(Args, Debug)]
-#[command(
-    long_about = "Attaches this terminal to the guest's: first you see what the guest wrote last (up to 16 KiB), then \
-        what it writes, and your keys go to it. Several may be attached at once.\n\n\
-        The key Ctrl-] detaches; the machine goes on. Without a terminal, standard input goes to the guest, and \
-        this ends with the machine.",
-    after_help = status::CLIENT_HELP
-)]
+#[command(after_help = status::CLIENT_HELP)]
 pub(crate) struct ConsoleArguments {
     /// Name of the machine, see `trapgate ps`
     pub(crate) name: Name,
@@ -474,6 +484,45 @@ mod tests {
             let error = refused(arguments).to_string();
             assert!(error.contains(suggestion), "{arguments:?}: {error}");
         }
+    }
+
+    #[test]
+    fn machines_that_run_are_named_first() {
+        for command in ["pause", "resume", "stop", "console"] {
+            Arguments::try_parse_from(["trapgate", command, "web-1"]).unwrap();
+            assert!(
+                refused(&[command, "../x"])
+                    .to_string()
+                    .contains("cannot be")
+            );
+            assert!(refused(&[command]).to_string().contains("<NAME>"));
+        }
+        Arguments::try_parse_from(["trapgate", "snapshot", "web", "dir"]).unwrap();
+        let stop = refused(&["stop", "x", "--now", "--grace", "1"]);
+        assert!(stop.to_string().contains("cannot be used with"), "{stop}");
+    }
+
+    #[test]
+    fn help_of_a_command_explains_what_its_line_does_not() {
+        for (command, part) in [
+            ("run", "its exit status become trapgate's"),
+            ("stop", "power cord"),
+            ("restore", "no time has passed"),
+            ("console", "16 KiB"),
+        ] {
+            let text = refused(&[command, "--help"]).to_string();
+            assert!(
+                text.contains(part) && text.contains("Exit status"),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn machine_in_the_background_shows_no_kernel() {
+        assert!(run(&["-dq", "--name", "x"]).detach);
+        let error = refused(&["run", "--detach", "--verbose"]).to_string();
+        assert!(error.contains("cannot be used with"), "{error}");
     }
 
     #[test]

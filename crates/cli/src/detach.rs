@@ -32,8 +32,12 @@ pub(crate) fn launch(quiet: bool) -> Result<u8, Failure> {
     let failed = |error: std::io::Error| {
         Failure::new(status::HOST, "cannot start a process in the background").cause(error)
     };
-    // The program that we are, whatever its file is called by now.
-    let mut child = Command::new("/proc/self/exe")
+    // By its name, which people look for in `top`; or as the program that we are, if that has another name by now.
+    let program = std::env::current_exe()
+        .ok()
+        .filter(|path| path.exists())
+        .unwrap_or_else(|| "/proc/self/exe".into());
+    let mut child = Command::new(program)
         .args(std::env::args_os().skip(1))
         .env(CHILD, "1")
         .stdin(Stdio::null())

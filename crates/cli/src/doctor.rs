@@ -6,7 +6,8 @@ use std::path::Path;
 use rustix::fs::{Access, MemfdFlags, access, memfd_create, statvfs};
 use serde_json::{Value, json};
 use trapgate_image::{CacheDir, StockImage, cached};
-use trapgate_vmm::{EngineChoice, EngineReport, Host, choose, engines};
+use trapgate_vmm::probe::Kvm;
+use trapgate_vmm::{EngineChoice, EngineKind, EngineReport, Host, choose, engines};
 
 use crate::arguments::DoctorArguments;
 use crate::failure::Failure;
@@ -126,7 +127,12 @@ impl Report {
             .map_err(|error| error.to_string());
         let cache = CacheDir::from_env();
         let mut findings = processor(&host);
-        findings.extend([kvm(&host), memory(&host), memfd()]);
+        let engines = engines(&host);
+        let usable = engines
+            .iter()
+            .find(|engine| engine.kind == EngineKind::Kvm)
+            .map_or(Err(String::new()), |engine| engine.usable.clone());
+        findings.extend([kvm(&host, &usable), memory(&host), memfd()]);
         match cache {
             Ok(cache) => {
                 let image = cached(&cache);
@@ -141,7 +147,7 @@ impl Report {
         }
         findings.push(console());
         Self {
-            engines: engines(&host),
+            engines,
             choice,
             findings,
         }
@@ -280,16 +286,41 @@ fn plural(count: usize, what: &str) -> String {
     format!("{count} {what}{s}")
 }
 
-fn kvm(host: &Host) -> Finding {
-    let what = host.kvm.to_string();
-    if host.kvm.is_hardware() {
+fn kvm(host: &Host, usable: &Result<String, String>) -> Finding {
+    if let (true, Ok(what)) = (host.kvm.is_hardware(), usable) {
         return Finding::good("hardware", what);
     }
+    let what = match usable {
+        // The device opens, and lacks something.
+        Err(reason) if host.kvm.opens() => format!("{}; {reason}", host.kvm),
+        _ => host.kvm.to_string(),
+    };
+    let cost = "guests run in software, many times slower than on virtualization hardware";
     Finding::lacking(
         "hardware",
         what,
-        "guests run in software, many times slower than on virtualization hardware",
+        format!("{cost}; {}", kvm_remedy(&host.kvm)),
     )
+}
+
+/// What to do about a KVM that is not taken by itself.
+fn kvm_remedy(kvm: &Kvm) -> &'static str {
+    match kvm {
+        Kvm::Hardware(_) => "a newer kernel may help",
+        Kvm::Paravirtual => {
+            "ask who runs this host for a machine with nested virtualization; `--engine kvm` takes this one all the same"
+        }
+        Kvm::NoPermission { hardware: Some(_) } => {
+            "join the group that owns it (`ls -l /dev/kvm`), often with `sudo usermod -aG kvm $USER`, and log in again"
+        }
+        Kvm::NoDevice { hardware: Some(_) } => {
+            "load its module (`sudo modprobe kvm_intel`, or `kvm_amd`), or pass the device on to this container"
+        }
+        Kvm::NoPermission { hardware: None } | Kvm::NoDevice { hardware: None } => {
+            "turn virtualization on in the firmware, or, in a virtual machine, ask for nested virtualization"
+        }
+        Kvm::Broken(_) => "see the kernel's log (`dmesg`) for what is wrong with it",
+    }
 }
 
 fn memory(host: &Host) -> Finding {
@@ -399,6 +430,8 @@ fn console() -> Finding {
 
 #[cfg(test)]
 mod tests {
+    use trapgate_vmm::probe::Hardware;
+
     use super::*;
 
     fn report(findings: Vec<Finding>) -> Report {
@@ -407,6 +440,53 @@ mod tests {
             choice: Ok(("interp".into(), "it is there".into())),
             findings,
         }
+    }
+
+    #[test]
+    fn each_kind_of_kvm_has_its_own_remedy() {
+        let hardware = Some(Hardware::Vmx);
+        let kinds = [
+            Kvm::Paravirtual,
+            Kvm::NoPermission { hardware },
+            Kvm::NoDevice { hardware },
+            Kvm::NoDevice { hardware: None },
+            Kvm::Broken(std::io::Error::other("it does not answer")),
+        ];
+        let mut texts: Vec<String> = kinds
+            .into_iter()
+            .map(|kvm| {
+                let host = Host {
+                    kvm,
+                    ..Host::probe()
+                };
+                let usable = Err(host.kvm.to_string());
+                let finding = super::kvm(&host, &usable);
+                assert_eq!(finding.state, State::Lacking);
+                format!("{} {}", finding.what, finding.cost.unwrap())
+            })
+            .collect();
+        for (text, word) in
+            texts
+                .iter()
+                .zip(["--engine kvm", "usermod", "modprobe", "firmware", "dmesg"])
+        {
+            assert!(text.contains(word), "{text}");
+        }
+        texts.sort();
+        texts.dedup();
+        assert_eq!(texts.len(), 5);
+    }
+
+    #[test]
+    fn hardware_that_lacks_something_is_not_good() {
+        let host = Host {
+            kvm: Kvm::Hardware(Hardware::Svm),
+            ..Host::probe()
+        };
+        assert_eq!(kvm(&host, &Ok("works".into())).state, State::Good);
+        let finding = kvm(&host, &Err("it lacks smap".into()));
+        assert_eq!(finding.state, State::Lacking);
+        assert!(finding.what.contains("smap"), "{finding:?}");
     }
 
     #[test]

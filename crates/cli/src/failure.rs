@@ -104,6 +104,7 @@ impl Failure {
             }
             MachineError::Memory(_)
             | MachineError::Engine { .. }
+            | MachineError::Kvm(_)
             | MachineError::Bus(_)
             | MachineError::Thread { .. } => (status::HOST, "cannot make the machine".to_owned()),
             _ => (status::DEFECT, "cannot make the machine".to_owned()),

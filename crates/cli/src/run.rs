@@ -354,7 +354,8 @@ impl Scene {
                 Next::Restart => {
                     self.keyboard.disconnect();
                     self.lock_log().restarted();
-                    if !self.quiet {
+                    // Once in the background: a guest that crashes again and again must not fill the file.
+                    if !self.quiet && (first || !self.detach) {
                         terminal::say("trapgate: the guest restarts");
                     }
                     first = false;
@@ -580,6 +581,10 @@ impl Scene {
             }
             Outcome::Failed(trapgate_vmm::Failure::Restart(error)) => {
                 Err(Failure::machine(&self.name, error))
+            }
+            Outcome::Failed(failure @ trapgate_vmm::Failure::Engine { .. }) => {
+                Err(Failure::new(status::HOST, failure.to_string())
+                    .fix("run it on another engine, for example with `--engine interp`"))
             }
             Outcome::Failed(failure) => Err(Failure::defect(failure.to_string())),
         }

@@ -2,10 +2,15 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
-use kvm_bindings::{KVM_EXIT_IO_IN, kvm_device_attr, kvm_interrupt, kvm_run, kvm_sregs2};
+use kvm_bindings::{
+    KVM_EXIT_IO_IN, KVM_IRQCHIP_IOAPIC, kvm_device_attr, kvm_interrupt, kvm_ioapic_state,
+    kvm_irqchip, kvm_lapic_state, kvm_msr_entry, kvm_msrs, kvm_pic_state, kvm_run, kvm_sregs2,
+};
 use kvm_ioctls::VcpuFd;
+
+use crate::controllers::{KernelIoApic, PAGE};
 
 /// The kernel's `_IO` macro family (`include/uapi/asm-generic/ioctl.h`).
 const fn number(direction: u32, number: u32, size: usize) -> u64 {
@@ -19,6 +24,11 @@ const READ: u32 = 2;
 const KVM_INTERRUPT: u64 = number(WRITE, 0x86, size_of::<kvm_interrupt>());
 const KVM_GET_SREGS2: u64 = number(READ, 0xcc, size_of::<kvm_sregs2>());
 const KVM_SET_SREGS2: u64 = number(WRITE, 0xcd, size_of::<kvm_sregs2>());
+const KVM_GET_MSRS: u64 = number(READ | WRITE, 0x88, size_of::<kvm_msrs>());
+const KVM_SET_MSRS: u64 = number(WRITE, 0x89, size_of::<kvm_msrs>());
+const KVM_SET_SIGNAL_MASK: u64 = number(WRITE, 0x8b, 4);
+const KVM_GET_LAPIC: u64 = number(READ, 0x8e, size_of::<kvm_lapic_state>());
+const KVM_SET_LAPIC: u64 = number(WRITE, 0x8f, size_of::<kvm_lapic_state>());
 const KVM_GET_DEVICE_ATTR: u64 = number(WRITE, 0xe2, size_of::<kvm_device_attr>());
 const KVM_SET_DEVICE_ATTR: u64 = number(WRITE, 0xe1, size_of::<kvm_device_attr>());
 
@@ -37,7 +47,7 @@ pub(crate) fn interrupt(vcpu: &VcpuFd, vector: u8) -> io::Result<()> {
 }
 
 /// KVM_GET_SREGS2.
-pub(crate) fn sregs2(vcpu: &VcpuFd) -> io::Result<kvm_sregs2> {
+pub(crate) fn sregs2(vcpu: &impl AsRawFd) -> io::Result<kvm_sregs2> {
     let mut sregs = kvm_sregs2::default();
     // SAFETY: the descriptor is a vCPU's; the kernel writes a `kvm_sregs2`, which lives.
     result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_SREGS2, &raw mut sregs) })?;
@@ -45,7 +55,7 @@ pub(crate) fn sregs2(vcpu: &VcpuFd) -> io::Result<kvm_sregs2> {
 }
 
 /// KVM_SET_SREGS2.
-pub(crate) fn set_sregs2(vcpu: &VcpuFd, sregs: &kvm_sregs2) -> io::Result<()> {
+pub(crate) fn set_sregs2(vcpu: &impl AsRawFd, sregs: &kvm_sregs2) -> io::Result<()> {
     // SAFETY: the descriptor is a vCPU's; the kernel reads a `kvm_sregs2`, which lives.
     result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SREGS2, &raw const *sregs) })
 }
@@ -120,4 +130,153 @@ pub(crate) fn answer_msr(run: &mut kvm_run, value: Option<u64>) {
 pub(crate) fn suberror(run: &kvm_run) -> u64 {
     // SAFETY: as in `port_access`, for an exit of this kind.
     unsafe { run.__bindgen_anon_1.internal.suberror }.into()
+}
+
+/// Another descriptor of the same processor.
+pub(crate) fn duplicate(vcpu: &VcpuFd) -> io::Result<OwnedFd> {
+    // SAFETY: the descriptor is open as long as `vcpu` is borrowed.
+    unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) }.try_clone_to_owned()
+}
+
+/// `struct kvm_msrs` with one entry.
+#[repr(C)]
+struct OneMsr {
+    header: kvm_msrs,
+    entry: kvm_msr_entry,
+}
+
+impl OneMsr {
+    fn new(index: u32, data: u64) -> Self {
+        Self {
+            header: kvm_msrs {
+                nmsrs: 1,
+                ..kvm_msrs::default()
+            },
+            entry: kvm_msr_entry {
+                index,
+                data,
+                ..kvm_msr_entry::default()
+            },
+        }
+    }
+}
+
+/// KVM_GET_MSRS of one.
+pub(crate) fn msr(vcpu: &OwnedFd, index: u32) -> io::Result<u64> {
+    let mut argument = OneMsr::new(index, 0);
+    // SAFETY: the descriptor is a vCPU's; the kernel reads and writes the header and as many
+    // entries as it names, which is one.
+    let done = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_MSRS, &raw mut argument) };
+    one(done)?;
+    Ok(argument.entry.data)
+}
+
+/// KVM_SET_MSRS of one.
+pub(crate) fn set_msr(vcpu: &OwnedFd, index: u32, data: u64) -> io::Result<()> {
+    let argument = OneMsr::new(index, data);
+    // SAFETY: as in `msr`, but that the kernel only reads.
+    one(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_MSRS, &raw const argument) })
+}
+
+/// The kernel tells how many MSRs it has dealt with.
+fn one(done: i32) -> io::Result<()> {
+    result(done)?;
+    if done != 1 {
+        return Err(io::Error::other("the MSR is not known"));
+    }
+    Ok(())
+}
+
+/// IA32_APIC_BASE.
+pub(crate) fn apic_base(vcpu: &impl AsRawFd) -> io::Result<u64> {
+    Ok(sregs2(vcpu)?.apic_base)
+}
+
+/// As [`apic_base`], the other way.
+pub(crate) fn set_apic_base(vcpu: &impl AsRawFd, base: u64) -> io::Result<()> {
+    let mut sregs = sregs2(vcpu)?;
+    sregs.apic_base = base;
+    set_sregs2(vcpu, &sregs)
+}
+
+/// KVM_GET_LAPIC.
+pub(crate) fn lapic(vcpu: &impl AsRawFd) -> io::Result<[u8; PAGE]> {
+    let mut state = kvm_lapic_state::default();
+    // SAFETY: the descriptor is a vCPU's; the kernel writes a `kvm_lapic_state`, which lives.
+    result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_LAPIC, &raw mut state) })?;
+    Ok(state.regs.map(|byte| byte as u8))
+}
+
+/// KVM_SET_LAPIC.
+pub(crate) fn set_lapic(vcpu: &OwnedFd, page: &[u8; PAGE]) -> io::Result<()> {
+    let state = kvm_lapic_state {
+        regs: page.map(|byte| byte as libc::c_char),
+    };
+    // SAFETY: the descriptor is a vCPU's; the kernel reads a `kvm_lapic_state`, which lives.
+    result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_LAPIC, &raw const state) })
+}
+
+/// The PIC that KVM_GET_IRQCHIP gave.
+pub(crate) fn pic_of(irqchip: &kvm_irqchip) -> kvm_pic_state {
+    // SAFETY: every member of the union is plain data of integers, so that reading any is
+    // defined.
+    unsafe { irqchip.chip.pic }
+}
+
+/// The I/O APIC that KVM_GET_IRQCHIP gave.
+pub(crate) fn io_apic_of(irqchip: &kvm_irqchip) -> KernelIoApic {
+    // SAFETY: as in `pic_of`.
+    let state = unsafe { irqchip.chip.ioapic };
+    KernelIoApic {
+        base: state.base_address,
+        index: state.ioregsel,
+        id: state.id,
+        requests: state.irr,
+        // SAFETY: as in `pic_of`.
+        entries: state.redirtbl.map(|entry| unsafe { entry.bits }),
+    }
+}
+
+/// The inverse of [`io_apic_of`].
+pub(crate) fn io_apic_irqchip(state: &KernelIoApic) -> kvm_irqchip {
+    let KernelIoApic {
+        base,
+        index,
+        id,
+        requests,
+        entries,
+    } = state;
+    let mut ioapic = kvm_ioapic_state {
+        base_address: *base,
+        ioregsel: *index,
+        id: *id,
+        irr: *requests,
+        ..kvm_ioapic_state::default()
+    };
+    for (kernel, bits) in ioapic.redirtbl.iter_mut().zip(entries) {
+        kernel.bits = *bits;
+    }
+    let mut irqchip = kvm_irqchip {
+        chip_id: KVM_IRQCHIP_IOAPIC,
+        ..kvm_irqchip::default()
+    };
+    irqchip.chip.ioapic = ioapic;
+    irqchip
+}
+
+/// KVM_SET_SIGNAL_MASK: the signals that are blocked while the kernel runs the processor, a bit each from
+/// signal 1; `None` for the thread's own.
+pub(crate) fn set_signal_mask(vcpu: &OwnedFd, blocked: Option<u64>) -> io::Result<()> {
+    /// `struct kvm_signal_mask` with the kernel's own size of a signal set.
+    #[repr(C, packed)]
+    struct SignalMask {
+        length: u32,
+        set: u64,
+    }
+    let mask = blocked.map(|set| SignalMask { length: 8, set });
+    let argument = mask
+        .as_ref()
+        .map_or(std::ptr::null(), |mask| &raw const *mask);
+    // SAFETY: the descriptor is a vCPU's; the kernel reads a length and as many bytes, or nothing.
+    result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, argument) })
 }

@@ -129,7 +129,7 @@ pub(crate) fn table(
     if !hidden.is_empty() && lacks == Lacks::Refuse {
         return Err(KvmError::Profile {
             profile: profile.name(),
-            features: hidden.join(", "),
+            features: hidden,
         });
     }
     if hidden.contains(&"xsave") {

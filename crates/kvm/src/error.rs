@@ -21,12 +21,12 @@ pub enum KvmError {
         what: &'static str,
     },
     /// The CPU, or KVM, cannot give guests what their CPU profile promises.
-    #[error("this KVM cannot give guests the CPU profile {profile}: it lacks {features}")]
+    #[error("this KVM cannot give guests the CPU profile {profile}: it lacks {}", features.join(", "))]
     Profile {
         /// Name of the profile.
         profile: &'static str,
-        /// Names of the features, with commas.
-        features: String,
+        /// Names of the features.
+        features: Vec<&'static str>,
     },
     /// The guest's TSC cannot run at another speed than the host's.
     #[error("this KVM runs the guest's TSC at {host_hz} Hz and cannot scale it to {hz} Hz")]

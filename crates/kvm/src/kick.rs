@@ -6,11 +6,14 @@
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
+use std::os::fd::OwnedFd;
 use std::ptr;
 use std::sync::Once;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering, fence};
 
 use kvm_ioctls::VcpuFd;
+
+use crate::calls;
 
 thread_local! {
     /// `immediate_exit` of the vCPU that this thread runs, or null. Needs neither to be
@@ -29,6 +32,35 @@ extern "C" fn handle(_signal: libc::c_int) {
         // SAFETY: `Running` keeps this pointer here only while the vCPU's page is mapped, and clears
         // it on this same thread, which is in this handler now.
         unsafe { AtomicU8::from_ptr(flag) }.store(1, Ordering::Relaxed);
+    }
+}
+
+/// Calls `enter` with a signal that waits for this thread and is blocked everywhere but in the kernel's
+/// KVM_RUN (KVM_SET_SIGNAL_MASK), so that a KVM_RUN in it does what comes before the guest and
+/// leaves the guest alone.
+pub(crate) fn with_signal_waiting<R>(
+    vcpu: &OwnedFd,
+    enter: impl FnOnce() -> R,
+) -> std::io::Result<R> {
+    // SAFETY: the sets are locals that the calls initialise; only this thread's mask changes, and it is
+    // put back; the signal has a handler, and is taken away before it is unblocked.
+    unsafe {
+        let mut ours: libc::sigset_t = std::mem::zeroed();
+        let mut before: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut ours);
+        libc::sigaddset(&raw mut ours, signal());
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const ours, &raw mut before);
+        libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), signal());
+        let only_ours = !(1u64 << (signal() - 1));
+        let result = calls::set_signal_mask(vcpu, Some(only_ours)).map(|()| enter());
+        let unset = calls::set_signal_mask(vcpu, None);
+        let none = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        libc::sigtimedwait(&raw const ours, ptr::null_mut(), &raw const none);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut());
+        unset.and(result)
     }
 }
 

@@ -20,6 +20,7 @@
 //! guest RAM to the kernel) and one call in `transfer`.
 
 mod calls;
+mod controllers;
 mod cpuid;
 mod error;
 mod events;
@@ -40,5 +41,5 @@ mod vcpu;
 pub use cpuid::Lacks;
 pub use error::KvmError;
 pub use facts::Facts;
-pub use machine::KvmMachine;
+pub use machine::{Interrupts, KvmMachine};
 pub use vcpu::KvmVcpu;

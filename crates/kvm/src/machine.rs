@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use kvm_ioctls::{Kvm, VmFd};
+use trapgate_chipset::ControllersState;
 use trapgate_engine::World;
 use trapgate_memory::GuestMemory;
 use trapgate_x86::CpuProfile;
 use trapgate_x86::profile::CpuidContext;
 
 use crate::KvmError;
+use crate::controllers::{self, Controllers};
 use crate::cpuid::{self, Lacks};
 use crate::error::call;
 use crate::facts::{self, Facts};
@@ -37,6 +39,16 @@ pub struct KvmMachine {
     pub(crate) memory: Arc<GuestMemory>,
     // After `machine`, which uses it, is closed.
     slots: Slots,
+    pub(crate) controllers: Option<Controllers>,
+}
+
+/// Who has the interrupt controllers of a machine while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interrupts {
+    /// The world: what waits is asked for at the seam.
+    World,
+    /// The kernel: see [`KvmMachine::give_controllers`].
+    Kernel,
 }
 
 impl KvmMachine {
@@ -50,6 +62,7 @@ impl KvmMachine {
         profile: CpuProfile,
         count: u32,
         lacks: Lacks,
+        interrupts: Interrupts,
     ) -> Result<Arc<Self>, KvmError> {
         let kvm: Kvm = facts::open()?;
         let facts = Facts::of(&kvm)?;
@@ -69,7 +82,15 @@ impl KvmMachine {
             .set_tss_address(TSS)
             .map_err(call("KVM_SET_TSS_ADDR"))?;
         let kept = msrs::kept_by_kernel(&facts.msrs);
-        msrs::filter(&machine, &kept, &[])?;
+        let controllers = match interrupts {
+            Interrupts::World => None,
+            Interrupts::Kernel => Some(Controllers::new(&machine)?),
+        };
+        let more: &[u32] = match &controllers {
+            Some(_) => &controllers::MSRS,
+            None => &[],
+        };
+        msrs::filter(&machine, &kept, more)?;
         let slots = Slots::new(&machine, Arc::clone(&memory))?;
         Ok(Arc::new(Self {
             machine,
@@ -82,6 +103,7 @@ impl KvmMachine {
             pace: Pace::new(),
             memory,
             slots,
+            controllers,
         }))
     }
 
@@ -106,7 +128,66 @@ impl KvmMachine {
             vcpu.set_tsc_khz((self.profile.tsc_hz / 1000) as u32)
                 .map_err(call("KVM_SET_TSC_KHZ"))?;
         }
-        KvmVcpu::new(Arc::clone(self), vcpu, world)
+        if let Some(controllers) = &self.controllers {
+            controllers.add(&vcpu)?;
+        }
+        KvmVcpu::new(Arc::clone(self), vcpu, world, index as usize)
+    }
+
+    /// Whether the kernel has the interrupt controllers.
+    pub fn has_controllers(&self) -> bool {
+        self.controllers.is_some()
+    }
+
+    /// Lends the kernel the interrupt controllers, at `now`, nanoseconds of VM time. `levels` are the GSIs that
+    /// are high, a bit each. All processors have been made, and stand still.
+    ///
+    /// # Errors
+    /// The kernel does not take the state.
+    pub fn give_controllers(
+        &self,
+        state: &ControllersState,
+        levels: u32,
+        now: u64,
+    ) -> Result<(), KvmError> {
+        match &self.controllers {
+            Some(controllers) => controllers.give(&self.machine, state, levels, now),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes the interrupt controllers back. All processors stand still.
+    ///
+    /// # Errors
+    /// The kernel has none.
+    pub fn take_controllers(&self) -> Result<ControllersState, KvmError> {
+        match &self.controllers {
+            Some(controllers) => controllers.take(&self.machine),
+            None => Err(KvmError::Lacks {
+                what: "interrupt controllers: it was made without",
+            }),
+        }
+    }
+
+    /// Sets the level of a GSI, while the kernel has the interrupt controllers.
+    ///
+    /// # Errors
+    /// There is no such GSI.
+    pub fn set_line(&self, gsi: u32, level: bool) -> Result<(), KvmError> {
+        controllers::set_line(&self.machine, gsi, level)
+    }
+
+    /// Sends a message-signalled interrupt, while the kernel has the interrupt controllers.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn send_message(&self, address: u64, data: u32) -> Result<(), KvmError> {
+        controllers::send_message(&self.machine, address, data)
+    }
+
+    /// Whether the kernel may not see that the guest lets interrupts in.
+    pub(crate) fn overlooks_windows(&self) -> bool {
+        self.lacks == Lacks::Hide && self.facts.guest_debug
     }
 
     /// What this KVM can do.

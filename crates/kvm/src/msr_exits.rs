@@ -24,6 +24,9 @@ fn is_apics(index: u32) -> bool {
 impl KvmVcpu {
     /// What RDMSR gives, or `None` for #GP(0).
     pub(crate) fn read_msr(&mut self, index: u32) -> Option<u64> {
+        if is_apics(index) && self.has_kernel_controllers() {
+            return None;
+        }
         if is_apics(index) {
             return self.world.read_apic_msr(index).ok();
         }
@@ -35,6 +38,9 @@ impl KvmVcpu {
 
     /// What WRMSR does; `None` for #GP(0).
     pub(crate) fn write_msr(&mut self, index: u32, value: u64) -> Result<Option<()>, KvmError> {
+        if is_apics(index) && self.has_kernel_controllers() {
+            return Ok(None);
+        }
         if is_apics(index) {
             if index == IA32_TSC_DEADLINE {
                 self.tell_offset()?;

@@ -1,6 +1,11 @@
 //! A processor's state, taken out of the kernel and put in.
 
-use kvm_bindings::kvm_xcrs;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_UNINITIALIZED, kvm_mp_state, kvm_xcrs,
+};
 use kvm_ioctls::VcpuFd;
 use trapgate_x86::msr::IA32_APIC_BASE;
 use trapgate_x86::registers::rflags;
@@ -37,17 +42,70 @@ impl KvmVcpu {
             &self.ours,
             self.machine.profile(),
             self.current_offset()?,
-            self.activity,
+            self.current_activity()?,
         ))
+    }
+
+    /// What the processor does: the kernel knows if it has the interrupt controllers.
+    fn current_activity(&self) -> Result<Activity, KvmError> {
+        if !self.has_kernel_controllers() || self.activity == Activity::Shutdown {
+            return Ok(self.activity);
+        }
+        let state = self.vcpu.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?;
+        Ok(match state.mp_state {
+            KVM_MP_STATE_HALTED => Activity::Halted,
+            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => Activity::WaitForSipi,
+            _ => Activity::Running,
+        })
+    }
+
+    fn set_activity(&mut self, activity: Activity) -> Result<(), KvmError> {
+        self.activity = activity;
+        if !self.has_kernel_controllers() {
+            return Ok(());
+        }
+        let mp_state = match activity {
+            Activity::Halted => KVM_MP_STATE_HALTED,
+            // Either an INIT or a start-up IPI may be next.
+            Activity::WaitForSipi => KVM_MP_STATE_INIT_RECEIVED,
+            Activity::Running | Activity::Shutdown => KVM_MP_STATE_RUNNABLE,
+        };
+        self.vcpu
+            .set_mp_state(kvm_mp_state { mp_state })
+            .map_err(call("KVM_SET_MP_STATE"))
+    }
+
+    /// The local APIC's registers that are the processor's too.
+    fn apic_registers(&mut self) -> Result<ApicRegisters, KvmError> {
+        if self.has_kernel_controllers() {
+            let sregs = calls::sregs2(&self.vcpu).map_err(named("KVM_GET_SREGS2"))?;
+            return Ok(ApicRegisters {
+                task_priority: sregs.cr8 as u8,
+                base: sregs.apic_base,
+            });
+        }
+        Ok(ApicRegisters {
+            task_priority: self.world.task_priority(),
+            base: self.world.read_apic_msr(IA32_APIC_BASE).unwrap_or_default(),
+        })
     }
 
     /// Replaces the state. After an error it is neither the old nor the new one.
     pub(crate) fn import(&mut self, state: &CpuState) -> Result<(), KvmError> {
         self.check_tsc(state.system.tsc_offset)?;
-        let apic = ApicRegisters {
-            task_priority: self.world.task_priority(),
-            base: self.world.read_apic_msr(IA32_APIC_BASE).unwrap_or_default(),
-        };
+        let machine = Arc::clone(&self.machine);
+        match &machine.controllers {
+            // They have some of the registers that are set here. The world is not asked meanwhile: who
+            // gives and takes the controllers may have locked it.
+            Some(controllers) => controllers.alone(|| self.import_alone(state))?,
+            None => self.import_alone(state)?,
+        }
+        self.world.set_tsc_offset(state.system.tsc_offset);
+        Ok(())
+    }
+
+    fn import_alone(&mut self, state: &CpuState) -> Result<(), KvmError> {
+        let apic = self.apic_registers()?;
         let (kernel, ours) = split(state, self.machine.profile(), &self.machine.kept, apic);
         let KernelState {
             regs,
@@ -76,12 +134,11 @@ impl KvmVcpu {
             .map_err(call("KVM_SET_VCPU_EVENTS"))?;
 
         self.ours = ours;
-        self.activity = match state.system.activity {
+        self.set_activity(match state.system.activity {
             // It is on its way to the handler.
             Activity::Halted if state.interrupt.is_some() => Activity::Running,
             activity => activity,
-        };
-        self.world.set_tsc_offset(state.system.tsc_offset);
+        })?;
         self.tsc_offset = state.system.tsc_offset;
         self.stretch = 0;
         self.apic_base = apic.base;

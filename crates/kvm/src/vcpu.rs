@@ -6,11 +6,11 @@ use std::sync::atomic::{Ordering, fence};
 
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, kvm_guest_debug};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use trapgate_engine::{Exit, Failure, Signal, Signals, StateError, Vcpu, World};
+use trapgate_engine::{Counter, Exit, Failure, Measure, Signal, Signals, StateError, Vcpu, World};
 use trapgate_x86::{Activity, CpuState};
 
 use crate::error::{call, named};
-use crate::kick::Kick;
+use crate::kick::{Kick, with_signal_waiting};
 use crate::machine::KvmMachine;
 use crate::state::Ours;
 use crate::{KvmError, calls};
@@ -20,6 +20,7 @@ pub struct KvmVcpu {
     pub(crate) vcpu: VcpuFd,
     pub(crate) machine: Arc<KvmMachine>,
     pub(crate) world: Box<dyn World>,
+    index: usize,
     kick: Arc<Kick>,
     signals: Arc<Signals>,
     /// State that the kernel does not keep.
@@ -36,11 +37,46 @@ pub struct KvmVcpu {
     pub(crate) ready: bool,
     /// The interrupt controller signalled an interrupt that could not be taken yet.
     pub(crate) interrupt_waits: bool,
+    /// Somebody said so: it is not only that nobody has looked since a state was set.
+    interrupt_signalled: bool,
+    /// An event was queued that the next KVM_RUN delivers.
+    event_queued: bool,
+    /// [`Vcpu::step`] wants one instruction.
+    step_wanted: bool,
+    /// The kernel runs single steps.
+    stepping: bool,
     /// The stretch between two pauses in which the TSC was last set, see [`crate::pace`]; 0 if it
     /// is not.
     pub(crate) stretch: usize,
     /// The state's offset of the TSC, if it is not set.
     pub(crate) tsc_offset: u64,
+    counters: Counters,
+}
+
+/// What there is to count: how often the guest was left, and for what.
+struct Counters {
+    exits: Counter,
+    ports: Counter,
+    memory: Counter,
+    msrs: Counter,
+}
+
+impl Counters {
+    fn new() -> Self {
+        let events = |name, help| Counter::new(name, Measure::Events, help);
+        Self {
+            exits: events(
+                "exits",
+                "Times that the guest was left for the program that runs it",
+            ),
+            ports: events("port_exits", "Those of them for an access to a port"),
+            memory: events(
+                "device_exits",
+                "Those of them for an access to a device's memory",
+            ),
+            msrs: events("msr_exits", "Those of them for a model-specific register"),
+        }
+    }
 }
 
 /// What one KVM_RUN ended with.
@@ -66,6 +102,7 @@ impl KvmVcpu {
         machine: Arc<KvmMachine>,
         vcpu: VcpuFd,
         world: Box<dyn World>,
+        index: usize,
     ) -> Result<Self, KvmError> {
         let kick = Arc::new(Kick::default());
         let interrupter = Arc::clone(&kick);
@@ -73,6 +110,7 @@ impl KvmVcpu {
             vcpu,
             machine,
             world,
+            index,
             signals: Arc::new(Signals::with_interrupter(move || interrupter.kick())),
             kick,
             ours: Ours::default(),
@@ -82,11 +120,21 @@ impl KvmVcpu {
             interrupts_on: false,
             ready: false,
             interrupt_waits: false,
+            interrupt_signalled: false,
+            event_queued: false,
+            step_wanted: false,
+            stepping: false,
             stretch: 0,
             tsc_offset: 0,
+            counters: Counters::new(),
         };
         new.import(&CpuState::default())?;
         Ok(new)
+    }
+
+    /// Whether the kernel has the interrupt controllers.
+    pub(crate) fn has_kernel_controllers(&self) -> bool {
+        self.machine.has_controllers()
     }
 
     /// Signals from outside, and interrupts. Gives the exit if the guest is not to go on.
@@ -96,15 +144,21 @@ impl KvmVcpu {
         signals.take(Signal::Flush);
         if signals.take(Signal::Nmi) {
             self.vcpu.nmi().map_err(call("KVM_NMI"))?;
+            self.event_queued = true;
             if self.activity == Activity::Halted {
                 self.activity = Activity::Running;
             }
         }
         if signals.take(Signal::Interrupt) {
             self.interrupt_waits = true;
+            self.interrupt_signalled = true;
         }
         if signals.take(Signal::Kick) {
             return Ok(Some(Exit::Kicked));
+        }
+        if self.has_kernel_controllers() {
+            // It halts, starts and takes interrupts in the kernel.
+            return Ok((self.activity == Activity::Shutdown).then_some(Exit::ShutDown));
         }
         match self.activity {
             Activity::Running | Activity::Halted => {}
@@ -118,10 +172,14 @@ impl KvmVcpu {
                 Some(vector) => {
                     calls::interrupt(&self.vcpu, vector).map_err(named("KVM_INTERRUPT"))?;
                     self.activity = Activity::Running;
+                    self.event_queued = true;
                     // There may be another behind it, from the other interrupt controller.
                     self.ready = false;
                 }
-                None => self.interrupt_waits = false,
+                None => {
+                    self.interrupt_waits = false;
+                    self.interrupt_signalled = false;
+                }
             }
         }
         Ok((self.activity == Activity::Halted).then_some(Exit::Halted))
@@ -129,8 +187,16 @@ impl KvmVcpu {
 
     /// Lets the guest run until it asks for something, and deals with that.
     fn enter(&mut self) -> Result<Option<Exit>, KvmError> {
+        if self.has_kernel_controllers() {
+            self.set_stepping(self.step_wanted)?;
+            let ended = self.run_kernel(false)?;
+            return self.act(ended);
+        }
         let priority = u64::from(self.world.task_priority());
         let window = self.interrupt_waits;
+        let step = self.step_wanted || self.must_be_watched(priority)?;
+        self.set_stepping(step)?;
+        self.event_queued = false;
         let run = self.vcpu.get_kvm_run();
         run.request_interrupt_window = window.into();
         run.cr8 = priority;
@@ -142,6 +208,7 @@ impl KvmVcpu {
         if priority_now != priority {
             self.world.set_task_priority(priority_now as u8);
             self.interrupt_waits = true;
+            self.interrupt_signalled = true;
         }
         self.act(ended)
     }
@@ -191,6 +258,13 @@ impl KvmVcpu {
 
     /// Deals with what a KVM_RUN ended with. Gives the exit if the guest is not to go on.
     fn act(&mut self, ended: Ended) -> Result<Option<Exit>, KvmError> {
+        self.counters.exits.add(1);
+        match &ended {
+            Ended::Answered => self.counters.memory.add(1),
+            Ended::Port => self.counters.ports.add(1),
+            Ended::ReadMsr(_) | Ended::WriteMsr(..) => self.counters.msrs.add(1),
+            _ => {}
+        }
         match ended {
             Ended::Nothing => {}
             Ended::Answered => self.answer_waits = true,
@@ -213,7 +287,7 @@ impl KvmVcpu {
                 self.activity = Activity::Shutdown;
                 return Ok(Some(Exit::ShutDown));
             }
-            Ended::Stepped => return Ok(Some(Exit::Debug)),
+            Ended::Stepped => return Ok(self.step_wanted.then_some(Exit::Debug)),
             Ended::InternalError => {
                 let code = calls::suberror(self.vcpu.get_kvm_run());
                 return Ok(Some(
@@ -260,6 +334,9 @@ impl KvmVcpu {
 
     fn run_until_exit(&mut self) -> Result<Exit, KvmError> {
         self.start_tsc()?;
+        if let Some(controllers) = &self.machine.controllers {
+            controllers.arm(self.index)?;
+        }
         let mut exit = loop {
             if let Some(exit) = self.between_entries()? {
                 break exit;
@@ -274,8 +351,42 @@ impl KvmVcpu {
             }
             exit = other;
         }
-        self.note_tsc()?;
+        self.set_stepping(false)?;
+        self.tell_offset()?;
+        self.note_timer()?;
         Ok(exit)
+    }
+
+    /// Notes what the local APIC's timer does, if that is the kernel's.
+    fn note_timer(&mut self) -> Result<(), KvmError> {
+        let machine = Arc::clone(&self.machine);
+        let Some(controllers) = &machine.controllers else {
+            return Ok(());
+        };
+        let page = calls::lapic(&self.vcpu).map_err(named("KVM_GET_LAPIC"))?;
+        // After the count was read: late by the time between rather than early.
+        let now = self.world.clock();
+        if controllers.left(self.index, &page, now) {
+            self.settle_timer()?;
+        }
+        Ok(())
+    }
+
+    /// Enters the kernel, and not the guest: an interrupt of the timer that waits in the kernel, where
+    /// nobody can take it from, comes into the local APIC's registers.
+    fn settle_timer(&mut self) -> Result<(), KvmError> {
+        self.vcpu.set_kvm_immediate_exit(0);
+        let Self { vcpu, .. } = self;
+        let descriptor = calls::duplicate(vcpu).map_err(named("the descriptor of a processor"))?;
+        let ended = with_signal_waiting(&descriptor, || vcpu.run().map(|_| ()))
+            .map_err(named("KVM_SET_SIGNAL_MASK"))?;
+        match ended {
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(()),
+            Err(error) => Err(call("KVM_RUN")(error)),
+            Ok(()) => Err(KvmError::Lacks {
+                what: "a KVM_RUN that a signal ends",
+            }),
+        }
     }
 
     fn run_on_this_thread(&mut self) -> Exit {
@@ -290,14 +401,56 @@ impl KvmVcpu {
         }
     }
 
-    fn set_debug(&mut self, control: u32) -> Result<(), KvmError> {
+    /// Whether the guest must be run step by step, so that nothing is overlooked. A KVM without
+    /// hardware emulates supervisor code in long batches: it looks for an interrupt window after each
+    /// only, and does not tell that the task priority fell. A guest that opens a window for a moment,
+    /// again and again, could wait for ever.
+    fn must_be_watched(&self, priority: u64) -> Result<bool, KvmError> {
+        let waits = self.interrupt_signalled && !self.ready;
+        if !self.machine.overlooks_windows() || self.event_queued || !waits && priority == 0 {
+            return Ok(false);
+        }
+        // A step over it would not say what it was. Nor would one into an event whose handler begins so.
+        Ok(!self.halts_next()?)
+    }
+
+    /// Whether the next instruction is HLT.
+    fn halts_next(&self) -> Result<bool, KvmError> {
+        const HLT: [u8; 1] = [0xf4];
+        let regs = self.vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
+        let sregs = calls::sregs2(&self.vcpu).map_err(named("KVM_GET_SREGS2"))?;
+        let linear = sregs.cs.base.wrapping_add(regs.rip);
+        let place = self
+            .vcpu
+            .translate_gva(linear)
+            .map_err(call("KVM_TRANSLATE"))?;
+        let mut byte = [0];
+        let there = place.valid != 0
+            && self
+                .machine
+                .memory
+                .read(place.physical_address, &mut byte)
+                .is_ok();
+        Ok(there && byte == HLT)
+    }
+
+    fn set_stepping(&mut self, on: bool) -> Result<(), KvmError> {
+        if on == self.stepping {
+            return Ok(());
+        }
         let debug = kvm_guest_debug {
-            control,
+            control: if on {
+                KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP
+            } else {
+                0
+            },
             ..kvm_guest_debug::default()
         };
         self.vcpu
             .set_guest_debug(&debug)
-            .map_err(call("KVM_SET_GUEST_DEBUG"))
+            .map_err(call("KVM_SET_GUEST_DEBUG"))?;
+        self.stepping = on;
+        Ok(())
     }
 }
 
@@ -310,17 +463,10 @@ impl Vcpu for KvmVcpu {
     /// PUSHF or in the frame of an event, sees it. An event that is delivered takes the first
     /// instruction of its handler with it.
     fn step(&mut self) -> Exit {
-        if self
-            .set_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)
-            .is_err()
-        {
-            return self.failed("KVM cannot run single steps", 0);
-        }
+        self.step_wanted = true;
         let exit = self.run_on_this_thread();
-        match self.set_debug(0) {
-            Ok(()) => exit,
-            Err(_) => self.failed("KVM cannot end single steps", 0),
-        }
+        self.step_wanted = false;
+        exit
     }
 
     fn state(&mut self) -> CpuState {
@@ -346,6 +492,16 @@ impl Vcpu for KvmVcpu {
     /// The hardware does not count for us.
     fn instructions(&self) -> u64 {
         0
+    }
+
+    fn counters(&self) -> Vec<Counter> {
+        let Counters {
+            exits,
+            ports,
+            memory,
+            msrs,
+        } = &self.counters;
+        [exits, ports, memory, msrs].map(Counter::clone).to_vec()
     }
 }
 

@@ -153,6 +153,14 @@ fn ports_of_each_size_and_strings_reach_the_world() {
         (0x13, 2, 3),
     ];
     assert_eq!(bench.world.with(|told| told.ports.clone()), expected);
+    let counted = |name| {
+        let counters = bench.vcpu.counters();
+        let counter = counters.iter().find(|counter| counter.name() == name);
+        counter.unwrap().get()
+    };
+    assert!(counted("port_exits") >= 4, "{}", counted("port_exits"));
+    assert!(counted("exits") > counted("port_exits"));
+    assert_eq!(counted("device_exits"), 0);
 }
 
 #[test]
@@ -247,6 +255,24 @@ fn interrupt_is_taken_when_the_guest_lets_it() {
     let state = bench.run_to_halt();
     assert_eq!(state.rip, CODE + 0x101);
     assert!(bench.world.with(|told| told.interrupts.is_empty()));
+}
+
+/// Sixteen instructions, so that an emulator which works in batches of a power of two meets the loop
+/// always at the same place.
+#[test]
+fn interrupt_is_taken_in_a_window_of_one_instruction_in_a_loop() {
+    // STI; NOP; CLI; 12 times NOP; JMP back.
+    let mut code = vec![0xfb, 0x90, 0xfa];
+    code.extend([0x90; 12]);
+    code.extend([0xeb, 0xef]);
+    let Some(mut bench) = bench(&code) else {
+        return;
+    };
+    bench.memory.write(CODE + 0x100, &[0x90, HLT]).unwrap();
+    bench.gate(0x61, CODE + 0x100);
+    bench.world.with(|told| told.interrupts.push(0x61));
+    bench.vcpu.signals().raise(Signal::Interrupt);
+    assert_eq!(bench.run_to_halt().rip, CODE + 0x102);
 }
 
 #[test]

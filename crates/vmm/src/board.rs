@@ -1,8 +1,9 @@
 //! The chipset with everything that its effects reach.
 
 use std::collections::VecDeque;
+use std::error::Error;
 use std::num::NonZeroU64;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use trapgate_chipset::{Chipset, ChipsetState, CpuSignal, Effects};
@@ -10,6 +11,7 @@ use trapgate_engine::Signal;
 use trapgate_pci::{InterruptLine, Message as MsiMessage, MessageSink};
 
 use crate::clock::Clock;
+use crate::controllers::Controllers;
 use crate::crew::{Crew, Message};
 use crate::lock;
 use crate::serial::SerialOutput;
@@ -43,6 +45,8 @@ pub(crate) struct Board {
     crew: Arc<Crew>,
     agenda: Arc<Agenda>,
     serial: Arc<SerialOutput>,
+    /// Whoever has the interrupt controllers while the machine runs, if the chipset has not.
+    controllers: OnceLock<Arc<dyn Controllers>>,
 }
 
 impl Board {
@@ -69,6 +73,54 @@ impl Board {
             crew,
             agenda,
             serial,
+            controllers: OnceLock::new(),
+        }
+    }
+
+    /// From now on the interrupt controllers are somebody else's whenever the machine runs. It stands
+    /// still.
+    pub(crate) fn lend_controllers_to(&self, controllers: Arc<dyn Controllers>) {
+        // A second call is a defect of the caller and changes nothing.
+        let _ = self.controllers.set(controllers);
+    }
+
+    fn lend_controllers(&self, cell: &mut Cell) {
+        let Some(controllers) = self.controllers.get() else {
+            return;
+        };
+        let now = self.clock.now();
+        let (state, levels) = cell.chipset.lend_controllers(now);
+        self.check(controllers.give(&state, levels, now));
+        self.settle(cell, now);
+    }
+
+    fn take_back_controllers(&self, cell: &mut Cell) {
+        let Some(controllers) = self.controllers.get() else {
+            return;
+        };
+        if !cell.chipset.controllers_are_lent() {
+            return;
+        }
+        let now = self.clock.now();
+        let taken = controllers.take().and_then(|state| {
+            cell.chipset
+                .take_back_controllers(&state, now)
+                .map_err(Into::into)
+        });
+        self.check(taken);
+        self.settle(cell, now);
+    }
+
+    /// What the interrupt controllers refuse ends the machine: it would hang.
+    fn check(&self, result: Result<(), Box<dyn Error + Send + Sync>>) {
+        if let Err(error) = result {
+            let mut message = error.to_string();
+            let mut cause = error.source();
+            while let Some(error) = cause {
+                message += &format!(": {error}");
+                cause = error.source();
+            }
+            self.report(Event::Controllers { message });
         }
     }
 
@@ -111,6 +163,14 @@ impl Board {
                     CpuSignal::Sipi(vector) => {
                         self.crew.post(signal.cpu, Message::StartUp(vector));
                     }
+                }
+            }
+            if let Some(controllers) = self.controllers.get() {
+                for &(gsi, level) in &effects.lines {
+                    self.check(controllers.set_line(gsi, level));
+                }
+                for &(address, data) in &effects.messages {
+                    self.check(controllers.send_message(address, data));
                 }
             }
             if let Some(request) = effects.power {
@@ -193,12 +253,14 @@ impl Board {
         let mut cell = lock(&self.cell);
         cell.running = false;
         self.clock.pause();
+        self.take_back_controllers(&mut cell);
     }
 
     /// Lets clock and timers go on.
     pub(crate) fn resume(&self) {
         let mut cell = lock(&self.cell);
         self.clock.resume();
+        self.lend_controllers(&mut cell);
         cell.running = true;
         self.timer.notify_one();
     }

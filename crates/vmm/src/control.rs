@@ -3,13 +3,14 @@
 //! A [`RemoteControl`] outlives the machine that it controls, since a guest that restarts gets another: what was asked
 //! for (that it be paused, that it stop) holds for the next one too.
 //!
-//! Two locks keep those who must not wait apart from those who may: a pause waits for processors, a snapshot for a disk, and
-//! neither holds up a stop.
+//! Locks are taken in the order paused → machine, and keep those who must not wait apart from those who may: a pause waits
+//! for processors, a snapshot for a disk, and neither holds up a stop or the counters.
 
 use std::error::Error;
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use trapgate_api::control::{Control, States};
@@ -49,14 +50,6 @@ struct Quick {
     stop: bool,
 }
 
-/// For those who may.
-#[derive(Default)]
-struct Slow {
-    machine: Option<Arc<Machine>>,
-    paused: bool,
-    counted: Option<Instant>,
-}
-
 /// Controls a machine, and those that come after it when the guest restarts.
 pub struct RemoteControl {
     identity: Identity,
@@ -65,7 +58,14 @@ pub struct RemoteControl {
     states: States,
     terminal: Option<Terminal>,
     quick: Mutex<Quick>,
-    slow: Mutex<Slow>,
+    /// Whether clients want it to stand still. Locked while that, or the machine's place on a disk, is changed.
+    paused: Mutex<bool>,
+    /// For those who may wait: read as long as someone works on the machine.
+    machine: RwLock<Option<Arc<Machine>>>,
+    /// How many machines there have been.
+    machines: AtomicU64,
+    /// When the processors told their numbers last.
+    counted: Mutex<Option<Instant>>,
 }
 
 impl fmt::Debug for RemoteControl {
@@ -86,7 +86,10 @@ impl RemoteControl {
             states: States::new(State::Running),
             terminal,
             quick: Mutex::default(),
-            slow: Mutex::default(),
+            paused: Mutex::default(),
+            machine: RwLock::default(),
+            machines: AtomicU64::new(0),
+            counted: Mutex::default(),
         }
     }
 
@@ -99,12 +102,13 @@ impl RemoteControl {
                 None => Arc::new(machine.serial()),
             });
         }
-        let mut slow = lock(&self.slow);
-        if slow.paused {
+        let paused = lock(&self.paused);
+        if *paused {
             machine.engage_brake();
         }
-        slow.machine = Some(Arc::clone(machine));
-        drop(slow);
+        self.machines.fetch_add(1, Ordering::Relaxed);
+        self.replace(Some(Arc::clone(machine)));
+        drop(paused);
         let mut quick = lock(&self.quick);
         if quick.stop {
             machine.stop();
@@ -118,30 +122,54 @@ impl RemoteControl {
             terminal.disconnect();
         }
         lock(&self.quick).machine = None;
-        let machine = lock(&self.slow).machine.take();
+        self.replace(None);
+    }
+
+    fn replace(&self, machine: Option<Arc<Machine>>) {
+        let mut present = self.machine.write().unwrap_or_else(PoisonError::into_inner);
+        let former = std::mem::replace(&mut *present, machine);
+        drop(present);
         // Which may be the end of its threads: not under the lock.
-        drop(machine);
+        drop(former);
+    }
+
+    fn machine(&self) -> RwLockReadGuard<'_, Option<Arc<Machine>>> {
+        self.machine.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The guest is gone for good.
     pub fn end(&self) {
-        self.disconnect();
+        // First: between the two nobody is to be told that another machine comes.
         self.states.set(State::Ended);
+        self.disconnect();
         if let Some(terminal) = &self.terminal {
             terminal.close();
         }
     }
 
+    /// There is no machine at the moment, or none any more.
+    fn absent(&self) -> Problem {
+        if self.states.get() == State::Ended {
+            return ProblemKind::Ended.into();
+        }
+        Problem::new(ProblemKind::Busy)
+            .cause("its guest is restarting, or about to end")
+            .fix("ask again in a second")
+    }
+
     /// Pauses or resumes.
     fn set_paused(&self, paused: bool) -> Result<StateAnswer, Problem> {
-        let mut slow = lock(&self.slow);
-        if self.states.get() == State::Ended || slow.ended() {
+        let mut present = lock(&self.paused);
+        let machine = self.machine();
+        // Its owner may not have noticed yet that it has ended.
+        let ended = |machine: &Arc<Machine>| machine.wait_for(Duration::ZERO).is_some();
+        if self.states.get() == State::Ended || machine.as_ref().is_some_and(ended) {
             return Err(ProblemKind::Ended.into());
         }
-        let changed = slow.paused != paused;
+        let changed = *present != paused;
         if changed {
-            slow.paused = paused;
-            match &slow.machine {
+            *present = paused;
+            match &*machine {
                 Some(machine) if paused => machine.engage_brake(),
                 Some(machine) => machine.release_brake(),
                 // The next one will be.
@@ -155,15 +183,6 @@ impl RemoteControl {
         };
         self.states.set(state);
         Ok(StateAnswer { state, changed })
-    }
-}
-
-impl Slow {
-    /// Whether the machine has ended, though its owner may not have noticed.
-    fn ended(&self) -> bool {
-        self.machine
-            .as_ref()
-            .is_some_and(|machine| machine.wait_for(Duration::ZERO).is_some())
     }
 }
 
@@ -199,14 +218,16 @@ impl Control for RemoteControl {
     }
 
     fn counters(&self) -> Result<Counters, Problem> {
-        let mut slow = lock(&self.slow);
-        // Between two machines there is nothing to count, and after the last neither.
-        let machine = slow.machine.clone().ok_or(ProblemKind::Ended)?;
-        if slow.counted.is_none_or(|then| then.elapsed() >= FRESH) {
+        let machine = self.machine();
+        let machine = machine.as_ref().ok_or_else(|| self.absent())?;
+        let mut counted = lock(&self.counted);
+        if counted.is_none_or(|then| then.elapsed() >= FRESH) {
             machine.refresh_counters();
-            slow.counted = Some(Instant::now());
+            *counted = Some(Instant::now());
         }
-        Ok(counters(&machine))
+        // One that the guest reset may have become another.
+        let earlier = self.machines.load(Ordering::Relaxed).saturating_sub(1);
+        Ok(counters(machine, earlier))
     }
 
     fn pause(&self) -> Result<StateAnswer, Problem> {
@@ -237,12 +258,13 @@ impl Control for RemoteControl {
 
     fn snapshot(&self, directory: &Path) -> Result<SnapshotAnswer, Problem> {
         // Until it is done: whoever disconnects must find nothing of the machine here afterwards.
-        let slow = lock(&self.slow);
-        let machine = slow.machine.as_ref().ok_or(ProblemKind::Ended)?;
+        let paused = lock(&self.paused);
+        let machine = self.machine();
+        let machine = machine.as_ref().ok_or_else(|| self.absent())?;
         let report = machine
             .snapshot(directory)
             .map_err(|error| not_saved(&error))?;
-        let paused = if slow.paused {
+        let paused = if *paused {
             Duration::ZERO
         } else {
             report.paused
@@ -283,8 +305,8 @@ fn cause_chain(error: &dyn Error) -> String {
     }
 }
 
-/// All that a machine counts.
-fn counters(machine: &Machine) -> Counters {
+/// All that a machine counts. `earlier` machines were reset.
+fn counters(machine: &Machine, earlier: u64) -> Counters {
     let own = machine.counters();
     let alone = |name: &str, unit, kind, value, help: &str| Counter {
         name: name.to_owned(),
@@ -299,8 +321,8 @@ fn counters(machine: &Machine) -> Counters {
             "resets",
             Unit::Count,
             Kind::Total,
-            own.resets,
-            "Resets that the machine went through by itself",
+            earlier + own.resets,
+            "Times that the guest reset the machine",
         ),
         alone(
             "host_cpu",

@@ -8,11 +8,12 @@ use trapgate_engine::probe::{EngineKind, Host};
 use trapgate_engine::{Vcpu, World};
 use trapgate_interp::Interpreter;
 use trapgate_jit::Translating;
-use trapgate_kvm::{Facts, KvmMachine, Lacks};
+use trapgate_kvm::{Facts, Interrupts, KvmError, KvmMachine, Lacks};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::CpuProfile;
 use trapgate_x86::profile::Level;
 
+use crate::controllers::Controllers;
 use crate::{EngineChoice, MachineConfig, MachineError};
 
 /// An engine, and whether it can be used.
@@ -63,11 +64,12 @@ fn usable_kvm(level: Level, host: &Host) -> Result<String, String> {
         (Ok(()), true) => Ok(host.kvm.to_string()),
         (Err(error), true) => Err(one_line(&error)),
         (Ok(()), false) => Ok(format!("{}; by name only", host.kvm)),
-        (Err(error), false) => Ok(format!(
-            "{}; by name only, and {}",
+        (Err(KvmError::Profile { profile, features }), false) => Ok(format!(
+            "{}; by name only, and guests lack {} of the features of {profile}",
             host.kvm,
-            one_line(&error)
+            features.len(),
         )),
+        (Err(error), false) => Err(one_line(&error)),
     }
 }
 
@@ -79,49 +81,121 @@ fn one_line(error: &dyn Error) -> String {
     }
 }
 
-/// Makes processor `index` of `count`, the last two arguments. All calls of one constructor make
-/// processors of one machine, and have the same memory, profile and count.
-pub(crate) type Constructor = dyn Fn(
-    Arc<GuestMemory>,
-    Box<dyn World>,
-    CpuProfile,
-    u32,
-    u32,
-) -> Result<Box<dyn Vcpu>, MachineError>;
+/// Makes the processors of one machine.
+pub(crate) trait Constructor {
+    /// Processor `index` of `count`, the last two arguments. All calls have the same memory, profile
+    /// and count.
+    fn vcpu(
+        &self,
+        memory: Arc<GuestMemory>,
+        world: Box<dyn World>,
+        profile: CpuProfile,
+        index: u32,
+        count: u32,
+    ) -> Result<Box<dyn Vcpu>, MachineError>;
 
-/// How processors of an engine are made; `None` for those that are not in this version.
-fn constructor(kind: EngineKind, host: &Host) -> Option<Box<Constructor>> {
-    match kind {
-        EngineKind::Kvm => Some(kvm_constructor(host)),
-        EngineKind::Jit => Some(Box::new(|memory, world, profile, index, count| {
-            Ok(Box::new(Translating::new(
-                memory, world, profile, index, count,
-            )?))
-        })),
-        EngineKind::Interp => Some(Box::new(|memory, world, profile, index, count| {
-            Ok(Box::new(Interpreter::new(
-                memory, world, profile, index, count,
-            )))
-        })),
+    /// Interrupt controllers that the engine has of its own. Asked for when all processors are made.
+    fn controllers(&self) -> Option<Arc<dyn Controllers>> {
+        None
     }
 }
 
-fn kvm_constructor(host: &Host) -> Box<Constructor> {
-    let lacks = if host.kvm.is_hardware() {
-        Lacks::Refuse
-    } else {
-        Lacks::Hide
-    };
-    let made: OnceCell<Arc<KvmMachine>> = OnceCell::new();
-    Box::new(move |memory, world, profile, index, count| {
-        let machine = match made.get() {
+/// Makes processors by a function, with the arguments of [`Constructor::vcpu`].
+pub(crate) struct By<F>(pub(crate) F);
+
+impl<F> Constructor for By<F>
+where
+    F: Fn(
+        Arc<GuestMemory>,
+        Box<dyn World>,
+        CpuProfile,
+        u32,
+        u32,
+    ) -> Result<Box<dyn Vcpu>, MachineError>,
+{
+    fn vcpu(
+        &self,
+        memory: Arc<GuestMemory>,
+        world: Box<dyn World>,
+        profile: CpuProfile,
+        index: u32,
+        count: u32,
+    ) -> Result<Box<dyn Vcpu>, MachineError> {
+        self.0(memory, world, profile, index, count)
+    }
+}
+
+/// Makes processors of KVM.
+pub(crate) struct OnKvm {
+    lacks: Lacks,
+    interrupts: Interrupts,
+    /// Made with the first processor.
+    machine: OnceCell<Arc<KvmMachine>>,
+}
+
+impl OnKvm {
+    /// With the interrupt controllers where they are to be.
+    pub(crate) fn new(host: &Host, interrupts: Interrupts) -> Self {
+        Self {
+            lacks: if host.kvm.is_hardware() {
+                Lacks::Refuse
+            } else {
+                Lacks::Hide
+            },
+            interrupts,
+            machine: OnceCell::new(),
+        }
+    }
+}
+
+impl Constructor for OnKvm {
+    fn vcpu(
+        &self,
+        memory: Arc<GuestMemory>,
+        world: Box<dyn World>,
+        profile: CpuProfile,
+        index: u32,
+        count: u32,
+    ) -> Result<Box<dyn Vcpu>, MachineError> {
+        let machine = match self.machine.get() {
             Some(machine) => machine,
             None => {
-                let machine = KvmMachine::new(memory, profile, count, lacks)?;
-                made.get_or_init(|| machine)
+                let machine = KvmMachine::new(memory, profile, count, self.lacks, self.interrupts)?;
+                self.machine.get_or_init(|| machine)
             }
         };
         Ok(Box::new(machine.vcpu(world, index)?))
+    }
+
+    fn controllers(&self) -> Option<Arc<dyn Controllers>> {
+        let machine = self.machine.get()?;
+        machine
+            .has_controllers()
+            .then(|| Arc::clone(machine) as Arc<dyn Controllers>)
+    }
+}
+
+/// How processors of an engine are made.
+fn constructor(kind: EngineKind, host: &Host) -> Result<Box<dyn Constructor>, MachineError> {
+    Ok(match kind {
+        EngineKind::Kvm => {
+            // The chipset's are slower and exact. Where guests are slow anyhow, exact is better: the local
+            // APIC of a paravirtual KVM shows nothing in service.
+            let interrupts = if host.kvm.is_hardware() && Facts::probe()?.irqchip {
+                Interrupts::Kernel
+            } else {
+                Interrupts::World
+            };
+            Box::new(OnKvm::new(host, interrupts))
+        }
+        EngineKind::Jit => Box::new(By(|memory, world, profile, index, count| {
+            let vcpu = Translating::new(memory, world, profile, index, count)?;
+            Ok(Box::new(vcpu) as Box<dyn Vcpu>)
+        })),
+        EngineKind::Interp => Box::new(By(|memory, world, profile, index, count| {
+            let vcpu = Interpreter::new(memory, world, profile, index, count);
+            Ok(Box::new(vcpu) as Box<dyn Vcpu>)
+        })),
     })
 }
 
@@ -129,15 +203,10 @@ fn kvm_constructor(host: &Host) -> Box<Constructor> {
 pub(crate) fn take(
     config: &MachineConfig,
     host: &Host,
-) -> Result<(Choice, Box<Constructor>), MachineError> {
+) -> Result<(Choice, Box<dyn Constructor>), MachineError> {
     let choice = choose_for(config.engine, config.level, host)?;
-    match constructor(choice.kind, host) {
-        Some(make) => Ok((choice, make)),
-        None => Err(MachineError::Engine {
-            engine: choice.kind,
-            reason: "not in this version".to_owned(),
-        }),
-    }
+    let make = constructor(choice.kind, host)?;
+    Ok((choice, make))
 }
 
 /// As [`take`], for a machine whose TSC has run at a frequency already: an engine that cannot have it is
@@ -145,7 +214,7 @@ pub(crate) fn take(
 pub(crate) fn take_saved(
     config: &MachineConfig,
     host: &Host,
-) -> Result<(Choice, Box<Constructor>), MachineError> {
+) -> Result<(Choice, Box<dyn Constructor>), MachineError> {
     let taken = take(config, host)?;
     let kind = taken.0.kind;
     let hz = tsc_hz(kind, config.tsc_hz)?;

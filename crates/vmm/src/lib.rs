@@ -23,6 +23,7 @@ mod board;
 mod clock;
 mod config;
 mod control;
+mod controllers;
 mod crew;
 mod engines;
 mod error;

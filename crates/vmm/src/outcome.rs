@@ -20,8 +20,8 @@ pub enum Outcome {
     TripleFault(Box<TripleFault>),
     /// [`crate::Machine::stop`] was called.
     Stopped,
-    /// It could not go on: it could not be loaded again after a reset, or a thread of ours died,
-    /// which is a defect of trapgate.
+    /// It could not go on: it could not be loaded again after a reset, its engine's host failed it, or
+    /// a thread of ours died, which is a defect of trapgate.
     Failed(Failure),
 }
 
@@ -42,6 +42,20 @@ pub enum Failure {
     /// The guest reset the machine, and it could not be started again.
     #[error("the machine could not be started again after a reset")]
     Restart(#[source] MachineError),
+    /// What the engine runs on failed it, or does not know one of the guest's instructions.
+    #[error("processor {cpu} could not go on: {failure}")]
+    Engine {
+        /// Index of the processor.
+        cpu: usize,
+        /// What happened.
+        failure: trapgate_engine::Failure,
+    },
+    /// The host kernel's interrupt controllers refused something.
+    #[error("the interrupt controllers could not go on: {message}")]
+    Controllers {
+        /// What they said.
+        message: String,
+    },
     /// A thread of ours ended by itself.
     #[error("the thread of {thread} ended unexpectedly: {message}")]
     Thread {

@@ -130,9 +130,9 @@ impl Processor {
                     state,
                 })));
             }
-            Exit::Failed(failure) => self.board.report(Event::Died {
-                thread: format!("processor {}", self.index),
-                message: failure.to_string(),
+            Exit::Failed(failure) => self.board.report(Event::Engine {
+                cpu: self.index,
+                failure,
             }),
         }
     }

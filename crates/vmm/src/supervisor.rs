@@ -42,6 +42,18 @@ pub(crate) enum Event {
     Reset(ResetCause),
     /// A processor shut down.
     TripleFault(Box<TripleFault>),
+    /// What a processor's engine runs on failed it.
+    Engine {
+        /// Index of the processor.
+        cpu: usize,
+        /// What happened.
+        failure: trapgate_engine::Failure,
+    },
+    /// Interrupt controllers that are not the chipset's refused something.
+    Controllers {
+        /// What they said.
+        message: String,
+    },
     /// A thread ended by itself.
     Died {
         /// What the thread was for.
@@ -246,6 +258,12 @@ impl Supervisor {
                 OnTripleFault::Report => Some(Outcome::TripleFault(fault)),
                 OnTripleFault::Reset => reset(ResetCause::TripleFault),
             },
+            Event::Engine { cpu, failure } => {
+                Some(Outcome::Failed(Failure::Engine { cpu, failure }))
+            }
+            Event::Controllers { message } => {
+                Some(Outcome::Failed(Failure::Controllers { message }))
+            }
             Event::Died { thread, message } => {
                 Some(Outcome::Failed(Failure::Thread { thread, message }))
             }

@@ -7,7 +7,7 @@ use trapgate_engine::{Exit, Signal, Signals, StateError, Vcpu, World};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::{Activity, CpuState};
 
-use crate::engines::Constructor;
+use crate::engines::{By, Constructor};
 use crate::{Choice, Content, Hooks, Machine, MachineConfig, Snapshot};
 
 /// What a scripted guest sees of its processor, and does.
@@ -125,12 +125,12 @@ fn choice() -> Choice {
 }
 
 /// Makes a processor for each script.
-fn scripted(scripts: Vec<Script>) -> Box<Constructor> {
+fn scripted(scripts: Vec<Script>) -> impl Constructor {
     let scripts: Vec<_> = scripts
         .into_iter()
         .map(|script| std::sync::Mutex::new(Some(script)))
         .collect();
-    Box::new(move |memory, world, _, index, _| {
+    By(move |memory, world, _, index: u32, _| {
         let script = scripts[index as usize].lock().unwrap().take().unwrap();
         Ok(Box::new(Scripted {
             guest: Guest {
@@ -141,6 +141,6 @@ fn scripted(scripts: Vec<Script>) -> Box<Constructor> {
                 runs: 0,
             },
             script,
-        }))
+        }) as Box<dyn Vcpu>)
     })
 }

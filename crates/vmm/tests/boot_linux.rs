@@ -3,119 +3,18 @@
 //! Skipped, aloud, where the packages cannot be had.
 
 mod boot;
+#[path = "boot/linux.rs"]
+mod linux;
 
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::sync::{Mutex, OnceLock};
+use std::io::{Read, Seek, SeekFrom};
 use std::time::Duration;
 
-use boot::{Transcript, end};
-use trapgate_image::{
-    CacheDir, Phase, STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session, StockImage,
-    session_archive, stock,
-};
-use trapgate_vmm::{Content, DiskConfig, Hooks, Machine, MachineConfig, Outcome, Port};
+use linux::{Linux, image_or_skip};
+use trapgate_image::STDIN_PORT;
+use trapgate_vmm::{DiskConfig, MachineConfig};
 
 /// Between two presses of the power button.
 const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Kernel and initramfs, or why there are none.
-fn image() -> Option<&'static StockImage> {
-    static IMAGE: OnceLock<Result<StockImage, String>> = OnceLock::new();
-    let image = IMAGE.get_or_init(|| {
-        let cache = CacheDir::from_env().map_err(|error| error.to_string())?;
-        stock(&cache, &mut |_: Phase, _: u64, _: Option<u64>| {}).map_err(|error| error.to_string())
-    });
-    match image {
-        Ok(image) => Some(image),
-        Err(why) => {
-            let mut stderr = std::io::stderr();
-            // Not through `eprintln!`, which the test harness swallows.
-            let _ = writeln!(stderr, "SKIPPED: no stock kernel to boot: {why}");
-            None
-        }
-    }
-}
-
-struct Linux {
-    machine: Machine,
-    serial: Transcript,
-    terminal: Transcript,
-    status: Transcript,
-    stdout: Transcript,
-    stderr: Transcript,
-}
-
-impl Linux {
-    /// Boots, and runs `command`, or a shell on the terminal if it is empty.
-    fn boot(image: &StockImage, command: &[&str], change: impl FnOnce(&mut MachineConfig)) -> Self {
-        let session = Session {
-            command: command.iter().map(Into::into).collect(),
-            ..Session::default()
-        };
-        let read = |path| Content::from(std::fs::read(path).unwrap());
-        let mut config = MachineConfig {
-            kernel: read(&image.kernel),
-            initrds: vec![
-                read(&image.initramfs),
-                session_archive(&session).unwrap().into(),
-            ],
-            command_line: "console=ttyS0 quiet panic=-1".to_owned(),
-            ..MachineConfig::default()
-        };
-        change(&mut config);
-        let [serial, terminal, status, stdout, stderr] = [(); 5].map(|()| Transcript::default());
-        let port = |name: &str, output: &Transcript| Port {
-            name: name.to_owned(),
-            output: Box::new(output.clone()),
-        };
-        let sink = serial.clone();
-        let hooks = Hooks {
-            serial: Box::new(move |bytes| sink.add(bytes)),
-            terminal: Some(Box::new(terminal.clone())),
-            ports: vec![
-                port(STATUS_PORT, &status),
-                Port {
-                    name: STDIN_PORT.to_owned(),
-                    output: Box::new(()),
-                },
-                port(STDOUT_PORT, &stdout),
-                port(STDERR_PORT, &stderr),
-            ],
-        };
-        let machine = Machine::start(config, hooks).unwrap();
-        Self {
-            machine,
-            serial,
-            terminal,
-            status,
-            stdout,
-            stderr,
-        }
-    }
-
-    #[track_caller]
-    fn powers_off(&self) {
-        let outcome = end(&self.machine, &self.serial);
-        assert!(
-            matches!(outcome, Outcome::PoweredOff),
-            "{outcome:?}; serial port:\n{}",
-            self.serial.text()
-        );
-    }
-}
-
-/// Boots take seconds of a host CPU each, and a test's patience is counted in host time.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-macro_rules! image_or_skip {
-    () => {{
-        let Some(image) = image() else { return };
-        let turn = ONE_AT_A_TIME
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        (image, turn)
-    }};
-}
 
 #[test]
 fn command_runs_with_its_streams_and_its_status() {

@@ -3,7 +3,12 @@
 //!
 //! A paravirtual KVM emulates supervisor code, and runs user code on a processor that it has not
 //! virtualized. What it gets wrong is in [`PARAVIRTUAL_FAULTS`], line by line: that no engine of ours can mend. On
-//! virtualization hardware nothing is forgiven.
+//! virtualization hardware nothing is forgiven but what the kernel's local APIC does not check
+//! ([`LENIENT`]).
+//!
+//! On a paravirtual KVM the interrupt controllers are ours: its kernel's local APIC shows nothing in service
+//! while a handler runs, and QEMU 7.2 with `-accel kvm`, which uses it, has five lines of `interrupts`
+//! wrong.
 
 mod boot;
 
@@ -16,8 +21,6 @@ struct Faults {
     program: &'static str,
     /// Beginnings of lines that are missing, or say something else. Each must stand for at least one.
     wrong: &'static [&'static str],
-    /// Beginnings of lines that are wrong now and then.
-    at_times: &'static [&'static str],
     /// The line before which the emulator gives up.
     gives_up_before: Option<&'static str>,
     why: &'static str,
@@ -26,10 +29,16 @@ struct Faults {
 const NONE: Faults = Faults {
     program: "",
     wrong: &[],
-    at_times: &[],
     gives_up_before: None,
     why: "",
 };
+
+/// Lines of `interrupts` that Linux's own local APIC gets wrong (6.18): it takes writes that the
+/// architecture refuses.
+const LENIENT: &[&str] = &[
+    "x2apic, end of interrupt with 1",
+    "x2apic, a reserved bit of the task priority",
+];
 
 /// What is wrong with the paravirtual KVM that these tests were written on (`kvm-pvm` of Linux
 /// 6.18).
@@ -49,9 +58,8 @@ const PARAVIRTUAL_FAULTS: &[Faults] = &[
     },
     Faults {
         program: "interrupts",
-        // Lines that are right when the host is busy enough.
-        at_times: &["sti: after", "popf:", "iret:", "in 0x51: 2"],
-        why: "it runs supervisor code in batches, and looks for an interrupt window after each only",
+        wrong: &["iret: after 0"],
+        why: "an interrupt that IRET lets in comes an instruction late",
         ..NONE
     },
     Faults {
@@ -143,7 +151,7 @@ fn check(program: &Program, printed: &str, ended: &Outcome, faults: &Faults) {
     let covered = |line: &str, by: &[&str]| by.iter().any(|begin| line.starts_with(begin));
     for line in &missing {
         assert!(
-            covered(line, faults.wrong) || covered(line, faults.at_times),
+            covered(line, faults.wrong) || name == "interrupts" && covered(line, LENIENT),
             "{name}: `{line}` is not in\n{printed}"
         );
     }

@@ -93,10 +93,7 @@ pub fn stop() {
 
 fn arm() {
     if MODE.load(Relaxed) == DEADLINE {
-        cpu::write_msr(
-            msr::TSC_DEADLINE,
-            cpu::read_tsc() + TSC_COUNT.load(Relaxed),
-        );
+        cpu::write_msr(msr::TSC_DEADLINE, cpu::read_tsc() + TSC_COUNT.load(Relaxed));
     } else {
         local_apic::write(register::INITIAL_COUNT, LOCAL_COUNT.load(Relaxed) as u32);
     }

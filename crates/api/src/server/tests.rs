@@ -520,12 +520,33 @@ fn finish_lets_the_last_answer_out_and_gives_the_name_back() {
 }
 
 #[test]
-fn finish_does_not_wait_for_those_who_ask_nothing() {
+fn finish_does_not_wait_for_those_who_ask_nothing_nor_for_ever() {
     let served = Served::with(FakeMachine::new(OnButton::Ignore), LONG);
     let idle = served.connect();
-    let (_output, _keys) = served.client().attach().unwrap().split().unwrap();
     served.server.finish(LONG * 60);
     drop(idle);
+
+    // Someone who does not read what the guest wrote
+    let served = Served::with(FakeMachine::new(OnButton::Ignore), LONG);
+    let (_output, _keys) = served.client().attach().unwrap().split().unwrap();
+    let terminal = served.machine.terminal.clone().unwrap();
+    terminal.push(&vec![b'x'; 4 << 20]);
+    served.server.finish(IMPATIENT);
+}
+
+#[test]
+fn last_words_of_the_guest_arrive_although_the_machine_ends_at_once() {
+    for _ in 0..20 {
+        let served = Served::new();
+        let (mut output, _keys) = served.client().attach().unwrap().split().unwrap();
+        let reader = thread::spawn(move || {
+            let mut seen = String::new();
+            output.read_to_string(&mut seen).map(|_| seen)
+        });
+        served.machine.terminal.as_ref().unwrap().push(b"goodbye");
+        served.server.finish(LONG);
+        assert_eq!(reader.join().unwrap().unwrap(), "goodbye");
+    }
 }
 
 #[test]

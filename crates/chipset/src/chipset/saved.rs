@@ -80,6 +80,8 @@ impl Chipset {
             // Follow from the devices.
             deadline: _,
             deadline_is_stale: _,
+            // Nobody saves it meanwhile.
+            lent: _,
             apics,
             pending: _,
             lowest_priority_turn,
@@ -176,6 +178,7 @@ impl Chipset {
             deadline_is_stale: true,
             pending: vec![false; config.cpus],
             lowest_priority_turn: *lowest_priority_turn,
+            lent: false,
             apics,
             io_apic: IoApic::restore(io_apic)?,
             lines: *lines,

@@ -179,6 +179,17 @@ impl Lines {
         String::from_utf8_lossy(&rest).into_owned()
     }
 
+    /// Whether `text` comes before the end.
+    pub(crate) fn comes(&mut self, text: &str) -> bool {
+        while !self.seen[self.at..].contains(text) {
+            match self.pieces.recv_timeout(LIMIT) {
+                Ok(piece) => self.seen += &String::from_utf8_lossy(&piece),
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
     /// Waits until `text` comes, after what was waited for before; gives what came before it.
     pub(crate) fn expect(&mut self, text: &str) -> String {
         let deadline = Instant::now() + LIMIT;
@@ -205,6 +216,18 @@ impl Lines {
 /// The standard output of a run, taken as it comes.
 pub(crate) fn stdout_of(child: &mut Running) -> Lines {
     Lines::of(child.0.stdout.take().unwrap())
+}
+
+/// Types into the standard input of a run.
+pub(crate) fn type_into(child: &mut Running, input: &[u8]) {
+    let stdin = child.0.stdin.as_mut().expect("it was not closed");
+    stdin.write_all(input).unwrap();
+    stdin.flush().unwrap();
+}
+
+/// There is no more input for a run.
+pub(crate) fn close_stdin_of(child: &mut Running) {
+    drop(child.0.stdin.take());
 }
 
 /// Nobody reads the standard output of a run any more.
@@ -376,10 +399,15 @@ pub(crate) fn linux() -> Option<MutexGuard<'static, ()>> {
         std::env::var_os("TRAPGATE_TESTS_MUST_RUN").is_none(),
         "there is no Linux to test with:\n{why}"
     );
+    skipped(why);
+    None
+}
+
+/// Says aloud that a test did not take place.
+pub(crate) fn skipped(why: &str) {
     // Past the test harness, which would swallow it; one line, so that it can be searched for.
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
     let why: Vec<&str> = why.lines().map(str::trim).collect();
     let line = format!("skipped: {test}: {}\n", why.join("; "));
     let _ = std::io::stderr().write_all(line.as_bytes());
-    None
 }

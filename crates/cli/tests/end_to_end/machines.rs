@@ -264,6 +264,32 @@ fn paused_guest_does_nothing_until_it_is_resumed() {
 }
 
 #[test]
+fn paused_machine_stays_paused_when_it_is_saved_and_its_likeness_runs() {
+    let place = Place::new();
+    place.start("x");
+    place.done("pause x");
+    let mut snapshot = place.command("snapshot x saved");
+    snapshot.current_dir(place.runtime());
+
+    let run = finish(snapshot);
+
+    assert_eq!(run.code(), Some(0), "{run:?}");
+    assert!(run.stderr.contains("stood still for 0.000 s"), "{run:?}");
+    assert_eq!(place.machine("x")["state"], "paused");
+    let saved = place.runtime().join("saved");
+    let again = place.finish(&format!("snapshot x {}", saved.display()));
+    assert_eq!(again.code(), Some(122), "{again:?}");
+    assert_eq!(place.machine("x")["state"], "paused");
+    place.done(&format!(
+        "restore --detach --quiet --name y {}",
+        saved.display()
+    ));
+    assert_eq!(place.machine("y")["state"], "running");
+    place.done("resume x");
+    place.done("stop --now x");
+}
+
+#[test]
 fn guest_that_ignores_its_power_button_is_stopped_by_force_even_if_it_was_paused() {
     let place = Place::new();
     for paused in [false, true] {

@@ -13,4 +13,5 @@ mod linux_command;
 mod linux_machines;
 mod linux_terminal;
 mod machines;
+mod snapshots;
 mod terminal;

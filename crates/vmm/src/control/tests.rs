@@ -131,6 +131,8 @@ fn machine_that_comes_after_one_that_was_paused_is_paused_and_after_a_stop_stops
     assert_eq!(remote.pause().unwrap(), answer(State::Paused, false));
     thread::sleep(Duration::from_millis(5));
     assert_eq!(second.counters().clock, stands);
+    let counters = remote.counters().unwrap();
+    assert_eq!(counters.get("resets").unwrap().value, 1);
 
     remote.disconnect();
     remote.stop();
@@ -147,6 +149,8 @@ fn nothing_of_a_machine_is_held_after_it_is_disconnected() {
     remote.counters().unwrap();
     remote.disconnect();
     assert_eq!(Arc::strong_count(&machine), 1);
+    // Between two machines there is nothing to count.
+    assert_eq!(remote.counters().unwrap_err().kind, ProblemKind::Busy);
 }
 
 #[test]

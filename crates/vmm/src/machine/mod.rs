@@ -160,7 +160,7 @@ enum Start<'a> {
 }
 
 /// Makes processor `index` of `count`.
-pub(crate) type MakeVcpu<'a> = &'a engines::Constructor;
+pub(crate) type MakeVcpu<'a> = &'a dyn engines::Constructor;
 
 impl Machine {
     /// Builds a machine and lets it run.
@@ -292,7 +292,7 @@ impl Machine {
                     cpu,
                 };
                 let (index, count) = (cpu as u32, config.cpus);
-                make(
+                make.vcpu(
                     Arc::clone(&memory),
                     Box::new(world),
                     profile.clone(),
@@ -301,6 +301,9 @@ impl Machine {
                 )
             })
             .collect::<Result<_, MachineError>>()?;
+        if let Some(controllers) = make.controllers() {
+            board.lend_controllers_to(controllers);
+        }
         let signals: Vec<_> = vcpus.iter().map(|vcpu| vcpu.signals()).collect();
         crew.set_signals(signals.clone());
         if let Start::Saved(state) = &start {

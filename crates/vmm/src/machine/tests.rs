@@ -76,6 +76,23 @@ fn thread_of_a_processor_that_dies_ends_the_machine() {
 }
 
 #[test]
+fn engine_that_its_host_fails_ends_the_machine_and_says_why() {
+    let lost = trapgate_engine::Failure {
+        what: "an instruction is not known",
+        code: 1,
+        rip: 0x1234,
+    };
+    let machine = one(move |_| Exit::Failed(lost));
+    let Outcome::Failed(failure @ Failure::Engine { cpu: 0, .. }) = outcome(&machine) else {
+        panic!("{:?}", machine.wait());
+    };
+    assert_eq!(
+        failure.to_string(),
+        "processor 0 could not go on: an instruction is not known at RIP 0x1234 (code 0x1)"
+    );
+}
+
+#[test]
 fn reset_may_end_the_machine() {
     let body = script(|guest: &mut Guest| {
         guest.out(0xcf9, 6);

@@ -49,9 +49,7 @@ pub(super) static PIECES: [Piece; 11] = [
             write_io_apic(0x10 + 2 * PIN, value as u32);
             write_io_apic(0x11 + 2 * PIN, (value >> 32) as u32);
         },
-        || {
-            u64::from(read_io_apic(0x10 + 2 * PIN)) | u64::from(read_io_apic(0x11 + 2 * PIN)) << 32
-        },
+        || u64::from(read_io_apic(0x10 + 2 * PIN)) | u64::from(read_io_apic(0x11 + 2 * PIN)) << 32,
     ),
     // The slave's sources stay quiet, and its line to the master masked.
     Piece::new(

@@ -1,0 +1,299 @@
+//! The kernel's interrupt controllers on the KVM of this host, where it has them.
+#![allow(missing_docs, unreachable_pub, dead_code)]
+
+mod bench;
+
+use std::thread;
+use std::time::Duration;
+
+use bench::{Bench, CODE, bench_of, bench_with};
+use trapgate_chipset::{Chipset, ChipsetConfig, ControllersState};
+use trapgate_engine::probe::Host;
+use trapgate_engine::{Exit, Signal, Vcpu, World};
+use trapgate_kvm::{Facts, Interrupts};
+use trapgate_x86::registers::{rflags, sreg};
+use trapgate_x86::{Activity, CpuState};
+
+const HLT: u8 = 0xf4;
+
+/// A processor with the kernel's controllers; `None`, with a word about it, where there are none.
+fn kernels(code: &[u8]) -> Option<Bench> {
+    if Facts::probe().is_ok_and(|facts| !facts.irqchip) {
+        eprintln!("skipped: this KVM has no interrupt controllers");
+        return None;
+    }
+    bench_with(code, Interrupts::Kernel)
+}
+
+/// What `change` makes of the controllers as firmware leaves them, with the local APIC enabled.
+fn state(change: impl FnOnce(&mut ControllersState)) -> ControllersState {
+    state_of(1, change)
+}
+
+fn state_of(cpus: usize, change: impl FnOnce(&mut ControllersState)) -> ControllersState {
+    let config = ChipsetConfig {
+        cpus,
+        ..ChipsetConfig::default()
+    };
+    let (mut state, _) = Chipset::new(config).unwrap().lend_controllers(0);
+    state.local_apics[0].svr = 0x1ff;
+    change(&mut state);
+    state
+}
+
+/// Runs the processor until it is kicked, after `time`.
+fn run_for(bench: &mut Bench, time: Duration) {
+    let signals = bench.vcpu.signals();
+    let kicker = thread::spawn(move || {
+        thread::sleep(time);
+        signals.raise(Signal::Kick);
+    });
+    assert_eq!(bench.vcpu.run(), Exit::Kicked);
+    kicker.join().unwrap();
+}
+
+/// Runs the processor until something is so; a host that is busy may take its time.
+#[track_caller]
+fn run_until(bench: &mut Bench, so: impl Fn(&Bench) -> bool) {
+    for _ in 0..2000 {
+        if so(bench) {
+            return;
+        }
+        run_for(bench, Duration::from_millis(5));
+    }
+    panic!("it never comes");
+}
+
+#[test]
+fn controllers_given_to_the_kernel_come_back() {
+    // JMP to itself, with interrupts off.
+    let Some(mut bench) = kernels(&[0xeb, 0xfe]) else {
+        return;
+    };
+    let given = state(|state| {
+        let apic = &mut state.local_apics[0];
+        apic.tpr = 0x20;
+        apic.ldr = 0x0300_0000;
+        apic.isr.insert(0x31);
+        apic.irr.insert(0x42);
+        apic.irr.insert(0x53);
+        apic.tmr.insert(0x53);
+        apic.icr = 0x0500_0000_0000_4531;
+        apic.lvt[0] = 0x1_0061;
+        apic.lvt[5] = 0x32;
+        state.io_apic.id = 0x0100_0000;
+        state.io_apic.index = 0x12;
+        state.io_apic.entries[4] = 0x0100_0000_0000_0044;
+        state.io_apic.entries[20] = 0x0100_0000_0001_a050;
+        let chip = &mut state.pic.master;
+        (chip.imr, chip.vector, chip.lowest, chip.isr) = (0x12, 0x30, 4, 0x40);
+        state.pic.slave.read_isr = true;
+    });
+    bench.machine.give_controllers(&given, 0, 0).unwrap();
+    run_for(&mut bench, Duration::from_millis(1));
+    let taken = bench.machine.take_controllers().unwrap();
+    assert_eq!(taken.io_apic, given.io_apic);
+    // The kernel lets the slave's be as the board wires it.
+    assert_eq!(taken.pic, given.pic);
+    assert_eq!(taken.local_apics, given.local_apics);
+}
+
+/// Handlers that count in memory, from 0x5000 on, and end no interrupt.
+fn count_interrupts(bench: &Bench, vectors: &[u8]) {
+    for (index, vector) in (0u8..).zip(vectors) {
+        // INC DWORD [0x5000 + 8 * index]; IRETQ.
+        let code = [0xff, 0x04, 0x25, 8 * index, 0x50, 0, 0, 0x48, 0xcf];
+        let handler = CODE + 0x100 + 0x20 * u64::from(index);
+        bench.memory.write(handler, &code).unwrap();
+        bench.gate(*vector, handler);
+    }
+}
+
+fn counts<const N: usize>(bench: &Bench) -> [u32; N] {
+    std::array::from_fn(|index| {
+        let mut bytes = [0; 4];
+        let gpa = 0x5000 + 8 * index as u64;
+        bench.memory.read(gpa, &mut bytes).unwrap();
+        u32::from_le_bytes(bytes)
+    })
+}
+
+#[test]
+fn edge_and_message_reach_the_processor_once() {
+    // STI; JMP to itself.
+    let Some(mut bench) = kernels(&[0xfb, 0xeb, 0xfe]) else {
+        return;
+    };
+    count_interrupts(&bench, &[0x51, 0x73]);
+    let given = state(|state| state.io_apic.entries[5] = 0x51);
+    bench.machine.give_controllers(&given, 0, 0).unwrap();
+    bench.machine.set_line(5, true).unwrap();
+    run_until(&mut bench, |bench| counts(bench) == [1, 0]);
+    bench.machine.send_message(0xfee0_0000, 0x73).unwrap();
+    run_until(&mut bench, |bench| counts(bench) == [1, 1]);
+    // An edge that was sent is not sent again because the machine was paused.
+    let taken = bench.machine.take_controllers().unwrap();
+    bench.machine.give_controllers(&taken, 1 << 5, 0).unwrap();
+    run_for(&mut bench, Duration::from_millis(20));
+    assert_eq!(counts(&bench), [1, 1]);
+    // The next one is.
+    bench.machine.set_line(5, false).unwrap();
+    bench.machine.set_line(5, true).unwrap();
+    // The first may still be in service, and the second wait.
+    run_until(&mut bench, |bench| {
+        let taken = bench.machine.take_controllers().unwrap();
+        let waits = taken.local_apics[0].irr.contains(0x51);
+        counts::<2>(bench)[0] + u32::from(waits) == 2
+    });
+}
+
+#[test]
+fn interrupt_in_service_holds_lower_ones_off() {
+    if !Host::probe().kvm.is_hardware() {
+        eprintln!("skipped: the local APIC of a paravirtual KVM keeps nothing in service");
+        return;
+    }
+    let Some(mut bench) = kernels(&[0xfb, 0xeb, 0xfe]) else {
+        return;
+    };
+    count_interrupts(&bench, &[0x51, 0x62, 0x73]);
+    let given = state(|state| {
+        state.io_apic.entries[5] = 0x51;
+        state.io_apic.entries[20] = 0x8062;
+    });
+    bench.machine.give_controllers(&given, 0, 0).unwrap();
+    bench.machine.set_line(5, true).unwrap();
+    bench.machine.set_line(20, true).unwrap();
+    bench.machine.send_message(0xfee0_0000, 0x73).unwrap();
+    run_until(&mut bench, |bench| counts(bench) == [0, 0, 1]);
+    let taken = bench.machine.take_controllers().unwrap();
+    let apic = &taken.local_apics[0];
+    assert_eq!(apic.isr.vectors().collect::<Vec<_>>(), [0x73]);
+    assert_eq!(apic.irr.vectors().collect::<Vec<_>>(), [0x51, 0x62]);
+    // The level waits for its end of interrupt.
+    assert_eq!(taken.io_apic.entries[20], 0xc062);
+}
+
+/// The kernel's timer goes on while the processor is out of the guest, and keeps its interrupt to
+/// itself.
+#[test]
+fn timer_that_ends_outside_of_the_guest_is_still_to_end_for_the_machine() {
+    let Some(mut bench) = kernels(&[0xeb, 0xfe]) else {
+        return;
+    };
+    let now = bench.world.clock();
+    let expires = now + 20_000_000;
+    let given = state(|state| {
+        let apic = &mut state.local_apics[0];
+        apic.lvt[0] = 0x61;
+        apic.timer.divide = 0xb;
+        apic.timer.initial = 30_000_000;
+        apic.timer.expires = Some(expires);
+    });
+    bench.machine.give_controllers(&given, 0, now).unwrap();
+    run_for(&mut bench, Duration::from_millis(1));
+    thread::sleep(Duration::from_millis(40));
+    let taken = bench.machine.take_controllers().unwrap();
+    let apic = &taken.local_apics[0];
+    assert!(!apic.irr.contains(0x61));
+    let at = apic.timer.expires.unwrap();
+    assert!(
+        (expires..expires + 5_000_000).contains(&at),
+        "{at} {expires}"
+    );
+}
+
+#[test]
+fn timer_that_ends_in_the_guest_has_interrupted_once() {
+    let Some(mut bench) = kernels(&[0xeb, 0xfe]) else {
+        return;
+    };
+    let now = bench.world.clock();
+    let given = state(|state| {
+        let apic = &mut state.local_apics[0];
+        apic.lvt[0] = 0x61;
+        apic.timer.divide = 0xb;
+        apic.timer.initial = 1_000_000;
+        apic.timer.expires = Some(now + 1_000_000);
+    });
+    bench.machine.give_controllers(&given, 0, now).unwrap();
+    // Interrupts are off: it waits.
+    run_until(&mut bench, |bench| {
+        let taken = bench.machine.take_controllers().unwrap();
+        taken.local_apics[0].irr.contains(0x61)
+    });
+    let taken = bench.machine.take_controllers().unwrap();
+    let apic = &taken.local_apics[0];
+    assert_eq!(apic.timer.expires, None);
+    // Given again it does not end again.
+    let mut served = taken.clone();
+    served.local_apics[0].irr.remove(0x61);
+    bench.machine.give_controllers(&served, 0, now).unwrap();
+    run_for(&mut bench, Duration::from_millis(20));
+    let taken = bench.machine.take_controllers().unwrap();
+    assert!(!taken.local_apics[0].irr.contains(0x61));
+    assert_eq!(taken.local_apics[0].timer.initial, 1_000_000);
+}
+
+#[test]
+fn halted_processor_is_the_kernels_and_a_kick_gets_it_out() {
+    // STI; HLT.
+    let Some(mut bench) = kernels(&[0xfb, 0xf4]) else {
+        return;
+    };
+    bench
+        .machine
+        .give_controllers(&state(|_| {}), 0, 0)
+        .unwrap();
+    run_for(&mut bench, Duration::from_millis(20));
+    let halted = bench.vcpu.state();
+    assert_eq!(halted.system.activity, Activity::Halted);
+    assert_eq!(halted.rip, CODE + 2);
+    bench.vcpu.set_state(&halted).unwrap();
+    assert_eq!(bench.vcpu.state(), halted);
+    assert_eq!(halted.rflags & rflags::IF, rflags::IF);
+}
+
+/// INIT and start-up interrupts are the kernel's, and so is a processor that waits for them.
+#[test]
+fn application_processor_starts_in_the_kernel() {
+    if Facts::probe().is_ok_and(|facts| !facts.irqchip) {
+        eprintln!("skipped: this KVM has no interrupt controllers");
+        return;
+    }
+    let Some(bench) = bench_of(&[HLT], Interrupts::Kernel, 2) else {
+        return;
+    };
+    let world = Box::new(bench.world.clone());
+    let mut second = bench.machine.vcpu(world, 1).unwrap();
+    let mut waiting = CpuState::default();
+    waiting.system.activity = Activity::WaitForSipi;
+    second.set_state(&waiting).unwrap();
+    assert_eq!(second.state().system.activity, Activity::WaitForSipi);
+    let given = state_of(2, |state| state.local_apics[1].svr = 0x1ff);
+    bench.machine.give_controllers(&given, 0, 0).unwrap();
+    // In real mode: INC WORD [0x5000]; CLI; HLT.
+    let code = [0xff, 0x06, 0x00, 0x50, 0xfa, HLT];
+    bench.memory.write(0x9000, &code).unwrap();
+
+    let signals = second.signals();
+    let runner = thread::spawn(move || {
+        assert_eq!(second.run(), Exit::Kicked);
+        second
+    });
+    // To the processor with APIC ID 1: INIT, then start-up at 0x9000, as often as it takes.
+    let mut rounds = 0;
+    while counts(&bench) == [0] {
+        for data in [0x500, 0x609] {
+            bench.machine.send_message(0xfee0_1000, data).unwrap();
+            thread::sleep(Duration::from_millis(5));
+        }
+        rounds += 1;
+        assert!(rounds < 1000, "it never starts");
+    }
+    signals.raise(Signal::Kick);
+    let mut second = runner.join().unwrap();
+    let state = second.state();
+    assert_eq!(state.system.segments[sreg::CS].base, 0x9000);
+    assert_eq!(state.system.efer, 0);
+}

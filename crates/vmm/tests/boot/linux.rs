@@ -1,0 +1,125 @@
+//! A machine with the distribution's stock kernel and the init of `trapgate_image`.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::io::Write;
+use std::sync::{Mutex, OnceLock};
+
+use trapgate_image::{
+    CacheDir, Phase, STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session, StockImage,
+    session_archive, stock,
+};
+use trapgate_vmm::{Content, Hooks, Machine, MachineConfig, Outcome, Port};
+
+use crate::boot::{Transcript, end};
+
+/// Kernel and initramfs, or why there are none.
+pub(crate) fn image() -> Option<&'static StockImage> {
+    static IMAGE: OnceLock<Result<StockImage, String>> = OnceLock::new();
+    let image = IMAGE.get_or_init(|| {
+        let cache = CacheDir::from_env().map_err(|error| error.to_string())?;
+        stock(&cache, &mut |_: Phase, _: u64, _: Option<u64>| {}).map_err(|error| error.to_string())
+    });
+    match image {
+        Ok(image) => Some(image),
+        Err(why) => {
+            let mut stderr = std::io::stderr();
+            // Not through `eprintln!`, which the test harness swallows.
+            let _ = writeln!(stderr, "SKIPPED: no stock kernel to boot: {why}");
+            None
+        }
+    }
+}
+
+pub(crate) struct Linux {
+    pub(crate) machine: Machine,
+    pub(crate) serial: Transcript,
+    pub(crate) terminal: Transcript,
+    pub(crate) status: Transcript,
+    pub(crate) stdout: Transcript,
+    pub(crate) stderr: Transcript,
+}
+
+impl Linux {
+    /// Boots, and runs `command`, or a shell on the terminal if it is empty.
+    pub(crate) fn boot(
+        image: &StockImage,
+        command: &[&str],
+        change: impl FnOnce(&mut MachineConfig),
+    ) -> Self {
+        let session = Session {
+            command: command.iter().map(Into::into).collect(),
+            ..Session::default()
+        };
+        let read = |path| Content::from(std::fs::read(path).unwrap());
+        let mut config = MachineConfig {
+            kernel: read(&image.kernel),
+            initrds: vec![
+                read(&image.initramfs),
+                session_archive(&session).unwrap().into(),
+            ],
+            command_line: "console=ttyS0 quiet panic=-1".to_owned(),
+            ..MachineConfig::default()
+        };
+        change(&mut config);
+        Self::connected(|hooks| Machine::start(config, hooks).unwrap())
+    }
+
+    /// The machine that is made with these connections.
+    pub(crate) fn connected(make: impl FnOnce(Hooks) -> Machine) -> Self {
+        let [serial, terminal, status, stdout, stderr] = [(); 5].map(|()| Transcript::default());
+        let port = |name: &str, output: &Transcript| Port {
+            name: name.to_owned(),
+            output: Box::new(output.clone()),
+        };
+        let sink = serial.clone();
+        let hooks = Hooks {
+            serial: Box::new(move |bytes| sink.add(bytes)),
+            terminal: Some(Box::new(terminal.clone())),
+            ports: vec![
+                port(STATUS_PORT, &status),
+                Port {
+                    name: STDIN_PORT.to_owned(),
+                    output: Box::new(()),
+                },
+                port(STDOUT_PORT, &stdout),
+                port(STDERR_PORT, &stderr),
+            ],
+        };
+        let machine = make(hooks);
+        Self {
+            machine,
+            serial,
+            terminal,
+            status,
+            stdout,
+            stderr,
+        }
+    }
+
+    #[track_caller]
+    pub(crate) fn powers_off(&self) {
+        let outcome = end(&self.machine, &self.serial);
+        assert!(
+            matches!(outcome, Outcome::PoweredOff),
+            "{outcome:?}; serial port:\n{}",
+            self.serial.text()
+        );
+    }
+}
+
+/// Boots take seconds of a host CPU each, and a test's patience is counted in host time.
+pub(crate) static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// The image and a turn, or the end of the test.
+macro_rules! image_or_skip {
+    () => {{
+        let Some(image) = crate::linux::image() else {
+            return;
+        };
+        let turn = crate::linux::ONE_AT_A_TIME
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        (image, turn)
+    }};
+}
+pub(crate) use image_or_skip;
