@@ -128,7 +128,9 @@ impl Cpu {
     /// # Errors
     /// A fault of the fetch.
     pub fn fetch_physical(&mut self, linear: u64) -> Result<u64, Stop> {
-        Ok(self.translate(linear, Access::Execute, self.plain_view)?.gpa)
+        Ok(self
+            .translate(linear, Access::Execute, self.plain_view)?
+            .gpa)
     }
 
     /// Translates the address of an access of `size` bytes, which lie in one page, with the rights of the

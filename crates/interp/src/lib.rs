@@ -49,8 +49,8 @@ use trapgate_engine::{Exit, Signals, StateError, Vcpu, World};
 use trapgate_memory::{GuestMemory, TraceFlags};
 use trapgate_x86::{CpuProfile, CpuState};
 
-pub use crate::block::Dropped;
 use crate::block::Blocks;
+pub use crate::block::Dropped;
 use crate::cpu::Cpu;
 pub use crate::door::Target;
 pub use crate::tlb::{Access, Changes, Layout, View};

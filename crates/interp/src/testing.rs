@@ -117,7 +117,14 @@ pub(crate) fn reset_cpu() -> (Cpu, TestWorld) {
     let world = TestWorld::default();
     world.with(|told| told.apic_msrs.insert(0x1b, 0xfee0_0900));
     let profile = CpuProfile::new(Level::V3, TSC_HZ);
-    let cpu = Cpu::new(Arc::new(memory), Box::new(world.clone()), profile, 0, 1, Arc::default());
+    let cpu = Cpu::new(
+        Arc::new(memory),
+        Box::new(world.clone()),
+        profile,
+        0,
+        1,
+        Arc::default(),
+    );
     (cpu, world)
 }
 

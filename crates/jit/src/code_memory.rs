@@ -68,11 +68,6 @@ impl CodeMemory {
         self.used
     }
 
-    /// Address and size of the executable view.
-    pub(crate) fn range(&self) -> (u64, usize) {
-        (self.executable as u64, self.size)
-    }
-
     /// Puts code, made for the address that [`Self::next`] gave, in its place.
     pub(crate) fn append(&mut self, code: &[u8]) {
         assert!(code.len() <= self.left(), "the caller looked if it fits");

@@ -7,9 +7,8 @@ use std::sync::atomic::AtomicU32;
 use trapgate_interp::Interpreter;
 use trapgate_interp::cpu::Cpu;
 use trapgate_thunk::RegisterFile;
-use trapgate_x86::descriptor::Segment;
 use trapgate_x86::SystemState;
-
+use trapgate_x86::descriptor::Segment;
 
 /// Entries of each view's table of translations.
 pub(crate) const TLB: usize = 512;

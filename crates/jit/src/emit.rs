@@ -116,8 +116,7 @@ impl Asm {
     fn memory(&mut self, wide: bool, opcode: &[u8], register: u8, operand: Mem) {
         let index = operand.index.map_or(0, |(index, _)| index.0);
         let base = operand.base.map_or(0, |base| base.0);
-        let rex =
-            u8::from(wide) << 3 | (register >> 3) << 2 | (index >> 3) << 1 | base >> 3 | 0x40;
+        let rex = u8::from(wide) << 3 | (register >> 3) << 2 | (index >> 3) << 1 | base >> 3 | 0x40;
         if rex != 0x40 {
             self.bytes.push(rex);
         }
@@ -253,11 +252,6 @@ impl Asm {
         self.memory(true, &[0x89], from.0, to);
     }
 
-    /// `mov [m], r32`
-    pub(crate) fn store32(&mut self, to: Mem, from: Reg) {
-        self.memory(false, &[0x89], from.0, to);
-    }
-
     /// `mov qword [m], imm32` (sign-extended)
     pub(crate) fn store_imm(&mut self, to: Mem, value: i32) {
         self.memory(true, &[0xc7], 0, to);
@@ -320,17 +314,6 @@ impl Asm {
             self.bytes.push(value as u8);
         } else {
             self.memory(false, &[0x81], op as u8, to);
-            self.imm32(value);
-        }
-    }
-
-    /// `op qword [m], imm`
-    pub(crate) fn alu_memory_imm(&mut self, op: Alu, to: Mem, value: i32) {
-        if let Ok(value) = i8::try_from(value) {
-            self.memory(true, &[0x83], op as u8, to);
-            self.bytes.push(value as u8);
-        } else {
-            self.memory(true, &[0x81], op as u8, to);
             self.imm32(value);
         }
     }
@@ -462,11 +445,6 @@ impl Asm {
     /// `call [m]`
     pub(crate) fn call_memory(&mut self, target: Mem) {
         self.memory(false, &[0xff], 2, target);
-    }
-
-    /// `jmp r64`
-    pub(crate) fn jump_register(&mut self, target: Reg) {
-        self.registers(false, &[0xff], 4, target.0);
     }
 
     /// `push r64`

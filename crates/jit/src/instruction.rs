@@ -30,7 +30,10 @@ pub(crate) enum Kind {
     PushMemory,
     Pop(usize),
     Leave,
-    Divide { signed: bool, wide: bool },
+    Divide {
+        signed: bool,
+        wide: bool,
+    },
     Jump(u64),
     JumpIf(u8, u64),
     /// JRCXZ, LOOP.
@@ -345,10 +348,7 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
         ),
         indexes: matches!(
             instruction.mnemonic(),
-            Mnemonic::Pcmpestri
-                | Mnemonic::Pcmpistri
-                | Mnemonic::Vpcmpestri
-                | Mnemonic::Vpcmpistri
+            Mnemonic::Pcmpestri | Mnemonic::Pcmpistri | Mnemonic::Vpcmpestri | Mnemonic::Vpcmpistri
         ),
         high: false,
         detour: false,
@@ -425,7 +425,7 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
         return Some(plan);
     }
     let mut free = [
-        (!plan.counts && !plan.indexes && !(plan.high && memory)).then_some(SPARE),
+        (!(plan.counts || plan.indexes || plan.high && memory)).then_some(SPARE),
         (!memory).then_some(ADDRESS),
     ]
     .into_iter()

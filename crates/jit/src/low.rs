@@ -50,11 +50,6 @@ impl<T> Low<T> {
     pub(crate) fn pointer(&self) -> *mut T {
         self.pointer.as_ptr()
     }
-
-    /// Its address as host code writes it.
-    pub(crate) fn address(&self) -> u32 {
-        self.pointer.as_ptr() as u64 as u32
-    }
 }
 
 /// mmap(2): put the mapping into the first 2 GiB.

@@ -47,10 +47,7 @@ impl Mode {
             mode |= Self::SSE;
         }
         let enabled = xcr0::SSE | xcr0::AVX;
-        if sys.cr0 & cr0::TS == 0
-            && sys.cr4 & cr4::OSXSAVE != 0
-            && sys.xcr0 & enabled == enabled
-        {
+        if sys.cr0 & cr0::TS == 0 && sys.cr4 & cr4::OSXSAVE != 0 && sys.xcr0 & enabled == enabled {
             mode |= Self::AVX;
         }
         if cpu.regs.mxcsr & 0x1f80 == 0x1f80 {

@@ -17,9 +17,7 @@ use trapgate_x86::registers::{gpr, rflags};
 use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
 
 use crate::code_memory::CodeMemory;
-use crate::context::{
-    Addresses, CLASSES, Context, NO_TARGET, PAGES, TARGETS, TLB_ENTRIES,
-};
+use crate::context::{Addresses, CLASSES, Context, NO_TARGET, PAGES, TARGETS, TLB_ENTRIES};
 use crate::emit::Asm;
 use crate::low::Low;
 use crate::mode::Mode;
@@ -130,7 +128,6 @@ pub struct Statistics {
 
 /// What only Rust code uses of a vCPU.
 pub(crate) struct Inner {
-    at: Addresses,
     code: CodeMemory,
     /// Bytes of stubs at the start of the code.
     stubs_end: usize,
@@ -181,15 +178,6 @@ struct Doorbell {
 
 impl Drop for Translating {
     fn drop(&mut self) {
-        if std::env::var_os("JIT_STATS").is_some() {
-            let mut statistics = self.statistics();
-            let mut kinds: Vec<_> = std::mem::take(&mut statistics.by_mnemonic).into_iter().collect();
-            kinds.sort_by_key(|kind| std::cmp::Reverse(kind.1));
-            eprintln!("{statistics:#?}");
-            for ((mnemonic, slow), count) in kinds.into_iter().take(40) {
-                eprintln!("{count:10} {mnemonic:?}{}", if slow { " (access)" } else { "" });
-            }
-        }
         // Nobody may touch the context from now on.
         *self
             ._doorbell
@@ -245,14 +233,8 @@ impl Translating {
         let signals = Arc::new(Signals::with_interrupter(move || bell.ring()));
         // Registers of 256 bits with dirty upper halves make SSE code slow, so only where a guest may use them.
         let wide = profile.level == Level::V3 && std::is_x86_feature_detected!("avx");
-        let mut interp = Interpreter::with_signals(
-            memory,
-            world,
-            profile,
-            index,
-            count,
-            Arc::clone(&signals),
-        );
+        let mut interp =
+            Interpreter::with_signals(memory, world, profile, index, count, Arc::clone(&signals));
         interp.note_changes();
         let mut code = CodeMemory::new(CODE).map_err(|source| JitError::Memory {
             what: "translated code",
@@ -275,7 +257,6 @@ impl Translating {
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
                 addr_of_mut!((*context).rust).write(Inner {
-                    at,
                     code,
                     stubs_end,
                     stubs,
@@ -292,7 +273,7 @@ impl Translating {
                     target_modes: [None; CLASSES],
                     unmatched,
                     ended: Ended::Look,
-                    exact: std::env::var_os("JIT_EXACT").is_some(),
+                    exact: false,
                     space: 0,
                     spaces: Spaces::default(),
                     local: Vec::new(),
@@ -516,7 +497,12 @@ impl Context {
 
     fn slow_access(&mut self, site: Site) -> u64 {
         self.rust.statistics.slow_accesses += 1;
-        *self.rust.statistics.by_mnemonic.entry((site.code, true)).or_default() += 1;
+        *self
+            .rust
+            .statistics
+            .by_mnemonic
+            .entry((site.code, true))
+            .or_default() += 1;
         self.run_site(site)
     }
 
@@ -524,7 +510,12 @@ impl Context {
     fn operate(&mut self) -> u64 {
         self.rust.statistics.operations += 1;
         let site = self.rust.sites[self.site as usize];
-        *self.rust.statistics.by_mnemonic.entry((site.code, false)).or_default() += 1;
+        *self
+            .rust
+            .statistics
+            .by_mnemonic
+            .entry((site.code, false))
+            .or_default() += 1;
         self.run_site(site)
     }
 
@@ -627,9 +618,7 @@ impl Context {
             self.targets[class].linear.fill(NO_TARGET);
         }
         let slot = rip as usize % TARGETS;
-        let Block {
-            checked, keys, ..
-        } = self.rust.blocks[block as usize];
+        let Block { checked, keys, .. } = self.rust.blocks[block as usize];
         self.targets[class].linear[slot] = rip;
         self.targets[class].host[slot] = checked;
         self.targets[class].mapping[slot] = mapping_of(keys[0]);
@@ -1097,10 +1086,6 @@ impl Vcpu for Translating {
 
     fn instructions(&self) -> u64 {
         // SAFETY: no host code runs while this is borrowed.
-        unsafe { &*self.context.pointer() }
-            .interp
-            .cpu
-            .instructions
+        unsafe { &*self.context.pointer() }.interp.cpu.instructions
     }
 }
-

@@ -67,7 +67,10 @@ impl Spaces {
         let access = TLB_ENTRIES[View::SupervisorUser as usize];
         let user = TLB_ENTRIES[View::User as usize];
         self.age += 1;
-        let found = self.kept.iter().position(|space| space.tag == new && new != 0);
+        let found = self
+            .kept
+            .iter()
+            .position(|space| space.tag == new && new != 0);
         let place = self
             .kept
             .iter()

@@ -132,8 +132,7 @@ impl Writer<'_> {
         self.asm.mov32(RDX, RAX);
         self.asm
             .alu_imm(false, Alu::And, RDX, tlb.per_view as i32 - 1);
-        self.asm
-            .shl32(RDX, tlb.entry_bytes.trailing_zeros() as u8);
+        self.asm.shl32(RDX, tlb.entry_bytes.trailing_zeros() as u8);
         let table = tlb.entries + view as u64 * tlb.per_view * tlb.entry_bytes;
         self.asm.mov_imm(RCX, table);
         self.asm.alu(true, Alu::Add, RDX, RCX);
@@ -225,7 +224,9 @@ pub(crate) fn write(
     // the stack.
     let elsewhere = writer.asm.here();
     writer.asm.alu_imm(true, Alu::Add, RSP, 8);
-    writer.asm.alu_imm(true, Alu::Cmp, RAX, answer::LEAVE as i32);
+    writer
+        .asm
+        .alu_imm(true, Alu::Cmp, RAX, answer::LEAVE as i32);
     let going = writer.asm.short_if(condition::NE);
     writer.asm.mov_imm(RAX, u64::from(exit::STOP));
     writer.leave();
@@ -258,7 +259,13 @@ pub(crate) fn write(
     for (view, stubs) in refill.iter_mut().enumerate() {
         for (write, stubs) in stubs.iter_mut().enumerate() {
             for (stack, stub) in stubs.iter_mut().enumerate() {
-                *stub = writer.refill(tlb, view, write != 0, (stack != 0).then_some(unmatched), miss);
+                *stub = writer.refill(
+                    tlb,
+                    view,
+                    write != 0,
+                    (stack != 0).then_some(unmatched),
+                    miss,
+                );
             }
         }
     }

@@ -5,7 +5,9 @@
 //! boundary. The arithmetic flags are in the host's flags, in memory, or in both; where they are is known
 //! when the code is written.
 
-use iced_x86::{Code, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, OpKind, Register};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, OpKind, Register,
+};
 use trapgate_interp::Interpreter;
 use trapgate_interp::op::Op;
 use trapgate_x86::registers::{rflags, sreg};
@@ -229,16 +231,16 @@ impl Translator {
             }
             self.push(instruction, kind);
             unit.length = decoder.position() as u64;
-            let last = match kind {
+            let last = matches!(
+                kind,
                 Kind::Jump(_)
-                | Kind::Count(..)
-                | Kind::Call(_)
-                | Kind::JumpIndirect
-                | Kind::CallIndirect
-                | Kind::Return(_)
-                | Kind::OperateLast => true,
-                _ => false,
-            };
+                    | Kind::Count(..)
+                    | Kind::Call(_)
+                    | Kind::JumpIndirect
+                    | Kind::CallIndirect
+                    | Kind::Return(_)
+                    | Kind::OperateLast
+            );
             if last {
                 break;
             }
@@ -293,10 +295,9 @@ impl Translator {
                 Kind::Count(_, target) => {
                     look(unit, target) | look(unit, guest.instruction.next_ip())
                 }
-                Kind::JumpIndirect
-                | Kind::CallIndirect
-                | Kind::Return(_)
-                | Kind::OperateLast => FLAGS,
+                Kind::JumpIndirect | Kind::CallIndirect | Kind::Return(_) | Kind::OperateLast => {
+                    FLAGS
+                }
                 _ => look(unit, guest.instruction.next_ip()),
             },
         };
@@ -349,7 +350,8 @@ fn look_ahead(request: &Request<'_>, unit: &mut Unit, target: u64, depth: u32) -
             FlowControl::ConditionalBranch
                 if instruction.is_jcc_short_or_near() && depth > 0 && open != 0 =>
             {
-                live |= open & look_ahead(request, unit, instruction.near_branch_target(), depth - 1);
+                live |=
+                    open & look_ahead(request, unit, instruction.near_branch_target(), depth - 1);
                 at = instruction.next_ip();
             }
             _ => break,
@@ -697,8 +699,7 @@ impl Writer<'_> {
                 self.give_up_flags(guest.live_in);
                 self.asm.mov(ADDRESS, crate::emit::RBP);
                 self.translate(guest, 8, false, true, sreg::SS);
-                self.asm
-                    .lea(true, GUEST_RSP, Mem::at(crate::emit::RBP, 8));
+                self.asm.lea(true, GUEST_RSP, Mem::at(crate::emit::RBP, 8));
                 self.asm.load(crate::emit::RBP, Mem::at(ADDRESS, 0));
             }
             Kind::Divide { signed, wide } => self.divide(guest, signed, wide),
@@ -776,7 +777,8 @@ impl Writer<'_> {
                 self.asm.lea(true, SPARE, Mem::at(SPARE, 1));
                 self.asm.alu_imm(true, Alu::Cmp, SPARE, 1);
                 self.operate_if(guest, condition::A);
-                self.asm.store(Mem::low(self.at.segment_base(segment)), from);
+                self.asm
+                    .store(Mem::low(self.at.segment_base(segment)), from);
             }
             Kind::SelectorWord(segment) => {
                 let to = number(instruction.op0_register());
@@ -809,7 +811,11 @@ impl Writer<'_> {
 
     /// MOVS, STOS and LODS with an ascending index, on one page; the interpreter does the others.
     fn string(&mut self, guest: &Guest, string: Text) {
-        let Text { size, repeated, moves } = string;
+        let Text {
+            size,
+            repeated,
+            moves,
+        } = string;
         let shift = size.trailing_zeros() as u8;
         self.give_up_flags(guest.live_in);
         // DF is bit 10.
@@ -935,8 +941,7 @@ impl Writer<'_> {
             self.operate_if(guest, condition::NE);
             self.asm.land(stays);
             self.asm.mov32(ADDRESS, SPARE);
-            self.asm
-                .alu_imm(false, Alu::And, ADDRESS, system as i32);
+            self.asm.alu_imm(false, Alu::And, ADDRESS, system as i32);
             self.asm.store(Mem::low(self.at.system_flags()), ADDRESS);
         }
         let flags = self.at.flags();
@@ -1111,7 +1116,11 @@ impl Writer<'_> {
                             .next()
                     });
                     // A detour's only other register is its destination.
-                    let place = if plan.detour { SPARE } else { place.unwrap_or(SPARE) };
+                    let place = if plan.detour {
+                        SPARE
+                    } else {
+                        place.unwrap_or(SPARE)
+                    };
                     instruction.set_op_register(index, named(place, register.size()));
                 }
                 _ => {}
@@ -1152,9 +1161,8 @@ impl Writer<'_> {
 
     fn address_to(&mut self, instruction: &Instruction, to: Reg, wide: bool) {
         let base = instruction.memory_base();
-        let fetched = base != Register::None
-            && base != Register::RIP
-            && HOME[number(base)].is_none();
+        let fetched =
+            base != Register::None && base != Register::RIP && HOME[number(base)].is_none();
         if fetched {
             self.effective_address(instruction, ADDRESS, wide);
             if wide {

@@ -250,9 +250,9 @@ fn straight_code_of_compilers_does_the_same_on_both() {
         let (other_exit, mut found) = run(&mut jit, &start);
         halted += u64::from(exit == Exit::Halted);
         // Flags that the manual leaves undefined are another test's.
-        let undefined = list
-            .iter()
-            .fold(0, |flags, instruction| flags | instruction.rflags_undefined());
+        let undefined = list.iter().fold(0, |flags, instruction| {
+            flags | instruction.rflags_undefined()
+        });
         let undefined = undefined_flags(undefined);
         expected.rflags &= !undefined;
         found.rflags &= !undefined;
@@ -262,7 +262,12 @@ fn straight_code_of_compilers_does_the_same_on_both() {
             for instruction in &list {
                 let offset = (instruction.ip() - CODE) as usize;
                 let bytes = &bytes[offset..offset + instruction.len()];
-                eprintln!("  {:x} {:?} {:02x?}", instruction.ip(), instruction.code(), bytes);
+                eprintln!(
+                    "  {:x} {:?} {:02x?}",
+                    instruction.ip(),
+                    instruction.code(),
+                    bytes
+                );
             }
             eprintln!("interpreter {exit:?}, translator {other_exit:?}");
             for index in 0..16 {
@@ -271,11 +276,18 @@ fn straight_code_of_compilers_does_the_same_on_both() {
                     start.gpr[index],
                     expected.gpr[index],
                     found.gpr[index],
-                    if expected.gpr[index] == found.gpr[index] { "" } else { " <<" }
+                    if expected.gpr[index] == found.gpr[index] {
+                        ""
+                    } else {
+                        " <<"
+                    }
                 );
             }
             eprintln!("rip {:x} {:x}", expected.rip, found.rip);
-            eprintln!("rflags {:x} {:x} from {:x}", expected.rflags, found.rflags, start.rflags);
+            eprintln!(
+                "rflags {:x} {:x} from {:x}",
+                expected.rflags, found.rflags, start.rflags
+            );
             if expected.xsave != found.xsave {
                 for at in (0..832).step_by(8) {
                     if expected.xsave.0[at..at + 8] != found.xsave.0[at..at + 8] {

@@ -68,15 +68,6 @@ fn command_lines_that_make_no_sense() {
 }
 
 #[test]
-fn engines_that_are_not_there() {
-    check(
-        &["run", "--engine", "jit", "builtin"],
-        HOST,
-        &["`jit`", "cause:", "fix:", "doctor"],
-    );
-}
-
-#[test]
 fn files_that_are_no_kernels() {
     let directory = TempDir::new().unwrap();
     let file = |name: &str, bytes: &[u8]| {

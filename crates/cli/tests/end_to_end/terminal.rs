@@ -24,7 +24,7 @@ fn keys_reach_the_guest_and_its_answer_the_screen() {
 #[test]
 fn first_line_says_how_to_leave_and_the_key_does_it() {
     let mut session = OnTerminal::start(&["run", "builtin"]);
-    session.screen.expect("trapgate: interp (");
+    session.screen.expect("trapgate: ");
     session.screen.expect("Ctrl-] leaves");
     session.screen.expect("> ");
 
