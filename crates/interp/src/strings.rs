@@ -64,6 +64,7 @@ fn single<E: Element, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
 
 fn repeated<E: Element, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
     let mut until_poll = POLL;
+    let flags = cpu.flags;
     loop {
         let count = cpu.regs.gpr[RCX] & Cpu::address_mask(op);
         if count == 0 {
@@ -71,7 +72,14 @@ fn repeated<E: Element, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         }
         let done = match E::bulk::<T>(cpu, op, count) {
             0 => {
-                E::once::<T>(cpu, op)?;
+                if let Err(stop) = E::once::<T>(cpu, op) {
+                    // A fault shows the flags from before the instruction, however far it came
+                    // (SDM vol. 2B, REP; the host CPU does so for REPE and REPNE alike).
+                    if E::COMPARES {
+                        cpu.flags = flags;
+                    }
+                    return Err(stop);
+                }
                 1
             }
             done => done,
