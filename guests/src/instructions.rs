@@ -271,7 +271,9 @@ fn guests_use_x87_and_sse_only_where_they_say_so() {
             .iter()
             .find(|(name, _)| *name == program.name)
             .map_or(&[][..], |(_, functions)| functions);
-        let in_ring_0 = marked.iter().any(|function| !function.starts_with("ring3_"));
+        let in_ring_0 = marked
+            .iter()
+            .any(|function| !function.starts_with("ring3_"));
         assert_eq!(program.uses_coprocessor(), in_ring_0, "{}", program.name);
         assert_eq!(users.len(), marked.len(), "{}: {users:?}", program.name);
         for user in &users {

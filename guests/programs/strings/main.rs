@@ -205,10 +205,7 @@ impl Stop {
                         start.rdi.wrapping_add(went(kind.has_destination())),
                     )
                 {
-                    print!(
-                        ", ends with {:#x} {:#x} {:#x}",
-                        end.rcx, end.rsi, end.rdi
-                    );
+                    print!(", ends with {:#x} {:#x} {:#x}", end.rcx, end.rsi, end.rdi);
                 }
                 self.check_effect(COUNT, &end.rax);
             }

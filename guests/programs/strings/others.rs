@@ -99,10 +99,14 @@ fn address_sizes() {
     describe("rep movsb of nothing", REP_MOVSB, &start(0));
     const A32_REP_MOVSB: &[u8] = &[0x67, 0xF3, 0xA4];
     let mut begin = start(UPPER_HALF | 3);
-    describe("rep movsb, 32-bit addresses, rcx with an upper half", A32_REP_MOVSB, &{
-        begin.rflags = 2;
-        begin
-    });
+    describe(
+        "rep movsb, 32-bit addresses, rcx with an upper half",
+        A32_REP_MOVSB,
+        &{
+            begin.rflags = 2;
+            begin
+        },
+    );
     begin = start(3);
     begin.rsi |= UPPER_HALF;
     begin.rdi |= UPPER_HALF;
@@ -184,11 +188,7 @@ fn conditions() {
         REPE_CMPSB,
         &differ_at(19, 1),
     );
-    show(
-        "repne cmpsb, the first is equal",
-        &[0xF2, 0xA6],
-        &equal(),
-    );
+    show("repne cmpsb, the first is equal", &[0xF2, 0xA6], &equal());
     let mut begin = equal();
     begin.rcx = 0;
     begin.rflags |= 0x891;
