@@ -1,11 +1,12 @@
-//! Boots the guest programs of this repository on the interpreter.
+//! Boots the guest programs of this repository: on the interpreter and the translator, which must
+//! make them print what every correct CPU does, without exception. For KVM see `conformance.rs`.
 
 mod boot;
 
 use std::sync::{Mutex, PoisonError};
 
 use boot::{Transcript, end};
-use trapgate_vmm::{Content, Hooks, Machine, MachineConfig, Outcome, Protocol};
+use trapgate_vmm::{Content, Hooks, Host, Machine, MachineConfig, Outcome, Protocol, engines};
 
 fn start(name: &str, change: impl FnOnce(&mut MachineConfig)) -> (Machine, Transcript) {
     let program = trapgate_guests::named(name).expect("there is such a program");
@@ -25,17 +26,25 @@ fn start(name: &str, change: impl FnOnce(&mut MachineConfig)) -> (Machine, Trans
 
 /// Boots a program and compares what it prints with what every correct CPU prints.
 #[track_caller]
-fn check(name: &str) {
+fn check(name: &str, engine: &str) {
     // Some programs set timers and do things before they expire, for which they want a host CPU to
     // themselves.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let report = engines(&Host::probe())
+        .into_iter()
+        .find(|report| report.kind.name() == engine)
+        .expect("the engine has a name");
+    if let Err(reason) = report.usable {
+        eprintln!("skipped: {name} on {engine}: {reason}");
+        return;
+    }
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let (machine, serial) = start(name, |_| {});
+    let (machine, serial) = start(name, |config| config.engine = engine.parse().unwrap());
     let outcome = end(&machine, &serial);
     let program = trapgate_guests::named(name).unwrap();
     assert!(program.expected.is_some());
     if let Err(mismatch) = trapgate_guests::check(program, &serial.text()) {
-        panic!("{mismatch}\n{}", serial.text());
+        panic!("{name} on {engine}: {mismatch}\n{}", serial.text());
     }
     assert!(matches!(outcome, Outcome::PoweredOff), "{outcome:?}");
 }
@@ -44,14 +53,40 @@ macro_rules! programs {
     ($($name:ident)*) => {
         /// Programs with a known output, each of which is a test here.
         const CHECKED: &[&str] = &[$(stringify!($name)),*];
-        $(#[test]
-        fn $name() {
-            check(stringify!($name));
-        })*
+
+        mod interp {
+            $(#[test]
+            fn $name() {
+                super::check(stringify!($name), "interp");
+            })*
+        }
+
+        mod jit {
+            $(#[test]
+            fn $name() {
+                super::check(stringify!($name), "jit");
+            })*
+        }
     };
 }
 
-programs!(bench coprocessor exceptions interrupts modes paging selfmod transfers);
+programs!(bench chain coprocessor exceptions interrupts modes paging selfmod strings transfers);
+
+/// An engine that is not in this list would not be held to anything.
+#[test]
+fn every_engine_is_tested_with_the_programs() {
+    let names: Vec<&str> = engines(&Host::probe())
+        .iter()
+        .map(|report| report.kind.name())
+        .collect();
+    assert!(
+        names
+            .iter()
+            .all(|name| ["interp", "jit", "kvm"].contains(name)),
+        "{names:?}"
+    );
+    assert!(names.len() == 3);
+}
 
 #[test]
 fn every_program_with_a_known_output_is_checked() {
