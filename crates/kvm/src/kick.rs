@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::ptr;
 use std::sync::Once;
@@ -38,10 +39,7 @@ extern "C" fn handle(_signal: libc::c_int) {
 /// Calls `enter` with a signal that waits for this thread and is blocked everywhere but in the kernel's
 /// KVM_RUN (KVM_SET_SIGNAL_MASK), so that a KVM_RUN in it does what comes before the guest and
 /// leaves the guest alone.
-pub(crate) fn with_signal_waiting<R>(
-    vcpu: &OwnedFd,
-    enter: impl FnOnce() -> R,
-) -> std::io::Result<R> {
+pub(crate) fn with_signal_waiting<R>(vcpu: &OwnedFd, enter: impl FnOnce() -> R) -> io::Result<R> {
     // SAFETY: the sets are locals that the calls initialise; only this thread's mask changes, and it is
     // put back; the signal has a handler, and is taken away before it is unblocked.
     unsafe {
@@ -124,6 +122,68 @@ impl Drop for Running<'_> {
     fn drop(&mut self) {
         self.kick.thread.store(0, Ordering::SeqCst);
         IMMEDIATE_EXIT.set(ptr::null_mut());
+    }
+}
+
+/// Gets this thread's vCPU out of the guest after a time.
+#[derive(Debug)]
+pub(crate) struct Alarm {
+    timer: libc::timer_t,
+    thread: i32,
+}
+
+// SAFETY: the kernel's name of a timer means the same on every thread of the process.
+unsafe impl Send for Alarm {}
+
+impl Alarm {
+    /// An alarm for the thread that calls this.
+    pub(crate) fn new() -> io::Result<Self> {
+        install();
+        let mut timer: libc::timer_t = ptr::null_mut();
+        // SAFETY: zero bytes are a valid `sigevent`; both structures live; the signal has a handler.
+        let (made, thread) = unsafe {
+            let mut event: libc::sigevent = std::mem::zeroed();
+            event.sigev_notify = libc::SIGEV_THREAD_ID;
+            event.sigev_signo = signal();
+            event.sigev_notify_thread_id = libc::gettid();
+            let made = libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer);
+            (made, event.sigev_notify_thread_id)
+        };
+        if made != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { timer, thread })
+    }
+
+    /// Whether it is this thread's.
+    pub(crate) fn is_mine(&self) -> bool {
+        // SAFETY: asks for a number.
+        self.thread == unsafe { libc::gettid() }
+    }
+
+    /// Goes off once, in this many nanoseconds, less than a second; never, for 0.
+    pub(crate) fn set(&self, nanoseconds: u32) {
+        let zero = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let time = libc::itimerspec {
+            it_interval: zero,
+            it_value: libc::timespec {
+                tv_nsec: nanoseconds.into(),
+                ..zero
+            },
+        };
+        // SAFETY: the timer is ours until it is dropped; the structure lives. With valid arguments
+        // it does not fail.
+        unsafe { libc::timer_settime(self.timer, 0, &raw const time, ptr::null_mut()) };
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        // SAFETY: the timer is ours, and nobody has it any more.
+        unsafe { libc::timer_delete(self.timer) };
     }
 }
 

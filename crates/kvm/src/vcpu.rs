@@ -10,7 +10,7 @@ use trapgate_engine::{Counter, Exit, Failure, Measure, Signal, Signals, StateErr
 use trapgate_x86::{Activity, CpuState};
 
 use crate::error::{call, named};
-use crate::kick::{Kick, with_signal_waiting};
+use crate::kick::{Alarm, Kick, with_signal_waiting};
 use crate::machine::KvmMachine;
 use crate::state::Ours;
 use crate::{KvmError, calls};
@@ -45,6 +45,8 @@ pub struct KvmVcpu {
     step_wanted: bool,
     /// The kernel runs single steps.
     stepping: bool,
+    /// Ends a KVM_RUN that would overlook something.
+    alarm: Option<Alarm>,
     /// The stretch between two pauses in which the TSC was last set, see [`crate::pace`]; 0 if it
     /// is not.
     pub(crate) stretch: usize,
@@ -78,6 +80,9 @@ impl Counters {
         }
     }
 }
+
+/// How long a task priority that fell may go unnoticed, in nanoseconds, where nobody tells.
+const OVERLOOKED: u32 = 300_000;
 
 /// What one KVM_RUN ended with.
 enum Ended {
@@ -124,6 +129,7 @@ impl KvmVcpu {
             event_queued: false,
             step_wanted: false,
             stepping: false,
+            alarm: None,
             stretch: 0,
             tsc_offset: 0,
             counters: Counters::new(),
@@ -194,13 +200,21 @@ impl KvmVcpu {
         }
         let priority = u64::from(self.world.task_priority());
         let window = self.interrupt_waits;
-        let step = self.step_wanted || self.must_be_watched(priority)?;
+        let step = self.step_wanted || self.must_be_watched()?;
         self.set_stepping(step)?;
         self.event_queued = false;
+        // Nor does such a KVM tell that the task priority fell.
+        let alarm = self.machine.overlooks_windows() && priority != 0 && !step;
+        if alarm {
+            self.alarm()?.set(OVERLOOKED);
+        }
         let run = self.vcpu.get_kvm_run();
         run.request_interrupt_window = window.into();
         run.cr8 = priority;
         let ended = self.run_kernel(false)?;
+        if let (true, Some(alarm)) = (alarm, &self.alarm) {
+            alarm.set(0);
+        }
         let run = self.vcpu.get_kvm_run();
         let priority_now = run.cr8;
         self.interrupts_on = run.if_flag != 0;
@@ -282,6 +296,9 @@ impl KvmVcpu {
                 let written = self.write_msr(index, value)?;
                 calls::answer_msr(self.vcpu.get_kvm_run(), written.map(|()| value));
             }
+            // A KVM without hardware may tell of a HLT again, from which an interrupt has taken the guest
+            // already.
+            Ended::Halted if self.machine.overlooks_windows() && !self.is_halt(-1)? => {}
             Ended::Halted => self.activity = Activity::Halted,
             Ended::ShutDown => {
                 self.activity = Activity::Shutdown;
@@ -402,24 +419,33 @@ impl KvmVcpu {
     }
 
     /// Whether the guest must be run step by step, so that nothing is overlooked. A KVM without
-    /// hardware emulates supervisor code in long batches: it looks for an interrupt window after each
-    /// only, and does not tell that the task priority fell. A guest that opens a window for a moment,
-    /// again and again, could wait for ever.
-    fn must_be_watched(&self, priority: u64) -> Result<bool, KvmError> {
+    /// hardware emulates supervisor code in long batches, and looks for an interrupt window after each
+    /// only. A guest that opens one for a moment, again and again, could wait for ever.
+    fn must_be_watched(&self) -> Result<bool, KvmError> {
         let waits = self.interrupt_signalled && !self.ready;
-        if !self.machine.overlooks_windows() || self.event_queued || !waits && priority == 0 {
+        if !self.machine.overlooks_windows() || self.event_queued || !waits {
             return Ok(false);
         }
         // A step over it would not say what it was. Nor would one into an event whose handler begins so.
-        Ok(!self.halts_next()?)
+        Ok(!self.is_halt(0)?)
     }
 
-    /// Whether the next instruction is HLT.
-    fn halts_next(&self) -> Result<bool, KvmError> {
+    /// This thread's alarm.
+    fn alarm(&mut self) -> Result<&Alarm, KvmError> {
+        let alarm = match self.alarm.take().filter(Alarm::is_mine) {
+            Some(alarm) => alarm,
+            None => Alarm::new().map_err(named("timer_create"))?,
+        };
+        Ok(self.alarm.insert(alarm))
+    }
+
+    /// Whether HLT is at RIP, or as many bytes from it.
+    fn is_halt(&self, from_rip: i64) -> Result<bool, KvmError> {
         const HLT: [u8; 1] = [0xf4];
         let regs = self.vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
         let sregs = calls::sregs2(&self.vcpu).map_err(named("KVM_GET_SREGS2"))?;
-        let linear = sregs.cs.base.wrapping_add(regs.rip);
+        let rip = regs.rip.wrapping_add_signed(from_rip);
+        let linear = sregs.cs.base.wrapping_add(rip);
         let place = self
             .vcpu
             .translate_gva(linear)

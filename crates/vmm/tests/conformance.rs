@@ -54,7 +54,6 @@ const PARAVIRTUAL_FAULTS: &[Faults] = &[
         wrong: &["single step over mov ss"],
         gives_up_before: Some("int1"),
         why: "single steps ignore the shadow of MOV SS, and INT1 is not known",
-        ..NONE
     },
     Faults {
         program: "interrupts",
@@ -84,9 +83,32 @@ const PARAVIRTUAL_FAULTS: &[Faults] = &[
         ..NONE
     },
     Faults {
+        program: "segmentation",
+        wrong: &["base and offset beyond 4 GiB"],
+        gives_up_before: Some("code limit 0x1f"),
+        why: "linear addresses do not wrap at 4 GiB, and a jump beyond a limit is not known",
+        ..NONE
+    },
+    Faults {
         program: "selfmod",
         wrong: &["the bytes before the boundary"],
         why: "a string instruction that faults in its second page has done nothing",
+        ..NONE
+    },
+    Faults {
+        program: "strings",
+        wrong: &[
+            "rep movsw up, destination is missing, across",
+            "rep movsd up, destination is missing, across",
+            "rep movsq up, destination is missing, across",
+            "rep stosw up, destination is missing, across",
+            "rep stosd up, destination is missing, across",
+            "rep stosq up, destination is missing, across",
+            "rep insw up, destination is missing",
+            "rep insd up, destination is missing",
+            "rep movsb of 5, single steps",
+        ],
+        why: "an element across a page that is missing is half written, INS does not count, and a single step is two rounds",
         ..NONE
     },
     Faults {
@@ -105,7 +127,6 @@ const PARAVIRTUAL_FAULTS: &[Faults] = &[
         ],
         gives_up_before: Some("null: lar3"),
         why: "ring 3 sees the host's selectors and flags, and far transfers there are #UD",
-        ..NONE
     },
 ];
 
