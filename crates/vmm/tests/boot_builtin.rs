@@ -70,7 +70,9 @@ macro_rules! programs {
     };
 }
 
-programs!(bench chain coprocessor exceptions interrupts modes paging selfmod strings transfers);
+programs!(
+    bench chain coprocessor exceptions interrupts modes paging segmentation selfmod strings transfers
+);
 
 /// An engine that is not in this list would not be held to anything.
 #[test]
