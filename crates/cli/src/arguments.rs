@@ -353,6 +353,8 @@ pub(crate) enum Engine {
     Kvm,
     /// The binary translator
     Jit,
+    /// Translator and interpreter, compared after every block: slow, to find their faults
+    Lockstep,
 }
 
 impl Engine {
@@ -363,6 +365,7 @@ impl Engine {
             Self::Interp => EngineChoice::Only(EngineKind::Interp),
             Self::Kvm => EngineChoice::Only(EngineKind::Kvm),
             Self::Jit => EngineChoice::Only(EngineKind::Jit),
+            Self::Lockstep => EngineChoice::Only(EngineKind::Lockstep),
         }
     }
 }

@@ -583,6 +583,16 @@ impl Scene {
                 Err(Failure::machine(&self.name, error))
             }
             Outcome::Failed(failure @ trapgate_vmm::Failure::Engine { .. }) => {
+                if let trapgate_vmm::Failure::Engine {
+                    details: Some(details),
+                    ..
+                } = &failure
+                {
+                    // Lockstep found a difference: this is what the person asked for.
+                    terminal::restore();
+                    terminal::say(details);
+                    return Err(Failure::defect(failure.to_string()));
+                }
                 Err(Failure::new(status::HOST, failure.to_string())
                     .fix("run it on another engine, for example with `--engine interp`"))
             }

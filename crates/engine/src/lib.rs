@@ -125,4 +125,8 @@ pub trait Vcpu: Send {
     fn counters(&self) -> Vec<Counter> {
         Vec::new()
     }
+    /// After [`Exit::Failed`]: what there is to say beyond one line, given once.
+    fn explain(&mut self) -> Option<String> {
+        None
+    }
 }

@@ -15,11 +15,13 @@ pub enum EngineKind {
     Jit,
     /// The interpreter.
     Interp,
+    /// Translator and interpreter, compared block by block.
+    Lockstep,
 }
 
 impl EngineKind {
     /// Every engine, the fastest first.
-    pub const ALL: [Self; 3] = [Self::Kvm, Self::Jit, Self::Interp];
+    pub const ALL: [Self; 4] = [Self::Kvm, Self::Jit, Self::Interp, Self::Lockstep];
 
     /// The name by which it is asked for.
     pub const fn name(self) -> &'static str {
@@ -27,12 +29,13 @@ impl EngineKind {
             Self::Kvm => "kvm",
             Self::Jit => "jit",
             Self::Interp => "interp",
+            Self::Lockstep => "lockstep",
         }
     }
 
     /// Whether the processors of one machine must not run at the same time.
     pub const fn takes_turns(self) -> bool {
-        matches!(self, Self::Interp | Self::Jit)
+        matches!(self, Self::Interp | Self::Jit | Self::Lockstep)
     }
 }
 

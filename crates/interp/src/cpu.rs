@@ -9,6 +9,7 @@ use trapgate_x86::descriptor::access;
 use trapgate_x86::registers::{cr0, cr4, dr, efer, gpr, rflags, sreg};
 use trapgate_x86::{CpuProfile, CpuState, Exception, InterruptShadow, Segment, SystemState};
 
+use crate::apart::Apart;
 use crate::code::CodePages;
 use crate::flags::LazyFlags;
 use crate::op::Op;
@@ -107,6 +108,8 @@ pub struct Cpu {
     pub(crate) fetch_epoch: u64,
     /// Host code of instructions that run on the host.
     pub(crate) thunks: ThunkTable,
+    /// Where stores go that stay apart from guest memory.
+    pub(crate) apart: Option<Box<Apart>>,
     /// Instructions executed.
     pub instructions: u64,
 }
@@ -151,6 +154,7 @@ impl Cpu {
             code,
             fetch_epoch: 0,
             thunks: ThunkTable::default(),
+            apart: None,
             instructions: 0,
         };
         cpu.set_rflags(reset.rflags);

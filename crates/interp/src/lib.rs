@@ -4,6 +4,7 @@
 //! another. This crate is the specification that other engines are measured by; the host CPU is
 //! the final judge, and runs whatever it can run itself (`trapgate_thunk`).
 
+mod apart;
 mod arithmetic;
 mod block;
 mod branch;
@@ -49,6 +50,7 @@ use trapgate_engine::{Exit, Signals, StateError, Vcpu, World};
 use trapgate_memory::{GuestMemory, TraceFlags};
 use trapgate_x86::{CpuProfile, CpuState};
 
+pub use crate::apart::{MemoryDifference, Written};
 use crate::block::Blocks;
 pub use crate::block::Dropped;
 use crate::cpu::Cpu;

@@ -312,6 +312,9 @@ impl Cpu {
         if translation.page_bytes > PAGE_SIZE {
             self.tlb.note_large(linear, translation.page_bytes);
         }
+        if self.apart.is_some() {
+            return self.piece_apart(linear, access, view, translation);
+        }
         let gpa = translation.gpa;
         let Some(host) = self.memory.host(gpa) else {
             return Ok(Piece {

@@ -1,5 +1,6 @@
 //! Walking the guest's page tables (SDM vol. 3A, chapter 5).
 
+use trapgate_memory::HostAddress;
 use trapgate_x86::Exception;
 use trapgate_x86::paging::{fault, pte};
 use trapgate_x86::profile::PHYSICAL_ADDRESS_BITS;
@@ -170,7 +171,7 @@ impl Cpu {
 
     fn exchange_entry(&mut self, gpa: u64, old: u64, new: u64, bytes: u64) -> bool {
         // Entries outside RAM can't be changed, and don't come here twice.
-        let Some(host) = self.memory.host(gpa) else {
+        let Some(host) = self.table_entry(gpa) else {
             return true;
         };
         let done = if bytes == 8 {
@@ -178,14 +179,28 @@ impl Cpu {
         } else {
             host.compare_exchange_u32(old as u32, new as u32).is_ok()
         };
+        if done && self.apart.as_mut().is_some_and(|apart| apart.walks(gpa)) {
+            return done;
+        }
         if done && !self.memory.flags(gpa).is_empty() {
             self.report_write(gpa, bytes);
         }
         done
     }
 
+    /// Where an entry of the page tables lies in this process.
+    #[inline]
+    fn table_entry(&mut self, gpa: u64) -> Option<HostAddress> {
+        if let Some(apart) = &mut self.apart
+            && let Some(host) = apart.table_entry(gpa)
+        {
+            return Some(host);
+        }
+        self.memory.host(gpa)
+    }
+
     fn entry(&mut self, gpa: u64, bytes: u64) -> u64 {
-        match self.memory.host(gpa) {
+        match self.table_entry(gpa) {
             Some(host) if bytes == 8 => host.load_u64(),
             Some(host) => u64::from(host.load_u32()),
             // An open bus reads as ones.

@@ -329,6 +329,37 @@ impl Tlb {
         self.next_space - 1
     }
 
+    /// Takes another's address-space tags, for a processor that follows its processor: what is cached is right for
+    /// as long as that one's cached translations are.
+    pub(crate) fn take_tags(&mut self, other: &Self) {
+        self.tags = other.tags;
+    }
+
+    /// Forgets everything, whatever its tags.
+    pub(crate) fn forget(&mut self) {
+        self.entries.fill(EMPTY);
+        self.large = [(u64::MAX, 0); 2];
+    }
+
+    /// As [`Self::flush_page`], and leaves the tags as they are.
+    pub(crate) fn forget_page(&mut self, linear: u64) {
+        let (start, end) = self.large[(linear >> 63) as usize];
+        if start <= linear && linear <= end {
+            self.forget();
+            return;
+        }
+        for view in 0..VIEWS {
+            self.entries[Self::slot(view * ENTRIES, linear)] = EMPTY;
+        }
+    }
+
+    /// Forgets the right to write to any page.
+    pub(crate) fn forget_writes(&mut self) {
+        for entry in &mut *self.entries {
+            entry.write = NEVER;
+        }
+    }
+
     /// Takes the right to write away from every translation to the page at `page`: it got a trace.
     pub(crate) fn revoke_write(&mut self, page: HostAddress) {
         let page = page.as_ptr() as u64 & !0xfff;

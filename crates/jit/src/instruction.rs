@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, OpCodeOperandKind, OpKind, Register, RflagsBits};
 use trapgate_thunk::{Class, Harmless, inspect};
-use trapgate_x86::registers::sreg;
+use trapgate_x86::registers::{rflags, sreg};
 
 use crate::emit::{RCX, Reg};
 use crate::mode::Mode;
@@ -146,6 +146,43 @@ pub(crate) fn flag_use(instruction: &Instruction) -> (u32, u32, u32) {
     (reads, kills, modifies)
 }
 
+/// Arithmetic flags whose values the manual leaves undefined.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Undefined(u32);
+
+impl Undefined {
+    /// Whether an instruction shows them.
+    pub(crate) fn is_read_by(self, instruction: &Instruction) -> bool {
+        let all = matches!(
+            instruction.mnemonic(),
+            Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq
+        );
+        let reads = if all { FLAGS } else { flag_use(instruction).0 };
+        reads & self.0 != 0
+    }
+
+    /// What is undefined after an instruction.
+    pub(crate) fn after(&mut self, instruction: &Instruction) {
+        let (_, kills, _) = flag_use(instruction);
+        self.0 = self.0 & !kills | instruction.rflags_undefined() & FLAGS;
+    }
+
+    /// As bits of RFLAGS.
+    pub(crate) fn bits(self) -> u64 {
+        [
+            (RflagsBits::CF, rflags::CF),
+            (RflagsBits::PF, rflags::PF),
+            (RflagsBits::AF, rflags::AF),
+            (RflagsBits::ZF, rflags::ZF),
+            (RflagsBits::SF, rflags::SF),
+            (RflagsBits::OF, rflags::OF),
+        ]
+        .iter()
+        .filter(|(bit, _)| self.0 & bit != 0)
+        .fold(0, |bits, (_, flag)| bits | flag)
+    }
+}
+
 /// Decides what is done with an instruction.
 pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
     if let Some(kind) = transfer(instruction) {
@@ -276,6 +313,9 @@ fn transfer(instruction: &Instruction) -> Option<Kind> {
             let wide = matches!(instruction.op0_kind(), OpKind::NearBranch64);
             if !wide {
                 return Some(Kind::OperateLast);
+            }
+            if target() == instruction.next_ip() {
+                return Some(Kind::Nothing);
             }
             // The decoder numbers conditions in its own order.
             use iced_x86::ConditionCode as C;

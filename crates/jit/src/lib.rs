@@ -17,4 +17,5 @@ mod spaces;
 mod stubs;
 mod unit;
 
+pub use run::lockstep::{Compared, Lockstep};
 pub use run::{JitError, Translating, usable};

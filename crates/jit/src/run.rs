@@ -1,6 +1,8 @@
 //! The run loop: finds host code, runs it, and does what it came back for.
 #![allow(unsafe_code)]
 
+pub(crate) mod lockstep;
+
 use std::ptr::{addr_of_mut, from_mut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
@@ -24,6 +26,8 @@ use crate::mode::Mode;
 use crate::spaces::{Parts, Spaces};
 use crate::stubs::{self, Stubs, answer, exit};
 use crate::unit::{Exit, Request, Site, Translator};
+
+use lockstep::Watch;
 
 /// Bytes of host code before all of it is thrown away.
 const CODE: usize = 32 << 20;
@@ -161,6 +165,8 @@ pub(crate) struct Inner {
     access: bool,
     page: Box<[u8; 4096 + 16]>,
     pub(crate) statistics: Statistics,
+    /// In lockstep: every unit is run alone, and watched.
+    watch: Option<Box<Watch>>,
 }
 
 /// A vCPU that translates.
@@ -281,6 +287,7 @@ impl Translating {
                     access: false,
                     page: Box::new([0; 4096 + 16]),
                     statistics: Statistics::default(),
+                    watch: None,
                 });
             })
         }
@@ -473,6 +480,9 @@ impl Context {
                 let tlb = &mut self.tlbs[site.mode.view()];
                 let host = target.page.as_ptr() as u64;
                 let rights = (target.read, target.write);
+                if let Some(watch) = &mut self.rust.watch {
+                    watch.resolved(&site, linear, host);
+                }
                 tlb.insert(linear, host, rights, TLB_ENTRIES[site.mode.view()]);
                 if site.stack {
                     tlb.insert_stack(linear, host, rights, self.rust.unmatched);
@@ -525,6 +535,10 @@ impl Context {
         let cpu = &mut self.interp.cpu;
         cpu.rip = site.rip;
         cpu.end_block = false;
+        if self.rust.watch.as_mut().is_some_and(|watch| watch.stops_before(site.rip)) {
+            self.rust.ended = Ended::Look;
+            return answer::LEAVE;
+        }
         let op = match site.op {
             0 => match self.site_op(site) {
                 Some(op) => op,
@@ -577,7 +591,8 @@ impl Context {
     /// done before.
     fn elsewhere(&mut self) -> Option<u64> {
         let cpu = &self.interp.cpu;
-        if cpu.attention
+        if self.rust.watch.is_some()
+            || cpu.attention
             || cpu.signals.any()
             || cpu.has_stale_code()
             || self.interp.has_dropped()
@@ -608,7 +623,7 @@ impl Context {
 
     /// Remembers where a jump to a linear address leads.
     fn know_target(&mut self, rip: u64, mode: Mode, block: u32) {
-        if self.rust.blocks[block as usize].second.is_some() {
+        if self.rust.watch.is_some() || self.rust.blocks[block as usize].second.is_some() {
             // Both its pages must be looked at each time.
             return;
         }
@@ -658,6 +673,9 @@ impl Context {
             return;
         }
         let (all, space) = (changes.all, changes.space);
+        if let Some(watch) = &mut self.rust.watch {
+            watch.forget(changes);
+        }
         if !all {
             let tables = self.tlbs.iter_mut().zip(TLB_ENTRIES);
             let tables = tables.chain(self.rust.spaces.tables());
@@ -929,7 +947,8 @@ impl Context {
         self.interp.cpu.rip = exit.target;
         // Whatever changed meanwhile is seen to first, and the link made another time.
         let cpu = &self.interp.cpu;
-        if cpu.signals.any() || cpu.attention || Mode::of(cpu) != Some(exit.mode) {
+        let watched = self.rust.watch.is_some();
+        if watched || cpu.signals.any() || cpu.attention || Mode::of(cpu) != Some(exit.mode) {
             return None;
         }
         let units = self.rust.statistics.flushes;
@@ -966,7 +985,7 @@ impl Context {
             return Some(cpu.raise(Exception::gp(0)));
         }
         let cpu = &self.interp.cpu;
-        if cpu.signals.any() || cpu.attention {
+        if self.rust.watch.is_some() || cpu.signals.any() || cpu.attention {
             return None;
         }
         self.rust.statistics.indirect += 1;

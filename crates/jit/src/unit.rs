@@ -14,13 +14,15 @@ use trapgate_x86::registers::{rflags, sreg};
 
 use crate::context::{Addresses, TARGETS, TLB_ENTRIES};
 use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDI, RDX, RSI, Reg, condition};
-use crate::instruction::{COUNTER, Count, FLAGS, Guest, Kind, Plan, Text, classify, flag_use};
+use crate::instruction::{
+    COUNTER, Count, FLAGS, Guest, Kind, Plan, Text, Undefined, classify, flag_use,
+};
 use crate::mode::Mode;
 use crate::registers::{ADDRESS, GUEST_RCX, GUEST_RSP, HOME, SPARE, is_high_byte, named, number};
 use crate::stubs::Stubs;
 
 /// Most instructions in a unit.
-const MOST: usize = 64;
+pub(crate) const MOST: usize = 64;
 /// Instructions that a look ahead for flags reads.
 const AHEAD: usize = 12;
 
@@ -144,9 +146,15 @@ enum Aside {
 pub(crate) struct Translator {
     pub(crate) asm: Asm,
     encoder: Encoder,
-    guests: Vec<Guest>,
+    /// The unit translated last.
+    pub(crate) guests: Vec<Guest>,
     at: Addresses,
     stubs: Stubs,
+    /// Most instructions in a unit.
+    pub(crate) most: usize,
+    /// Changes instructions before they are translated: a fault, to see that it is found.
+    #[cfg(test)]
+    pub(crate) fault: Option<fn(&mut Instruction)>,
 }
 
 impl std::fmt::Debug for Translator {
@@ -163,6 +171,9 @@ impl Translator {
             guests: Vec::new(),
             at,
             stubs,
+            most: MOST,
+            #[cfg(test)]
+            fault: None,
         }
     }
 
@@ -208,7 +219,8 @@ impl Translator {
         let mut decoder = Decoder::with_ip(64, bytes, request.rip, DecoderOptions::NO_WBNOINVD);
         let mut instruction = Instruction::default();
         let mut mode = request.mode;
-        let most = if request.second.is_some() { 1 } else { MOST };
+        let most = if request.second.is_some() { 1 } else { self.most };
+        let mut undefined = Undefined::default();
         while decoder.can_decode() && self.guests.len() < most {
             let start = decoder.position();
             decoder.decode_out(&mut instruction);
@@ -224,6 +236,15 @@ impl Translator {
                 self.push(instruction, Kind::OperateLast);
                 unit.length = start as u64 + 15.min(rest as u64);
                 break;
+            }
+            // Who compares what this does with what the interpreter does takes over what it left undefined first.
+            if request.exact && undefined.is_read_by(&instruction) {
+                break;
+            }
+            undefined.after(&instruction);
+            #[cfg(test)]
+            if let Some(fault) = self.fault {
+                fault(&mut instruction);
             }
             let kind = classify(&instruction, mode);
             if let Kind::Access(set) = kind {

@@ -48,6 +48,7 @@ pub trait TraceListener: Send + Sync {
 pub struct Traces {
     pages: Box<[AtomicU8]>,
     epoch: AtomicU64,
+    device_writes: AtomicU64,
     listeners: RwLock<Vec<(TraceFlags, Arc<dyn TraceListener>)>>,
 }
 
@@ -64,6 +65,7 @@ impl Traces {
         Self {
             pages: (0..pages).map(|_| AtomicU8::new(0)).collect(),
             epoch: AtomicU64::new(0),
+            device_writes: AtomicU64::new(0),
             listeners: RwLock::default(),
         }
     }
@@ -100,6 +102,12 @@ impl Traces {
     /// bypass the traces must look the pages up again.
     pub fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire)
+    }
+
+    /// Changes after each write by anyone but a processor: whoever compares what two of them see must know if someone
+    /// else wrote in between.
+    pub fn device_writes(&self) -> u64 {
+        self.device_writes.load(Ordering::Acquire)
     }
 
     /// Clears `flags` on a page; returns those that it had.
@@ -169,6 +177,7 @@ impl BitmapSlice for PageTraces {}
 
 impl Bitmap for PageTraces {
     fn mark_dirty(&self, offset: usize, len: usize) {
+        self.traces.device_writes.fetch_add(1, Ordering::Release);
         let mut offset = offset as u64;
         let end = offset.saturating_add(len as u64);
         while offset < end {

@@ -127,7 +127,7 @@ pub enum EngineChoice {
 impl FromStr for EngineChoice {
     type Err = MachineError;
 
-    /// `auto`, `kvm`, `jit` or `interp`.
+    /// `auto`, `kvm`, `jit`, `interp` or `lockstep`.
     fn from_str(name: &str) -> Result<Self, MachineError> {
         if name == "auto" {
             return Ok(Self::Auto);

@@ -11,7 +11,7 @@ use std::time::Duration;
 use trapgate_engine::probe::EngineKind;
 use trapgate_engine::{Exit, Refused, Signal, Signals, StateError, Vcpu, World};
 use trapgate_interp::Interpreter;
-use trapgate_jit::Translating;
+use trapgate_jit::{Lockstep, Translating};
 use trapgate_kvm::{Facts, Interrupts, KvmMachine, Lacks};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::{CpuProfile, CpuState};
@@ -229,6 +229,9 @@ fn maker(
                 Box::new(Translating::new(memory, world, profile.clone(), 0, 1).unwrap())
             }
             EngineKind::Interp => Box::new(Interpreter::new(memory, world, profile.clone(), 0, 1)),
+            EngineKind::Lockstep => {
+                Box::new(Lockstep::new(memory, world, profile.clone(), 0, 1).unwrap())
+            }
         }
     })
 }
@@ -286,7 +289,7 @@ fn chain(
         // The emulator of a paravirtual KVM needs longer for as much.
         let most = Duration::from_millis(match pair[(before % 2) as usize] {
             EngineKind::Kvm => 20,
-            EngineKind::Jit | EngineKind::Interp => 2,
+            EngineKind::Jit | EngineKind::Interp | EngineKind::Lockstep => 2,
         });
         if machine.wait_for(die.time(most)).is_some() {
             break;

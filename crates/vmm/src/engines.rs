@@ -7,7 +7,7 @@ use std::sync::Arc;
 use trapgate_engine::probe::{EngineKind, Host};
 use trapgate_engine::{Vcpu, World};
 use trapgate_interp::Interpreter;
-use trapgate_jit::Translating;
+use trapgate_jit::{Lockstep, Translating};
 use trapgate_kvm::{Facts, Interrupts, KvmError, KvmMachine, Lacks};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::CpuProfile;
@@ -51,6 +51,9 @@ fn usable(kind: EngineKind, level: Level, host: &Host) -> Result<String, String>
         EngineKind::Kvm => usable_kvm(level, host),
         EngineKind::Jit => trapgate_jit::usable().map_err(|error| one_line(&error)),
         EngineKind::Interp => Ok("runs on every x86-64 Linux host".to_owned()),
+        EngineKind::Lockstep => trapgate_jit::usable()
+            .map(|_| "checks the translator against the interpreter; by name only".to_owned())
+            .map_err(|error| one_line(&error)),
     }
 }
 
@@ -196,6 +199,10 @@ fn constructor(kind: EngineKind, host: &Host) -> Result<Box<dyn Constructor>, Ma
             let vcpu = Interpreter::new(memory, world, profile, index, count);
             Ok(Box::new(vcpu) as Box<dyn Vcpu>)
         })),
+        EngineKind::Lockstep => Box::new(By(|memory, world, profile, index, count| {
+            let vcpu = Lockstep::new(memory, world, profile, index, count)?;
+            Ok(Box::new(vcpu) as Box<dyn Vcpu>)
+        })),
     })
 }
 
@@ -249,7 +256,7 @@ pub(crate) fn take_saved(
 pub(crate) fn tsc_hz(kind: EngineKind, wanted: u64) -> Result<u64, MachineError> {
     match kind {
         EngineKind::Kvm => Ok(Facts::probe()?.nearest_tsc_hz(wanted)),
-        EngineKind::Jit | EngineKind::Interp => Ok(wanted),
+        EngineKind::Jit | EngineKind::Interp | EngineKind::Lockstep => Ok(wanted),
     }
 }
 

@@ -49,6 +49,8 @@ pub enum Failure {
         cpu: usize,
         /// What happened.
         failure: trapgate_engine::Failure,
+        /// What else there is to say, in lines.
+        details: Option<String>,
     },
     /// The host kernel's interrupt controllers refused something.
     #[error("the interrupt controllers could not go on: {message}")]

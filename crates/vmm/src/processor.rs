@@ -133,6 +133,7 @@ impl Processor {
             Exit::Failed(failure) => self.board.report(Event::Engine {
                 cpu: self.index,
                 failure,
+                details: self.vcpu.explain(),
             }),
         }
     }

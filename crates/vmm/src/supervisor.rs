@@ -48,6 +48,8 @@ pub(crate) enum Event {
         cpu: usize,
         /// What happened.
         failure: trapgate_engine::Failure,
+        /// What else there is to say.
+        details: Option<String>,
     },
     /// Interrupt controllers that are not the chipset's refused something.
     Controllers {
@@ -258,9 +260,15 @@ impl Supervisor {
                 OnTripleFault::Report => Some(Outcome::TripleFault(fault)),
                 OnTripleFault::Reset => reset(ResetCause::TripleFault),
             },
-            Event::Engine { cpu, failure } => {
-                Some(Outcome::Failed(Failure::Engine { cpu, failure }))
-            }
+            Event::Engine {
+                cpu,
+                failure,
+                details,
+            } => Some(Outcome::Failed(Failure::Engine {
+                cpu,
+                failure,
+                details,
+            })),
             Event::Controllers { message } => {
                 Some(Outcome::Failed(Failure::Controllers { message }))
             }
