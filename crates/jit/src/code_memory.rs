@@ -99,7 +99,10 @@ impl CodeMemory {
     pub(crate) fn bytes(&self, from: u64, to: u64) -> &[u8] {
         let start = (from - self.executable as u64) as usize;
         let end = (to - self.executable as u64) as usize;
-        assert!(start <= end && end <= self.used, "the range is inside the code");
+        assert!(
+            start <= end && end <= self.used,
+            "the range is inside the code"
+        );
         // SAFETY: inside the view, as just checked; who changes code borrows this exclusively.
         unsafe { core::slice::from_raw_parts(self.writable.add(start), end - start) }
     }

@@ -535,7 +535,12 @@ impl Context {
         let cpu = &mut self.interp.cpu;
         cpu.rip = site.rip;
         cpu.end_block = false;
-        if self.rust.watch.as_mut().is_some_and(|watch| watch.stops_before(site.rip)) {
+        if self
+            .rust
+            .watch
+            .as_mut()
+            .is_some_and(|watch| watch.stops_before(site.rip))
+        {
             self.rust.ended = Ended::Look;
             return answer::LEAVE;
         }

@@ -219,7 +219,11 @@ impl Translator {
         let mut decoder = Decoder::with_ip(64, bytes, request.rip, DecoderOptions::NO_WBNOINVD);
         let mut instruction = Instruction::default();
         let mut mode = request.mode;
-        let most = if request.second.is_some() { 1 } else { self.most };
+        let most = if request.second.is_some() {
+            1
+        } else {
+            self.most
+        };
         let mut undefined = Undefined::default();
         while decoder.can_decode() && self.guests.len() < most {
             let start = decoder.position();

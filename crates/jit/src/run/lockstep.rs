@@ -22,7 +22,7 @@ use trapgate_interp::cpu::{Cpu, Stop};
 use trapgate_interp::op::{Op, attribute};
 use trapgate_interp::{Changes, Interpreter};
 use trapgate_memory::{GuestMemory, PAGE_SIZE};
-use trapgate_x86::registers::rflags;
+use trapgate_x86::registers::{gpr, rflags};
 use trapgate_x86::{Activity, CpuProfile, CpuState, InterruptShadow};
 
 use super::{Ended, JitError, Translating, to_ax};
@@ -330,11 +330,7 @@ impl Lockstep {
         for guest in &rust.translator.guests {
             let instruction = &guest.instruction;
             let bytes = &rust.page[(instruction.ip() - page) as usize..];
-            let Some(op) = self
-                .reference
-                .cpu
-                .lower_one(&bytes[..bytes.len().min(15)])
-            else {
+            let Some(op) = self.reference.cpu.lower_one(&bytes[..bytes.len().min(15)]) else {
                 return false;
             };
             undefined.after(instruction);
@@ -377,6 +373,13 @@ impl Lockstep {
             self.reference.cpu.end_run();
             return self.finish(end, stop, guide_ip(&self.guides, block, count));
         }
+        if let Some(at) = self.interrupted(block, stop)
+            && self.repeat_in_part(block, at)
+            && self.agrees(end, end, self.undefined(block, at))
+        {
+            self.reference.cpu.end_run();
+            return self.finish(end, stop, guide_ip(&self.guides, block, count));
+        }
         // A device's write is told after it is done.
         if writes == memory.traces().device_writes() {
             std::thread::sleep(Duration::from_millis(1));
@@ -392,7 +395,14 @@ impl Lockstep {
         // A page may have two linear addresses, of which the interpreter used one for a store, then the other,
         // with a cached translation, for a load.
         self.reference.cpu.run_again();
-        let again = self.run_interpreter(block, if ends == End::Before { count } else { usize::MAX });
+        let again = self.run_interpreter(
+            block,
+            if ends == End::Before {
+                count
+            } else {
+                usize::MAX
+            },
+        );
         if !stale && again.0 == count && self.agrees(ends, end, undefined) {
             self.compared.again += 1;
             self.reference.cpu.end_run();
@@ -427,9 +437,41 @@ impl Lockstep {
         {
             // Half of a string instruction is undone.
             self.reference.cpu.run_again();
-            return (interpret(&mut self.reference.cpu, &guide.steps, count).0, End::Before);
+            return (
+                interpret(&mut self.reference.cpu, &guide.steps, count).0,
+                End::Before,
+            );
         }
         ended
+    }
+
+    /// Where the translator's processor left a string instruction unfinished, because a signal was raised.
+    fn interrupted(&mut self, block: u32, stop: Option<Stop>) -> Option<usize> {
+        let rip = self.jit.whole().interp.cpu.rip;
+        let steps = &self.guides.get(block as usize)?.as_ref()?.steps;
+        let at = steps.iter().position(|step| step.ip == rip)?;
+        let repeats = steps[at].op.has(attribute::REP | attribute::REPNE);
+        (stop == Some(Stop::EndBlock) && repeats).then_some(at)
+    }
+
+    /// The interpreter runs a block to a string instruction, and that as far as the translator's processor did.
+    fn repeat_in_part(&mut self, block: u32, at: usize) -> bool {
+        let left = self.jit.whole().interp.cpu.regs.gpr[gpr::RCX];
+        let Some(Some(guide)) = self.guides.get(block as usize) else {
+            return false;
+        };
+        let cpu = &mut self.reference.cpu;
+        cpu.run_again();
+        if interpret(cpu, &guide.steps, at) != (at, End::After) {
+            return false;
+        }
+        let counter = &mut cpu.regs.gpr[gpr::RCX];
+        *counter = counter.wrapping_sub(left);
+        let one = std::slice::from_ref(&guide.steps[at]);
+        let ended = interpret(cpu, one, 1);
+        cpu.regs.gpr[gpr::RCX] = cpu.regs.gpr[gpr::RCX].wrapping_add(left);
+        cpu.rip = guide.steps[at].ip;
+        ended == (1, End::After)
     }
 
     /// The translator runs a block to where the interpreter came.
@@ -492,7 +534,11 @@ impl Lockstep {
                 }
             }
         };
-        let stopped = context.rust.watch.as_ref().is_some_and(|watch| watch.stopped);
+        let stopped = context
+            .rust
+            .watch
+            .as_ref()
+            .is_some_and(|watch| watch.stopped);
         let end = match stop {
             Some(Stop::Fault) => End::Fault,
             None if stopped => End::Before,
@@ -561,7 +607,7 @@ impl Lockstep {
             && found.system_flags == expected.system_flags
             && found.regs.mxcsr == expected.regs.mxcsr
             && found.regs.vector == expected.regs.vector
-            && found.regs.x87.0[..160] == expected.regs.x87.0[..160]
+            && same_x87(&found.regs.x87.0, &expected.regs.x87.0)
             && same_system(found, expected)
             && stray.is_none()
             && expected.memory_difference().is_none()
@@ -635,7 +681,13 @@ impl Lockstep {
         let mut text = format!(
             "lockstep: a difference after {count} instructions of the block at {start:#x} (CPL {}, CR3 {:#x}), \
              block {} of the run\n{:12} {:18} {:18} {:18}\n",
-            found.cpl, found.sys.cr3, self.compared.blocks, "", "before", "interpreter", "translator"
+            found.cpl,
+            found.sys.cr3,
+            self.compared.blocks,
+            "",
+            "before",
+            "interpreter",
+            "translator"
         );
         let mut line = |name: &str, before: u64, expected: u64, found: u64| {
             if expected != found {
@@ -646,14 +698,24 @@ impl Lockstep {
             }
         };
         const NAMES: [&str; 16] = [
-            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
-            "r14", "r15",
+            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11",
+            "r12", "r13", "r14", "r15",
         ];
         for (index, name) in NAMES.iter().enumerate() {
-            line(name, gpr[index], expected.regs.gpr[index], found.regs.gpr[index]);
+            line(
+                name,
+                gpr[index],
+                expected.regs.gpr[index],
+                found.regs.gpr[index],
+            );
         }
         line("rip", start, expected.rip, found.rip);
-        line("rflags", flags, expected.rflags() & !undefined, found.rflags() & !undefined);
+        line(
+            "rflags",
+            flags,
+            expected.rflags() & !undefined,
+            found.rflags() & !undefined,
+        );
         let mxcsr = |cpu: &Cpu| u64::from(cpu.regs.mxcsr);
         line("mxcsr", 0, mxcsr(expected), mxcsr(found));
         for index in 0..16 {
@@ -671,7 +733,7 @@ impl Lockstep {
             let name = format!("{:#x}", memory.gpa);
             line(&name, memory.before, memory.expected, memory.found);
         }
-        if found.regs.x87.0[..160] != expected.regs.x87.0[..160] {
+        if !same_x87(&found.regs.x87.0, &expected.regs.x87.0) {
             let _ = writeln!(text, "the x87 state differs");
         }
         if !same_system(found, expected) {
@@ -738,6 +800,15 @@ fn same_system(found: &Cpu, expected: &Cpu) -> bool {
     let mut sys = found.sys.clone();
     sys.shadow = InterruptShadow::None;
     sys == expected.sys
+}
+
+/// The x87's control words, pointers and registers of ten bytes each. What lies between is not state.
+fn same_x87(found: &[u8; 512], expected: &[u8; 512]) -> bool {
+    found[..160] == expected[..160]
+        || found[..24] == expected[..24]
+            && (32..160)
+                .step_by(16)
+                .all(|at| found[at..at + 10] == expected[at..at + 10])
 }
 
 /// Runs at most `most` instructions as long as they are the next in line.
