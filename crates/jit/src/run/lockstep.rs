@@ -109,6 +109,8 @@ enum End {
     Before,
     /// At an instruction that raised an exception.
     Fault,
+    /// By an instruction that stops the processor, which the interpreter did not come to.
+    Stopped,
 }
 
 /// What lockstep did.
@@ -541,6 +543,7 @@ impl Lockstep {
             .is_some_and(|watch| watch.stopped);
         let end = match stop {
             Some(Stop::Fault) => End::Fault,
+            Some(Stop::Halt | Stop::Shutdown) => End::Stopped,
             None if stopped => End::Before,
             _ => End::After,
         };
@@ -788,6 +791,7 @@ fn how(end: End, cpu: &Cpu) -> String {
         End::After => format!("after the instruction before {:#x}", cpu.rip),
         End::Before => format!("before what is done once, at {:#x}", cpu.rip),
         End::Fault => format!("with {:x?} at {:#x}", cpu.exception, cpu.rip),
+        End::Stopped => format!("with a processor that stopped, at {:#x}", cpu.rip),
     }
 }
 
@@ -908,3 +912,6 @@ impl Vcpu for Lockstep {
         self.report.take()
     }
 }
+
+#[cfg(test)]
+mod tests;

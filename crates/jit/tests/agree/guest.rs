@@ -1,28 +1,25 @@
-//! Translator and interpreter run the same code from the same state and must agree in every register and
-//! byte of memory.
+//! A guest in 64-bit mode for the tests: memory, page tables, registers, and code to choose from.
 
 use std::sync::Arc;
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
 use trapgate_engine::{Exit, Refused, Vcpu, World};
-use trapgate_interp::Interpreter;
-use trapgate_jit::Translating;
 use trapgate_memory::{GuestMemory, RamRange};
 use trapgate_x86::descriptor::access;
-use trapgate_x86::profile::Level;
 use trapgate_x86::registers::{cr0, cr4, efer, sreg};
-use trapgate_x86::{CpuProfile, CpuState, Segment};
+use trapgate_x86::{CpuState, Segment};
 
 /// Bytes of memory, from address 0.
-const MEMORY: u64 = 1 << 20;
-const TABLES: u64 = 0x1000;
+pub(crate) const MEMORY: u64 = 1 << 20;
+/// Where page tables lie.
+pub(crate) const TABLES: u64 = 0x1000;
 /// Where data lies: page tables are below.
-const DATA: u64 = 0x1_0000;
+pub(crate) const DATA: u64 = 0x1_0000;
 /// Where code lies.
-const CODE: u64 = 0x8_0000;
+pub(crate) const CODE: u64 = 0x8_0000;
 
 /// A world without devices.
-struct Empty;
+pub(crate) struct Empty;
 
 impl World for Empty {
     fn read_memory(&mut self, _: u64, data: &mut [u8]) {
@@ -55,22 +52,24 @@ impl World for Empty {
     fn set_tsc_offset(&mut self, _: u64) {}
 }
 
-struct Random(u64);
+/// Numbers from a seed.
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0
     }
 
-    fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
 }
 
-fn memory() -> Arc<GuestMemory> {
+/// Memory of zeros.
+pub(crate) fn memory() -> Arc<GuestMemory> {
     let ranges = [RamRange {
         start: 0,
         length: MEMORY,
@@ -80,7 +79,7 @@ fn memory() -> Arc<GuestMemory> {
 
 /// Page tables: the first 16 MiB are mapped to memory by 4 KiB pages, round and round, so that neighbours
 /// in linear memory are not always neighbours in memory.
-fn fill(memory: &GuestMemory, random: &mut Random) {
+pub(crate) fn fill(memory: &GuestMemory, random: &mut Random) {
     let put = |gpa: u64, value: u64| {
         memory
             .write(gpa, &value.to_le_bytes())
@@ -112,7 +111,8 @@ fn fill(memory: &GuestMemory, random: &mut Random) {
     memory.write(DATA, &bytes).expect("data lies in memory");
 }
 
-fn state(random: &mut Random) -> CpuState {
+/// A processor about to run what is at [`CODE`].
+pub(crate) fn state(random: &mut Random) -> CpuState {
     let mut state = CpuState::default();
     let system = &mut state.system;
     system.cr0 = cr0::PE | cr0::ET | cr0::NE | cr0::WP | cr0::PG;
@@ -154,14 +154,15 @@ fn state(random: &mut Random) -> CpuState {
 }
 
 /// Runs of instructions as compilers make them: those of this very program.
-fn instructions() -> Vec<u8> {
+pub(crate) fn instructions() -> Vec<u8> {
     let path = std::env::var("TRAPGATE_TEST_CODE").unwrap_or("/proc/self/exe".to_owned());
     let file = std::fs::read(path).expect("this program can be read");
     let half = file.len() / 4;
     file[half..].to_vec()
 }
 
-fn sequence(code: &[u8], random: &mut Random) -> (Vec<u8>, Vec<Instruction>) {
+/// Instructions that neither jump nor answer differently each time, of `code`.
+pub(crate) fn sequence(code: &[u8], random: &mut Random) -> (Vec<u8>, Vec<Instruction>) {
     let mut at = random.below(code.len() as u64 - 256) as usize;
     let most = 1 + random.below(14);
     let (mut bytes, mut list) = (Vec::new(), Vec::new());
@@ -203,125 +204,24 @@ fn sequence(code: &[u8], random: &mut Random) -> (Vec<u8>, Vec<Instruction>) {
     (bytes, list)
 }
 
-fn run(vcpu: &mut dyn Vcpu, start: &CpuState) -> (Exit, CpuState) {
+/// Runs it from a state to its exit.
+pub(crate) fn run(vcpu: &mut dyn Vcpu, start: &CpuState) -> (Exit, CpuState) {
     vcpu.set_state(start).expect("the state is sound");
     let exit = vcpu.run();
     (exit, vcpu.state())
 }
 
-fn contents(memory: &GuestMemory) -> Vec<u8> {
+/// All of memory.
+pub(crate) fn contents(memory: &GuestMemory) -> Vec<u8> {
     let mut bytes = vec![0; MEMORY as usize];
     memory.read(0, &mut bytes).expect("all of it is memory");
     bytes
 }
 
-#[test]
-fn straight_code_of_compilers_does_the_same_on_both() {
-    let code = instructions();
-    let seed = std::env::var("TRAPGATE_TEST_SEED")
+/// A number from the environment, for longer runs.
+pub(crate) fn setting(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name)
         .ok()
-        .and_then(|seed| seed.parse().ok())
-        .unwrap_or(0x1234_5678_9abc_def1);
-    let cases: u64 = std::env::var("TRAPGATE_TEST_CASES")
-        .ok()
-        .and_then(|cases| cases.parse().ok())
-        .unwrap_or(3000);
-    let mut random = Random(seed);
-    let profile = CpuProfile::new(Level::V3, 1_000_000_000);
-    let (left, right) = (memory(), memory());
-    let mut interp = Interpreter::new(Arc::clone(&left), Box::new(Empty), profile.clone(), 0, 1);
-    let mut jit = Translating::new(Arc::clone(&right), Box::new(Empty), profile, 0, 1)
-        .expect("the host can run translated code");
-    jit.be_exact();
-    let mut halted = 0;
-    for case in 0..cases {
-        let case_seed = random.next() | 1;
-        let mut random = Random(case_seed);
-        let mut twin = Random(case_seed);
-        fill(&left, &mut random);
-        fill(&right, &mut twin);
-        let (mut bytes, list) = sequence(&code, &mut random);
-        bytes.extend_from_slice(&[0xf4; 16]);
-        for memory in [&left, &right] {
-            memory.write(CODE, &bytes).expect("code lies in memory");
-        }
-        let start = state(&mut random);
-        let (exit, mut expected) = run(&mut interp, &start);
-        let (other_exit, mut found) = run(&mut jit, &start);
-        halted += u64::from(exit == Exit::Halted);
-        // Flags that the manual leaves undefined are another test's.
-        let undefined = list.iter().fold(0, |flags, instruction| {
-            flags | instruction.rflags_undefined()
-        });
-        let undefined = undefined_flags(undefined);
-        expected.rflags &= !undefined;
-        found.rflags &= !undefined;
-        let same = exit == other_exit && expected == found && contents(&left) == contents(&right);
-        if !same {
-            eprintln!("case {case} seed {case_seed}");
-            for instruction in &list {
-                let offset = (instruction.ip() - CODE) as usize;
-                let bytes = &bytes[offset..offset + instruction.len()];
-                eprintln!(
-                    "  {:x} {:?} {:02x?}",
-                    instruction.ip(),
-                    instruction.code(),
-                    bytes
-                );
-            }
-            eprintln!("interpreter {exit:?}, translator {other_exit:?}");
-            for index in 0..16 {
-                eprintln!(
-                    "  {index:2} {:016x} {:016x} {:016x}{}",
-                    start.gpr[index],
-                    expected.gpr[index],
-                    found.gpr[index],
-                    if expected.gpr[index] == found.gpr[index] {
-                        ""
-                    } else {
-                        " <<"
-                    }
-                );
-            }
-            eprintln!("rip {:x} {:x}", expected.rip, found.rip);
-            eprintln!(
-                "rflags {:x} {:x} from {:x}",
-                expected.rflags, found.rflags, start.rflags
-            );
-            if expected.xsave != found.xsave {
-                for at in (0..832).step_by(8) {
-                    if expected.xsave.0[at..at + 8] != found.xsave.0[at..at + 8] {
-                        eprintln!(
-                            "  xsave {at}: {:02x?} {:02x?}",
-                            &expected.xsave.0[at..at + 8],
-                            &found.xsave.0[at..at + 8]
-                        );
-                    }
-                }
-            }
-            let (a, b) = (contents(&left), contents(&right));
-            for at in (0..a.len()).filter(|&at| a[at] != b[at]).take(16) {
-                eprintln!("  memory {at:x}: {:x} {:x}", a[at], b[at]);
-            }
-            panic!("translator and interpreter differ");
-        }
-    }
-    eprintln!("{halted} of {cases} cases ran to the end");
-    assert!(halted > cases / 5, "{halted} of {cases}");
-}
-
-fn undefined_flags(decoder: u32) -> u64 {
-    use iced_x86::RflagsBits as B;
-    [
-        (B::CF, 1),
-        (B::PF, 4),
-        (B::AF, 0x10),
-        (B::ZF, 0x40),
-        (B::SF, 0x80),
-        (B::OF, 0x800),
-    ]
-    .iter()
-    .filter(|(bit, _)| decoder & bit != 0)
-    .map(|(_, flag)| flag)
-    .sum()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(otherwise)
 }

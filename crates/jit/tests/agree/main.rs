@@ -1,0 +1,6 @@
+//! Translator and interpreter run the same code from the same state and must agree in every register and
+//! byte of memory.
+
+mod guest;
+mod programs;
+mod straight;

@@ -1,0 +1,384 @@
+//! Whole programs that come from a seed: branches, loops, calls, returns, string instructions, flags across
+//! blocks, code that changes code, exceptions in the middle, at both privilege levels. They run in lockstep, where
+//! translator and interpreter are compared after every block; and on the translator alone, with its blocks linked,
+//! which must come to the same end.
+//!
+//! `TRAPGATE_TEST_SEED` and `TRAPGATE_TEST_CASES` choose other programs, and more.
+
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use trapgate_engine::{Exit, Signal, Vcpu};
+use trapgate_jit::{Lockstep, Translating};
+use trapgate_memory::GuestMemory;
+use trapgate_x86::descriptor::access;
+use trapgate_x86::profile::Level;
+use trapgate_x86::registers::{cr4, gpr, sreg};
+use trapgate_x86::{CpuProfile, CpuState, Segment, TableRegister};
+
+use crate::guest::{
+    CODE, DATA, Empty, Random, contents, fill, instructions, memory, run, sequence, setting, state,
+};
+
+const GDT: u64 = 0x6000;
+const IDT: u64 = 0x7000;
+const TSS: u64 = 0x8000;
+/// Stacks: of programs, and of the handler.
+const STACK: u64 = 0xe000;
+const HANDLER_STACK: u64 = 0xf000;
+/// Where the handler of all exceptions lies.
+const HANDLER: u64 = CODE + 0x7000;
+/// How many more jumps a program may make.
+const COUNTER: u64 = CODE + 0x7800;
+/// Addresses of the pieces.
+const TABLE: u64 = CODE + 0x7900;
+/// Bytes of a piece at most, of which the first page boundaries lie in the middle of some.
+const PIECE: u64 = 208;
+const PIECES: u64 = 24;
+
+/// Code under construction.
+struct Code {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Code {
+    fn raw(&mut self, bytes: &[u8]) -> &mut Self {
+        self.bytes.extend_from_slice(bytes);
+        self
+    }
+
+    fn word(&mut self, value: u32) -> &mut Self {
+        self.raw(&value.to_le_bytes())
+    }
+
+    /// A rel32 or a displacement relative to RIP, after which the instruction has `more` bytes.
+    fn to(&mut self, target: u64, more: u64) -> &mut Self {
+        let next = self.start + self.bytes.len() as u64 + 4 + more;
+        self.word(target.wrapping_sub(next) as u32)
+    }
+
+    /// Ends the program if it has jumped often enough.
+    fn count(&mut self) {
+        self.raw(&[0xff, 0x0d]).to(COUNTER, 0); // dec dword [counter]
+        self.raw(&[0x79, 0x01, 0xf4]); // jns +1; hlt
+    }
+}
+
+/// The pieces of a program.
+struct Program<'a> {
+    random: &'a mut Random,
+    compiled: &'a [u8],
+    base: u64,
+}
+
+impl Program<'_> {
+    fn any_piece(&mut self) -> u64 {
+        self.base + self.random.below(PIECES) * PIECE
+    }
+
+    fn data(&mut self) -> u64 {
+        DATA + self.random.below(0x2_0000)
+    }
+
+    /// One thing that a program does.
+    fn part(&mut self, code: &mut Code) {
+        let small = self.random.next() as u8;
+        match self.random.below(16) {
+            0..=4 => {
+                let (bytes, _) = sequence(self.compiled, self.random);
+                code.raw(&bytes[..]);
+            }
+            5 | 6 => self.string(code),
+            7 => {
+                // pushfq; pop rax; and eax, arithmetic flags and IF; push rax; popfq
+                code.raw(&[0x9c, 0x58, 0x25]).word(0xad5).raw(&[0x50, 0x9d]);
+            }
+            8 => {
+                // sahf; setc al; adc ebx, ecx; lahf
+                code.raw(&[0x9e, 0x0f, 0x92, 0xc0, 0x11, 0xcb, 0x9f]);
+            }
+            9 | 10 => {
+                // Another piece's first instruction is `mov al, imm8`.
+                let target = self.any_piece() + 1;
+                code.raw(&[0xc6, 0x05]).to(target, 1).raw(&[small]);
+            }
+            11 => {
+                // mov ecx, small; cdq; idiv ecx
+                code.raw(&[0xb9]).word((small & 3).into());
+                code.raw(&[0x99, 0xf7, 0xf9]);
+            }
+            12 => match small % 4 {
+                0 => {
+                    code.raw(&[0x0f, 0x0b]); // ud2
+                }
+                // A load, and a store, where nothing is mapped.
+                1 => {
+                    code.raw(&[0x48, 0x8b, 0x04, 0x25]).word(0x70_0000);
+                }
+                2 => {
+                    code.raw(&[0x48, 0x89, 0x04, 0x25]).word(0x70_0000);
+                }
+                // A return to an address that is not canonical.
+                _ => {
+                    code.raw(&[0x48, 0xb8]).raw(&(1u64 << 60).to_le_bytes());
+                    code.raw(&[0x50, 0xc3]);
+                }
+            },
+            13 => {
+                // cmp eax, small; cmovl rdx, r10; setg [data]
+                let data = self.data();
+                code.raw(&[0x83, 0xf8, small, 0x49, 0x0f, 0x4c, 0xd2]);
+                code.raw(&[0x0f, 0x9f, 0x05]).to(data, 0);
+            }
+            14 => {
+                // mov ecx, few; rol rax, 1; add r11, rax; loop
+                code.raw(&[0xb9]).word(u32::from(small & 15) + 1);
+                code.raw(&[0x48, 0xd1, 0xc0, 0x49, 0x01, 0xc3, 0xe2, 0xf8]);
+            }
+            _ => {
+                // lock xadd [data], eax; bts [data], edx
+                let data = self.data();
+                code.raw(&[0xf0, 0x0f, 0xc1, 0x05]).to(data, 0);
+                code.raw(&[0x81, 0xe2]).word(0xfff);
+                code.raw(&[0x0f, 0xab, 0x15]).to(data, 0);
+            }
+        }
+    }
+
+    fn string(&mut self, code: &mut Code) {
+        let (to, from) = (self.data(), self.data());
+        code.raw(&[0x48, 0x8d, 0x3d]).to(to, 0); // lea rdi, [to]
+        code.raw(&[0x48, 0x8d, 0x35]).to(from, 0); // lea rsi, [from]
+        let most = [4, 64, 700, 5000][self.random.below(4) as usize];
+        code.raw(&[0xb9]).word(self.random.below(most) as u32); // mov ecx, count
+        let down = self.random.below(4) == 0;
+        if down {
+            code.raw(&[0xfd]); // std
+        }
+        let opcodes = [
+            0xa4, 0xa5, 0xaa, 0xab, 0xa4, 0xaa, 0xac, 0xad, 0xa6, 0xa7, 0xae, 0xaf,
+        ];
+        let opcode = opcodes[self.random.below(12) as usize];
+        match self.random.below(4) {
+            0 => {}
+            1 => code.bytes.push(0xf2),
+            _ => code.bytes.push(0xf3),
+        }
+        match self.random.below(4) {
+            0 if opcode & 1 != 0 => code.bytes.push(0x66),
+            1 => code.bytes.push(0x48),
+            _ => {}
+        }
+        code.raw(&[opcode]);
+        if down {
+            code.raw(&[0xfc]); // cld
+        }
+    }
+
+    /// How a piece ends: always somewhere else.
+    fn end(&mut self, code: &mut Code) {
+        let (target, other) = (self.any_piece(), self.any_piece());
+        code.count();
+        match self.random.below(8) {
+            0..=2 => {
+                let condition = self.random.below(16) as u8;
+                code.raw(&[0x0f, 0x80 | condition]).to(target, 0);
+            }
+            3 => {
+                code.raw(&[0xe8]).to(target, 0); // call
+            }
+            4 => {
+                code.raw(&[0xc3]); // ret
+            }
+            5 => {
+                // lea rax, [target]; push rax; ret
+                code.raw(&[0x48, 0x8d, 0x05])
+                    .to(target, 0)
+                    .raw(&[0x50, 0xc3]);
+            }
+            6 => {
+                let entry = TABLE + self.random.below(PIECES) * 8;
+                // call or jmp [entry]
+                let form = if self.random.below(2) == 0 {
+                    0x15
+                } else {
+                    0x25
+                };
+                code.raw(&[0xff, form]).to(entry, 0);
+            }
+            _ => {}
+        }
+        code.raw(&[0xe9]).to(other, 0); // jmp
+    }
+
+    fn piece(&mut self, number: u64) -> Code {
+        let mut code = Code {
+            start: self.base + number * PIECE,
+            bytes: vec![0xb0, number as u8],
+        };
+        if self.random.below(2) == 0 {
+            code.raw(&[0x48, 0x8d, 0x25]).to(STACK - 0x100, 0); // lea rsp, [stack]
+        }
+        for _ in 0..1 + self.random.below(3) {
+            let before = code.bytes.len();
+            self.part(&mut code);
+            if code.bytes.len() > PIECE as usize - 48 {
+                code.bytes.truncate(before);
+                break;
+            }
+        }
+        self.end(&mut code);
+        assert!(code.bytes.len() <= PIECE as usize);
+        code
+    }
+}
+
+/// Writes a program from a seed, and gives the processor that is to run it.
+fn write(memory: &GuestMemory, compiled: &[u8], random: &mut Random) -> CpuState {
+    fill(memory, random);
+    let put = |gpa: u64, bytes: &[u8]| memory.write(gpa, bytes).expect("it lies in memory");
+    let quad = |gpa: u64, value: u64| put(gpa, &value.to_le_bytes());
+    for (index, descriptor) in [
+        0,
+        0x00af_9b00_0000_ffff,
+        0x00cf_9300_0000_ffff,
+        0x00af_fb00_0000_ffff,
+        0x00cf_f300_0000_ffff,
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        quad(GDT + index as u64 * 8, descriptor);
+    }
+    for vector in 0..32 {
+        // An interrupt gate to the handler, on the first stack of the table of stacks.
+        let low = HANDLER & 0xffff | 0x08 << 16 | 0x8e01 << 32 | (HANDLER >> 16 & 0xffff) << 48;
+        quad(IDT + vector * 16, low);
+        quad(IDT + vector * 16 + 8, HANDLER >> 32);
+    }
+    put(TSS, &[0; 0x68]);
+    quad(TSS + 4, HANDLER_STACK);
+    quad(TSS + 0x24, HANDLER_STACK);
+    put(CODE, &[0; 0x8000]);
+    let base = CODE + random.below(PIECE);
+    quad(COUNTER, 10 + random.below(200));
+    for number in 0..PIECES {
+        quad(TABLE + number * 8, base + number * PIECE);
+    }
+    let mut program = Program {
+        random,
+        compiled,
+        base,
+    };
+    for number in 0..PIECES {
+        let piece = program.piece(number);
+        put(piece.start, &piece.bytes);
+    }
+    let mut handler = Code {
+        start: HANDLER,
+        bytes: Vec::new(),
+    };
+    handler.count();
+    handler.raw(&[0x48, 0x8d, 0x25]).to(STACK - 0x200, 0);
+    let next = program.any_piece();
+    handler.raw(&[0xfc, 0xe9]).to(next, 0); // cld; jmp
+    put(HANDLER, &handler.bytes);
+
+    let mut start = state(random);
+    start.rip = base;
+    start.gpr[gpr::RSP] = STACK - 0x300;
+    let system = &mut start.system;
+    system.cr4 |= random.next() & cr4::FSGSBASE;
+    system.gdtr = TableRegister {
+        base: GDT,
+        limit: 0x27,
+    };
+    system.idtr = TableRegister {
+        base: IDT,
+        limit: 32 * 16 - 1,
+    };
+    system.tr = Segment {
+        selector: 0x30,
+        base: TSS,
+        limit: 0x67,
+        access: 0x8b,
+    };
+    if random.below(2) == 0 {
+        let level = access::DPL;
+        let data = Segment::flat(0x23, access::WRITABLE | access::DB | level);
+        let (fs, gs) = (
+            system.segments[sreg::FS].base,
+            system.segments[sreg::GS].base,
+        );
+        system.segments = [data; 6];
+        system.segments[sreg::FS].base = fs;
+        system.segments[sreg::GS].base = gs;
+        system.segments[sreg::CS] =
+            Segment::flat(0x1b, access::CODE | access::READABLE | access::L | level);
+    }
+    start
+}
+
+/// Kicks a processor that does not come to an end.
+fn bounded<T>(vcpu: &mut dyn Vcpu, go: impl FnOnce(&mut dyn Vcpu) -> T) -> T {
+    let (done, wait) = mpsc::channel::<()>();
+    let signals = vcpu.signals();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while wait.recv_timeout(Duration::from_secs(5)) == Err(mpsc::RecvTimeoutError::Timeout)
+            {
+                signals.raise(Signal::Kick);
+            }
+        });
+        let result = go(vcpu);
+        drop(done);
+        result
+    })
+}
+
+#[test]
+fn programs_do_the_same_in_lockstep_and_with_linked_blocks() {
+    let compiled = instructions();
+    let seed = setting("TRAPGATE_TEST_SEED", 0x5eed_0f_9806_0a15);
+    let cases = setting("TRAPGATE_TEST_CASES", 400);
+    let mut random = Random(seed | 1);
+    let profile = CpuProfile::new(Level::V3, 1_000_000_000);
+    let (left, right) = (memory(), memory());
+    let mut lockstep = Lockstep::new(Arc::clone(&left), Box::new(Empty), profile.clone(), 0, 1)
+        .expect("the host can run translated code");
+    let mut jit = Translating::new(Arc::clone(&right), Box::new(Empty), profile, 0, 1)
+        .expect("the host can run translated code");
+    jit.be_exact();
+    let (mut ended, mut compared) = (0, 0);
+    for case in 0..cases {
+        let case_seed = random.next() | 1;
+        let start = write(&left, &compiled, &mut Random(case_seed));
+        write(&right, &compiled, &mut Random(case_seed));
+        let before = lockstep.compared().blocks;
+        let (exit, expected) = bounded(&mut lockstep, |vcpu| run(vcpu, &start));
+        if let Exit::Failed(failure) = exit {
+            let report = lockstep.explain().unwrap_or_default();
+            panic!("case {case} seed {case_seed}: {failure}\n{report}");
+        }
+        compared += lockstep.compared().blocks - before;
+        let (other_exit, found) = bounded(&mut jit, |vcpu| run(vcpu, &start));
+        if exit == Exit::Kicked || other_exit == Exit::Kicked {
+            // It wrote over its own counter.
+            assert_eq!(exit, other_exit, "case {case} seed {case_seed}");
+            continue;
+        }
+        ended += 1;
+        assert_eq!(exit, other_exit, "case {case} seed {case_seed}");
+        assert_eq!(expected, found, "case {case} seed {case_seed}");
+        let (one, other) = (contents(&left), contents(&right));
+        let difference = one.iter().zip(&other).position(|(one, other)| one != other);
+        assert_eq!(difference, None, "case {case} seed {case_seed}: gpa");
+    }
+    eprintln!("{ended} of {cases} programs ended, {compared} blocks compared; seed {seed:#x}");
+    assert!(ended > cases * 9 / 10, "{ended} of {cases}");
+    assert!(
+        compared > cases * 20,
+        "{compared} blocks of {cases} programs"
+    );
+}
