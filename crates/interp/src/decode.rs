@@ -136,7 +136,7 @@ fn prepare(instruction: &Instruction) -> Op {
     if instruction.has_lock_prefix() {
         op.attributes |= attribute::LOCK;
     }
-    op.segment = segment_number(instruction.memory_segment());
+    op.segment = segment_number(effective_segment(instruction));
 
     let mut size = 0;
     for operand in 0..instruction.op_count() {
@@ -206,6 +206,24 @@ fn register_number(register: Register) -> u8 {
         Register::BH => 25,
         _ if register.is_gpr8() => (register.full_register().number() as u8) * 8,
         _ => register.number() as u8,
+    }
+}
+
+/// The segment of a memory operand. In 64-bit mode prefixes for other segments than FS and GS are ignored, which
+/// shows in the exception for an address that is not canonical (SDM vol. 1, 3.3.7.1).
+fn effective_segment(instruction: &Instruction) -> Register {
+    let segment = instruction.memory_segment();
+    let ignored = instruction.code_size() == iced_x86::CodeSize::Code64
+        && !matches!(
+            instruction.segment_prefix(),
+            Register::None | Register::FS | Register::GS
+        );
+    if !ignored {
+        return segment;
+    }
+    match instruction.memory_base() {
+        Register::RSP | Register::RBP | Register::ESP | Register::EBP => Register::SS,
+        _ => Register::DS,
     }
 }
 

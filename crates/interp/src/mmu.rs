@@ -402,3 +402,30 @@ impl Cpu {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use trapgate_x86::Vector;
+    use trapgate_x86::registers::gpr;
+
+    use crate::testing::{fault, long_cpu};
+
+    /// SDM vol. 1, 3.3.7.1.
+    #[test]
+    fn base_register_decides_between_ss_and_gp_unless_fs_or_gs_is_named() {
+        let (in_rax, in_rbp): (&[u8], &[u8]) = (&[0x8b, 0x00], &[0x8b, 0x45, 0x00]);
+        for (prefix, access, vector) in [
+            (None, in_rax, Vector::GP),
+            (None, in_rbp, Vector::SS),
+            (Some(0x36), in_rax, Vector::GP),
+            (Some(0x3e), in_rbp, Vector::SS),
+            (Some(0x64), in_rbp, Vector::GP),
+        ] {
+            let (mut cpu, _) = long_cpu();
+            cpu.regs.gpr[gpr::RAX] = 1 << 60;
+            cpu.regs.gpr[gpr::RBP] = 1 << 60;
+            let code: Vec<u8> = prefix.into_iter().chain(access.iter().copied()).collect();
+            assert_eq!(fault(&mut cpu, &code), (vector, Some(0)), "{code:02x?}");
+        }
+    }
+}
