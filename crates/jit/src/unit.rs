@@ -385,6 +385,16 @@ fn look_ahead(request: &Request<'_>, unit: &mut Unit, target: u64, depth: u32) -
     live | open
 }
 
+/// The segment that decides whether an address that is not canonical raises #SS or #GP: only FS and GS can replace
+/// the base register's (SDM vol. 1, 3.3.7.1).
+fn fault_segment(instruction: &Instruction) -> usize {
+    match (instruction.memory_segment(), instruction.memory_base()) {
+        (Register::FS | Register::GS, _) => sreg::DS,
+        (_, Register::RSP | Register::RBP | Register::ESP | Register::EBP) => sreg::SS,
+        _ => sreg::DS,
+    }
+}
+
 struct Writer<'a> {
     asm: &'a mut Asm,
     encoder: &'a mut Encoder,
@@ -672,11 +682,7 @@ impl Writer<'_> {
         let stack = base == Register::RSP
             && index == Register::None
             && !matches!(instruction.memory_segment(), Register::FS | Register::GS);
-        let segment = if matches!(base, Register::RSP | Register::RBP) {
-            sreg::SS
-        } else {
-            sreg::DS
-        };
+        let segment = fault_segment(instruction);
         self.linear_address(instruction);
         if alignment > 1 {
             self.asm.test_byte(ADDRESS, alignment as u8 - 1);
@@ -970,6 +976,10 @@ impl Writer<'_> {
             self.asm.store(Mem::low(self.at.system_flags()), ADDRESS);
         }
         let flags = self.at.flags();
+        // Reserved bits read as LAHF gives them, whatever was popped.
+        self.asm
+            .alu_imm(false, Alu::And, SPARE, rflags::ARITHMETIC as i32);
+        self.asm.alu_imm(false, Alu::Or, SPARE, rflags::ONE as i32);
         self.asm.store8(Mem::low(flags + 1), SPARE);
         self.asm.shr32(SPARE, 11);
         self.asm.alu_imm(false, Alu::And, SPARE, 1);
@@ -1039,7 +1049,8 @@ impl Writer<'_> {
             self.asm.test_byte(ADDRESS, size as u8 - 1);
             self.operate_if(guest, condition::NE);
         }
-        self.translate(guest, size, plan.writes_memory, false, sreg::DS);
+        let segment = fault_segment(&guest.instruction);
+        self.translate(guest, size, plan.writes_memory, false, segment);
         let offset = self.fetch(number(register), SPARE);
         if offset != SPARE {
             self.asm.mov32(SPARE, offset);

@@ -212,6 +212,21 @@ fn code_that_changes_itself_agrees() {
 }
 
 #[test]
+fn reserved_flags_that_are_popped_are_not_pushed_again() {
+    #[rustfmt::skip]
+    let code = [
+        0x68, 0x28, 0, 0, 0, // push 0x28: two reserved bits set, bit 1 clear
+        0x9d,                // popfq
+        0x9c,                // pushfq
+        0x58,                // pop rax
+        0xf4,                // hlt
+    ];
+    let mut vcpu = lockstep(&code);
+    assert_eq!(vcpu.run(), RunExit::Halted);
+    assert_eq!(vcpu.state().gpr[gpr::RAX], 2);
+}
+
+#[test]
 fn page_under_two_addresses_is_read_as_it_was_written() {
     let mut vcpu = lockstep(&[
         0x48, 0x8b, 0x03, // mov rax, [rbx]: cached
