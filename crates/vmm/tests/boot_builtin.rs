@@ -1,4 +1,4 @@
-//! Boots the guest programs of this repository: on the interpreter and the translator, which must
+//! Boots the guest programs of this repository: on the interpreter, the translator, and both in lockstep, which must
 //! make them print what every correct CPU does, without exception. For KVM see `conformance.rs`.
 
 mod boot;
@@ -67,6 +67,13 @@ macro_rules! programs {
                 super::check(stringify!($name), "jit");
             })*
         }
+
+        mod lockstep {
+            $(#[test]
+            fn $name() {
+                super::check(stringify!($name), "lockstep");
+            })*
+        }
     };
 }
 
@@ -84,10 +91,10 @@ fn every_engine_is_tested_with_the_programs() {
     assert!(
         names
             .iter()
-            .all(|name| ["interp", "jit", "kvm"].contains(name)),
+            .all(|name| ["interp", "jit", "kvm", "lockstep"].contains(name)),
         "{names:?}"
     );
-    assert!(names.len() == 3);
+    assert!(names.len() == 4);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use linux::{Linux, image_or_skip};
 use trapgate_image::STDIN_PORT;
-use trapgate_vmm::{DiskConfig, MachineConfig};
+use trapgate_vmm::{DiskConfig, EngineChoice, EngineKind, MachineConfig};
 
 /// Between two presses of the power button.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -32,6 +32,23 @@ fn command_runs_with_its_streams_and_its_status() {
     assert_eq!(linux.stdout.text(), "Linux x86_64\n200000\n1\n3\n4\n");
     assert_eq!(linux.stderr.text(), "to stderr\n");
     assert_eq!(linux.status.text(), "init\n7\n");
+}
+
+/// Every block of the kernel and of user programs is done by the translator and the interpreter, and both agree.
+#[test]
+fn lockstep_finds_no_difference_from_start_to_power_off() {
+    let (image, _turn) = image_or_skip!();
+    let script = "seq 3000 | sort -r | awk '{ sum += $1 / 2 } END { print sum }'; ls / | wc -l";
+    let linux = Linux::boot(image, &["sh", "-c", script], |config| {
+        config.engine = EngineChoice::Only(EngineKind::Lockstep);
+    });
+    linux.powers_off();
+    assert!(
+        linux.stdout.text().starts_with("2250750\n"),
+        "{}",
+        linux.stdout.text()
+    );
+    assert_eq!(linux.status.text(), "init\n0\n");
 }
 
 #[test]

@@ -302,6 +302,21 @@ impl Guest {
         }
     }
 
+    /// Makes it one that the translator translates: in 64-bit mode, with page tables that the guest does not change.
+    /// What a cached translation of a changed table leads to would be the processor's choice.
+    #[allow(dead_code)]
+    pub fn translate(&mut self) {
+        self.mode = Mode::Long;
+        self.cr0 |= 1 << 1;
+        self.bends.retain(|(gpa, _)| u64::from(*gpa) + 8 <= PML4);
+        // CR3, and large pages that lead to the tables.
+        self.bends.push((PDPT as u16 + 8, 0));
+        for page in PML4 >> 12..CODE >> 12 {
+            let entry = page << 12 | pte::P | pte::U;
+            self.bends.push(((PAGE_TABLE + page * 8) as u16, entry));
+        }
+    }
+
     /// The boot processor as it starts.
     pub fn state(&self, profile: &CpuProfile) -> CpuState {
         let mut state = CpuState {
