@@ -194,6 +194,8 @@ pub(crate) struct Context {
     pub(crate) rcx: u64,
     /// For a value that has no register for a moment.
     pub(crate) stash: u64,
+    /// Stack accesses that may yet miss before one is looked at: see [`crate::adapt`].
+    pub(crate) patience: u32,
     /// The host's MXCSR.
     pub(crate) host_mxcsr: u32,
     /// Rust functions that host code calls.
@@ -255,6 +257,10 @@ impl Addresses {
 
     pub(crate) fn stash(self) -> u32 {
         self.field(offset_of!(Context, stash))
+    }
+
+    pub(crate) fn patience(self) -> u32 {
+        self.field(offset_of!(Context, patience))
     }
 
     pub(crate) fn host_mxcsr(self) -> u32 {

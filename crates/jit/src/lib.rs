@@ -5,6 +5,7 @@
 //! translated, the interpreter does, one instruction at a time, so that any guest that runs on it runs here.
 //! How it came to be so, with figures, is in `docs/translator.md`.
 
+mod adapt;
 mod code_memory;
 mod context;
 mod emit;

@@ -16,6 +16,7 @@ use trapgate_x86::profile::Level;
 use trapgate_x86::registers::{gpr, rflags};
 use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
 
+use crate::adapt::{PATIENCE, Wandering};
 use crate::code_memory::CodeMemory;
 use crate::context::{Addresses, CLASSES, Context, NO_TARGET, PAGES, TARGETS, TLB_ENTRIES};
 use crate::emit::Asm;
@@ -78,6 +79,8 @@ struct Block {
     entry: u64,
     /// Exits that are linked to it.
     incoming: Vec<u32>,
+    /// Number of its first site.
+    first_site: u32,
     /// Keys that it is found by.
     keys: [u64; 2],
     /// The mapping of the next page, if it is an instruction that crosses to it.
@@ -160,6 +163,7 @@ pub(crate) struct Inner {
     /// EFLAGS.AC as the processor's derived state has it.
     access: bool,
     page: Box<[u8; 4096 + 16]>,
+    wandering: Wandering,
     pub(crate) statistics: Statistics,
 }
 
@@ -253,6 +257,7 @@ impl Translating {
                 let stubs = stubs::write(&mut asm, at, wide, tlb, unmatched);
                 code.append(&asm.bytes);
                 let stubs_end = code.used();
+                addr_of_mut!((*context).patience).write(PATIENCE);
                 addr_of_mut!((*context).poll).write(AtomicU32::new(1));
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
@@ -280,6 +285,7 @@ impl Translating {
                     local_code: Vec::new(),
                     access: false,
                     page: Box::new([0; 4096 + 16]),
+                    wandering: Wandering::default(),
                     statistics: Statistics::default(),
                 });
             })
@@ -463,6 +469,10 @@ impl Context {
             return self.slow_access(site);
         }
         self.rust.statistics.misses += 1;
+        if self.patience == 0 {
+            self.adapt(site);
+        }
+        let cpu = &mut self.interp.cpu;
         let access = if site.write {
             Access::Write
         } else {
@@ -878,8 +888,10 @@ impl Context {
             second: second.map(|(mapping, _)| mapping),
             first_site: rust.sites.len() as u32,
             first_exit: rust.exits.len() as u32,
+            wandering: rust.wandering.on_page(gpa),
             exact: rust.exact,
         };
+        let first_site = request.first_site;
         let place = rust.code.next();
         let unit = rust
             .translator
@@ -907,6 +919,7 @@ impl Context {
             pc: rip,
             checked: unit.checked,
             entry: unit.entry,
+            first_site,
             incoming: Vec::new(),
             keys: [this, other],
             second: second.map(|(mapping, _)| mapping),
@@ -975,6 +988,24 @@ impl Context {
             self.know_target(rip, mode, block);
         }
         None
+    }
+
+    /// So many stack accesses missed that time is lost by it: the code of the last is made anew.
+    fn adapt(&mut self, site: Site) {
+        self.patience = PATIENCE;
+        if !self.rust.wandering.is_often() {
+            return;
+        }
+        let blocks = &self.rust.blocks;
+        let number = blocks.partition_point(|block| block.first_site <= self.site);
+        let Some(number) = number.checked_sub(1) else {
+            return;
+        };
+        let block = &blocks[number];
+        let gpa = self.rust.mapped[mapping_of(block.keys[0]) as usize - 1].gpa;
+        if block.alive && self.rust.wandering.note(gpa, site.rip) {
+            self.drop_block(number as u32);
+        }
     }
 
     /// Throws units away whose code the interpreter threw away.

@@ -122,6 +122,11 @@ impl Writer<'_> {
         miss: u64,
     ) -> u64 {
         let start = self.asm.here();
+        if stack.is_some() {
+            let patience = Mem::low(self.at.patience());
+            self.asm.alu_memory_imm32(Alu::Sub, patience, 1);
+            self.asm.jump_if(condition::E, miss);
+        }
         let saved = [RAX, RDX, RBX, RCX];
         for register in saved {
             self.asm.push(register);

@@ -82,6 +82,9 @@ pub(crate) struct Request<'a> {
     /// Numbers of the first site and exit.
     pub(crate) first_site: u32,
     pub(crate) first_exit: u32,
+    /// Offsets of instructions on this page whose accesses are not what they seem: not always to one page of
+    /// the stack.
+    pub(crate) wandering: &'a [u16],
     /// Flags are right wherever the guest could look.
     pub(crate) exact: bool,
 }
@@ -577,8 +580,7 @@ impl Writer<'_> {
         self.request.first_site + self.unit.sites.len() as u32 - 1
     }
 
-    /// [`ADDRESS`] from linear to host address, or else a call. The flags are lost, and [`SPARE`] but for
-    /// accesses relative to RSP.
+    /// [`ADDRESS`] from linear to host address, or else a call. The flags and [`SPARE`] are lost.
     fn translate(&mut self, guest: &Guest, size: usize, write: bool, stack: bool, segment: usize) {
         let view = self.mode.view();
         let site = Site {
@@ -636,7 +638,14 @@ impl Writer<'_> {
         } else {
             self.asm.mov(ADDRESS, GUEST_RSP);
         }
-        self.translate(guest, 8, write, true, sreg::SS);
+        let one_page = !self.wanders(guest);
+        self.translate(guest, 8, write, one_page, sreg::SS);
+    }
+
+    /// Whether an instruction's accesses relative to RSP go to several pages, by experience.
+    fn wanders(&self, guest: &Guest) -> bool {
+        let offset = (guest.instruction.ip() & 0xfff) as u16;
+        self.request.wandering.contains(&offset)
     }
 
     /// The memory operand of an instruction: its host address to [`ADDRESS`]. The interpreter does an access
@@ -646,7 +655,8 @@ impl Writer<'_> {
         let (base, index) = (instruction.memory_base(), instruction.memory_index());
         let stack = base == Register::RSP
             && index == Register::None
-            && !matches!(instruction.memory_segment(), Register::FS | Register::GS);
+            && !matches!(instruction.memory_segment(), Register::FS | Register::GS)
+            && !self.wanders(guest);
         let segment = if matches!(base, Register::RSP | Register::RBP) {
             sreg::SS
         } else {
@@ -686,7 +696,9 @@ impl Writer<'_> {
                 self.give_up_flags(guest.live_in);
                 self.operand(guest, 8, false, 1);
                 self.asm.load(SPARE, Mem::at(ADDRESS, 0));
+                self.asm.store(Mem::low(self.at.stash()), SPARE);
                 self.stack_access(guest, true);
+                self.asm.load(SPARE, Mem::low(self.at.stash()));
                 self.asm.store(Mem::at(ADDRESS, 0), SPARE);
                 self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
             }
@@ -698,7 +710,8 @@ impl Writer<'_> {
             Kind::Leave => {
                 self.give_up_flags(guest.live_in);
                 self.asm.mov(ADDRESS, crate::emit::RBP);
-                self.translate(guest, 8, false, true, sreg::SS);
+                let one_page = !self.wanders(guest);
+                self.translate(guest, 8, false, one_page, sreg::SS);
                 self.asm.lea(true, GUEST_RSP, Mem::at(crate::emit::RBP, 8));
                 self.asm.load(crate::emit::RBP, Mem::at(ADDRESS, 0));
             }
@@ -945,9 +958,12 @@ impl Writer<'_> {
             self.asm.store(Mem::low(self.at.system_flags()), ADDRESS);
         }
         let flags = self.at.flags();
+        self.asm
+            .alu_imm(false, Alu::And, SPARE, rflags::ARITHMETIC as i32);
+        self.asm
+            .alu_imm(false, Alu::Or, SPARE, rflags::ONE as i32);
         self.asm.store8(Mem::low(flags + 1), SPARE);
         self.asm.shr32(SPARE, 11);
-        self.asm.alu_imm(false, Alu::And, SPARE, 1);
         self.asm.store8(Mem::low(flags), SPARE);
         self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, 8));
         self.flags = Where {
