@@ -17,6 +17,9 @@ const ALIGNMENT: u64 = 1 << 18;
 const VIRTUAL_INTERRUPT: u64 = 3 << 19;
 const IDENTIFICATION: u64 = 1 << 21;
 
+/// Flags that are always clear. (Bit 1 is always set.)
+const RESERVED: u64 = 1 << 3 | 1 << 5 | 1 << 15;
+
 /// All that POPF may be asked for, but a single step and alignment checks.
 const EVERYTHING: u64 = CARRY
     | INTERRUPT
@@ -46,6 +49,7 @@ pub fn show(ring: u64) {
             ("popf of 1s", pieces::popf, EVERYTHING & !NESTED),
             ("with nt", pieces::popf, EVERYTHING),
             ("of 0s", pieces::popf, 0),
+            ("of reserved", pieces::popf, RESERVED),
             ("popf16 of 1s", pieces::popf16, EVERYTHING & !NESTED),
             (
                 "iret of 1s",
