@@ -106,6 +106,12 @@ const PARAVIRTUAL_FAULTS: &[Faults] = &[
         ..NONE
     },
     Faults {
+        program: "segmentation",
+        gives_up_before: Some("code limit 0x1f"),
+        why: "an instruction behind its segment's limit is not refused but not known",
+        ..NONE
+    },
+    Faults {
         program: "selfmod",
         wrong: &["the bytes before the boundary"],
         why: "a string instruction that faults in its second page has done nothing",
