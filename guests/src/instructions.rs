@@ -202,6 +202,10 @@ impl<'a> Image<'a> {
 
 fn uses_coprocessor(instruction: &Instruction) -> bool {
     use CpuidFeature as Feature;
+    // They move a system register and touch no state of the coprocessor.
+    if matches!(instruction.mnemonic(), Mnemonic::Xgetbv | Mnemonic::Xsetbv) {
+        return false;
+    }
     // WAIT came with the 8086, before there was a coprocessor to ask for.
     instruction.mnemonic() == Mnemonic::Wait
         || instruction.cpuid_features().iter().any(|feature| {

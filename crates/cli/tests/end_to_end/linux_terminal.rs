@@ -32,7 +32,9 @@ fn shell_has_a_terminal_with_size_job_control_and_status() {
     session.screen.expect("ping");
     session.press("\u{1a}");
     session.screen.expect("topped");
-    session.press("kill -9 %1; wait; echo wo''rks\r");
+    // (`fg` waits for its end; `wait` does not wait for what is stopped, and a shell with a stopped
+    // job does not leave at once)
+    session.press("kill -9 %1; fg; echo wo''rks\r");
     session.screen.expect("works");
 
     session.press("exit 5\r");
