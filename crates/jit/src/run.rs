@@ -463,7 +463,6 @@ impl Context {
     fn miss(&mut self) -> u64 {
         let site = self.rust.sites[self.site as usize];
         self.settle();
-        let cpu = &mut self.interp.cpu;
         let (linear, size) = (self.linear, u64::from(site.size));
         if (linear & 0xfff) + size > PAGE_SIZE {
             return self.slow_access(site);

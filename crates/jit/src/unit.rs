@@ -960,8 +960,7 @@ impl Writer<'_> {
         let flags = self.at.flags();
         self.asm
             .alu_imm(false, Alu::And, SPARE, rflags::ARITHMETIC as i32);
-        self.asm
-            .alu_imm(false, Alu::Or, SPARE, rflags::ONE as i32);
+        self.asm.alu_imm(false, Alu::Or, SPARE, rflags::ONE as i32);
         self.asm.store8(Mem::low(flags + 1), SPARE);
         self.asm.shr32(SPARE, 11);
         self.asm.store8(Mem::low(flags), SPARE);
