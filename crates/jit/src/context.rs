@@ -4,6 +4,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::AtomicU32;
 
+use crate::clock::Reading;
 use trapgate_interp::Interpreter;
 use trapgate_interp::cpu::Cpu;
 use trapgate_thunk::RegisterFile;
@@ -16,8 +17,10 @@ pub(crate) const TLB: usize = 512;
 pub(crate) const TLB_ENTRIES: [usize; VIEWS] = [TLB, 128, TLB];
 /// Views with a table: those of [`trapgate_interp::View`] but the last.
 pub(crate) const VIEWS: usize = 3;
-/// Slots for code pages, for each half of the address space.
-pub(crate) const PAGES: usize = 512;
+/// Slots for code pages of the lower half of the address space, which every process has its own of.
+pub(crate) const USER_PAGES: usize = 512;
+/// Slots for code pages of the upper half: as far apart as two pages of a kernel may lie.
+pub(crate) const KERNEL_PAGES: usize = 8192;
 /// Entries of a table of jump targets.
 pub(crate) const TARGETS: usize = 1 << 16;
 /// Tables of jump targets: user, supervisor, supervisor with EFLAGS.AC.
@@ -165,6 +168,46 @@ impl Tlb {
     }
 }
 
+/// For each code page the number of the mapping that is known to be in force; 0 is none.
+#[repr(C)]
+pub(crate) struct Pages {
+    pub(crate) user: [u32; USER_PAGES],
+    pub(crate) kernel: [u32; KERNEL_PAGES],
+}
+
+impl Pages {
+    /// Which half of the address space, and which slot in it.
+    fn slot(linear: u64) -> (usize, usize) {
+        let page = (linear >> 12) as usize;
+        if linear >> 63 == 0 {
+            (0, page % USER_PAGES)
+        } else {
+            (1, page % KERNEL_PAGES)
+        }
+    }
+
+    /// The slots of one half.
+    pub(crate) fn half(&mut self, half: usize) -> &mut [u32] {
+        if half == 0 {
+            &mut self.user
+        } else {
+            &mut self.kernel
+        }
+    }
+
+    /// The slot of a page.
+    pub(crate) fn of(&mut self, linear: u64) -> &mut u32 {
+        let (half, slot) = Self::slot(linear);
+        &mut self.half(half)[slot]
+    }
+
+    /// Forgets all.
+    pub(crate) fn clear(&mut self) {
+        self.user.fill(0);
+        self.kernel.fill(0);
+    }
+}
+
 /// Where indirect jumps lead: linear address and host code.
 #[repr(C)]
 pub(crate) struct Targets {
@@ -174,6 +217,8 @@ pub(crate) struct Targets {
     pub(crate) mapping: [u32; TARGETS],
 }
 
+/// What is no mode.
+pub(crate) const NO_MODE: u8 = 0xff;
 /// A linear address that is no jump target.
 pub(crate) const NO_TARGET: u64 = 0x8000_0000_0000_0000;
 
@@ -194,6 +239,12 @@ pub(crate) struct Context {
     pub(crate) rcx: u64,
     /// For a value that has no register for a moment.
     pub(crate) stash: u64,
+    /// Host code changed the privilege level, and what follows from it is not worked out yet.
+    pub(crate) stale: u32,
+    /// The mode that each table of jump targets is for, or [`NO_MODE`].
+    pub(crate) target_modes: [u8; CLASSES],
+    /// The time-stamp counter.
+    pub(crate) clock: Reading,
     /// Stack accesses that may yet miss before one is looked at: see [`crate::adapt`].
     pub(crate) patience: u32,
     /// The host's MXCSR.
@@ -203,7 +254,7 @@ pub(crate) struct Context {
     pub(crate) operate: u64,
     pub(crate) tlbs: [Tlb; VIEWS],
     /// Which mapping of a code page is known to be in force, by linear page; 0 is none.
-    pub(crate) pages: [[u32; PAGES]; 2],
+    pub(crate) pages: Pages,
     pub(crate) targets: [Targets; CLASSES],
     /// The processor.
     pub(crate) interp: Interpreter,
@@ -310,8 +361,9 @@ impl Addresses {
 
     /// The slot of a code page.
     pub(crate) fn page(self, linear: u64) -> u32 {
-        let slot = (linear >> 63) as usize * PAGES + (linear >> 12) as usize % PAGES;
-        self.field(offset_of!(Context, pages)) + (slot * 4) as u32
+        let (half, slot) = Pages::slot(linear);
+        let half = [offset_of!(Pages, user), offset_of!(Pages, kernel)][half];
+        self.field(offset_of!(Context, pages) + half + slot * 4)
     }
 
     pub(crate) fn targets_linear(self, class: usize) -> u32 {
@@ -320,6 +372,26 @@ impl Addresses {
 
     pub(crate) fn targets_host(self, class: usize) -> u32 {
         self.targets_linear(class) + offset_of!(Targets, host) as u32
+    }
+
+    pub(crate) fn stale(self) -> u32 {
+        self.field(offset_of!(Context, stale))
+    }
+
+    pub(crate) fn target_mode(self, class: usize) -> u32 {
+        self.field(offset_of!(Context, target_modes)) + class as u32
+    }
+
+    pub(crate) fn clock_host(self) -> u32 {
+        self.field(offset_of!(Context, clock) + offset_of!(Reading, host))
+    }
+
+    pub(crate) fn clock_guest(self) -> u32 {
+        self.field(offset_of!(Context, clock) + offset_of!(Reading, guest))
+    }
+
+    pub(crate) fn clock_ratio(self) -> u32 {
+        self.field(offset_of!(Context, clock) + offset_of!(Reading, ratio))
     }
 
     fn cpu(self, offset: usize) -> u32 {
@@ -362,6 +434,14 @@ impl Addresses {
         self.segment(segment) + offset_of!(Segment, base) as u32
     }
 
+    pub(crate) fn segment_limit(self, segment: usize) -> u32 {
+        self.segment(segment) + offset_of!(Segment, limit) as u32
+    }
+
+    pub(crate) fn segment_access(self, segment: usize) -> u32 {
+        self.segment(segment) + offset_of!(Segment, access) as u32
+    }
+
     pub(crate) fn selector(self, segment: usize) -> u32 {
         self.segment(segment) + offset_of!(Segment, selector) as u32
     }
@@ -371,8 +451,36 @@ impl Addresses {
         self.cpu(offset_of!(Cpu, regs) + offset_of!(RegisterFile, x87))
     }
 
+    fn system(self, offset: usize) -> u32 {
+        self.cpu(offset_of!(Cpu, sys) + offset)
+    }
+
     pub(crate) fn kernel_gs_base(self) -> u32 {
-        self.cpu(offset_of!(Cpu, sys) + offset_of!(SystemState, kernel_gs_base))
+        self.system(offset_of!(SystemState, kernel_gs_base))
+    }
+
+    pub(crate) fn cr4(self) -> u32 {
+        self.system(offset_of!(SystemState, cr4))
+    }
+
+    pub(crate) fn efer(self) -> u32 {
+        self.system(offset_of!(SystemState, efer))
+    }
+
+    pub(crate) fn star(self) -> u32 {
+        self.system(offset_of!(SystemState, star))
+    }
+
+    pub(crate) fn lstar(self) -> u32 {
+        self.system(offset_of!(SystemState, lstar))
+    }
+
+    pub(crate) fn sfmask(self) -> u32 {
+        self.system(offset_of!(SystemState, sfmask))
+    }
+
+    pub(crate) fn tsc_aux(self) -> u32 {
+        self.system(offset_of!(SystemState, tsc_aux))
     }
 }
 

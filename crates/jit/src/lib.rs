@@ -6,6 +6,7 @@
 //! How it came to be so, with figures, is in `docs/translator.md`.
 
 mod adapt;
+mod clock;
 mod code_memory;
 mod context;
 mod emit;
@@ -16,6 +17,7 @@ mod registers;
 mod run;
 mod spaces;
 mod stubs;
+mod system;
 mod unit;
 
 pub use run::{JitError, Translating, usable};

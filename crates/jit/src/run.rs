@@ -5,6 +5,7 @@ use std::ptr::{addr_of_mut, from_mut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
+use iced_x86::Code;
 use rustc_hash::FxHashMap;
 use trapgate_engine::{Exit as RunExit, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
@@ -17,8 +18,9 @@ use trapgate_x86::registers::{gpr, rflags};
 use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
 
 use crate::adapt::{PATIENCE, Wandering};
+use crate::clock::Rate;
 use crate::code_memory::CodeMemory;
-use crate::context::{Addresses, CLASSES, Context, NO_TARGET, PAGES, TARGETS, TLB_ENTRIES};
+use crate::context::{Addresses, CLASSES, Context, NO_MODE, NO_TARGET, TARGETS, TLB_ENTRIES};
 use crate::emit::Asm;
 use crate::low::Low;
 use crate::mode::Mode;
@@ -147,7 +149,6 @@ pub(crate) struct Inner {
     on_page: FxHashMap<u64, Vec<u32>>,
     /// For whom the slots of each half of the address space are: user code?
     page_users: [bool; 2],
-    target_modes: [Option<Mode>; CLASSES],
     /// Linear address that no guest can guess.
     unmatched: u64,
     ended: Ended,
@@ -164,6 +165,7 @@ pub(crate) struct Inner {
     access: bool,
     page: Box<[u8; 4096 + 16]>,
     wandering: Wandering,
+    rate: Rate,
     pub(crate) statistics: Statistics,
 }
 
@@ -257,6 +259,7 @@ impl Translating {
                 let stubs = stubs::write(&mut asm, at, wide, tlb, unmatched);
                 code.append(&asm.bytes);
                 let stubs_end = code.used();
+                addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
                 addr_of_mut!((*context).patience).write(PATIENCE);
                 addr_of_mut!((*context).poll).write(AtomicU32::new(1));
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
@@ -275,7 +278,6 @@ impl Translating {
                     mapped: Vec::new(),
                     on_page: FxHashMap::default(),
                     page_users: [true, false],
-                    target_modes: [None; CLASSES],
                     unmatched,
                     ended: Ended::Look,
                     exact: false,
@@ -286,6 +288,7 @@ impl Translating {
                     access: false,
                     page: Box::new([0; 4096 + 16]),
                     wandering: Wandering::default(),
+                    rate: Rate::new(),
                     statistics: Statistics::default(),
                 });
             })
@@ -443,10 +446,11 @@ impl Context {
         }
     }
 
-    /// Host code changes EFLAGS.AC without working out what follows from it.
+    /// Host code changes EFLAGS.AC and the privilege level without working out what follows from it.
     fn settle(&mut self) {
         let cpu = &mut self.interp.cpu;
-        if (cpu.system_flags & rflags::AC != 0) != self.rust.access {
+        if self.stale != 0 || (cpu.system_flags & rflags::AC != 0) != self.rust.access {
+            self.stale = 0;
             self.rust.access = cpu.system_flags & rflags::AC != 0;
             cpu.update_mode();
         }
@@ -553,6 +557,12 @@ impl Context {
         cpu.rip = next;
         let step = (op.handler)(cpu, &op);
         cpu.instructions += 1;
+        match site.code {
+            Code::Rdtsc | Code::Rdtscp if step.is_ok() => self.read_time(),
+            Code::Wrmsr => self.rust.rate.forget(&mut self.clock),
+            _ => {}
+        }
+        let cpu = &mut self.interp.cpu;
         if let Err(stop) = step {
             if stop == Stop::Fault {
                 cpu.rip = site.rip;
@@ -582,6 +592,15 @@ impl Context {
         site.next
     }
 
+    /// The guest read its time-stamp counter.
+    fn read_time(&mut self) {
+        let registers = &mut self.interp.cpu.regs.gpr;
+        let tsc = registers[gpr::RDX] << 32 | registers[gpr::RAX];
+        let seen = self.rust.rate.read(&mut self.clock, tsc);
+        registers[gpr::RAX] = seen & 0xffff_ffff;
+        registers[gpr::RDX] = seen >> 32;
+    }
+
     /// After an instruction that went elsewhere: host code for RIP, if that is at hand and nothing else is to be
     /// done before.
     fn elsewhere(&mut self) -> Option<u64> {
@@ -604,11 +623,11 @@ impl Context {
         let class = class(mode);
         let slot = rip as usize % TARGETS;
         let targets = &self.targets[class];
-        if targets.linear[slot] != rip || self.rust.target_modes[class] != Some(mode) {
+        if targets.linear[slot] != rip || self.target_modes[class] != mode.0 {
             return None;
         }
         let half = (rip >> 63) as usize;
-        let mapping = self.pages[half][(rip >> 12) as usize % PAGES];
+        let mapping = *self.pages.of(rip);
         // Else the code itself would find that its page may be another by now.
         let in_force =
             self.rust.page_users[half] == mode.is_user() && mapping == targets.mapping[slot];
@@ -622,8 +641,8 @@ impl Context {
             return;
         }
         let class = class(mode);
-        if self.rust.target_modes[class] != Some(mode) {
-            self.rust.target_modes[class] = Some(mode);
+        if self.target_modes[class] != mode.0 {
+            self.target_modes[class] = mode.0;
             self.targets[class].linear.fill(NO_TARGET);
         }
         let slot = rip as usize % TARGETS;
@@ -653,7 +672,7 @@ impl Context {
         for (tlb, entries) in self.tlbs.iter_mut().zip(TLB_ENTRIES) {
             tlb.clear(entries, self.rust.unmatched);
         }
-        self.pages = [[0; PAGES]; 2];
+        self.pages.clear();
         self.rust.spaces.clear();
         self.rust.local.clear();
         self.rust.local_code.clear();
@@ -679,9 +698,8 @@ impl Context {
                 }
             }
             for &linear in &changes.pages {
-                let slot = (linear >> 12) as usize % PAGES;
-                self.pages[(linear >> 63) as usize][slot] = 0;
-                self.rust.spaces.clear_code_page(linear, slot);
+                *self.pages.of(linear) = 0;
+                self.rust.spaces.clear_code_page(linear);
             }
         }
         changes.clear();
@@ -696,13 +714,13 @@ impl Context {
                 self.tlbs[supervisor].clear(TLB_ENTRIES[supervisor], unmatched);
             }
             if self.rust.local_code.len() >= MOST_LOCAL {
-                self.pages[1] = [0; PAGES];
+                self.pages.kernel.fill(0);
             }
             for (view, linear) in self.rust.local.drain(..) {
                 self.tlbs[view].clear_page(linear, TLB_ENTRIES[view], unmatched);
             }
             for linear in self.rust.local_code.drain(..) {
-                self.pages[1][(linear >> 12) as usize % PAGES] = 0;
+                *self.pages.of(linear) = 0;
             }
             let [_, access, user] = &mut self.tlbs;
             self.rust.spaces.exchange(
@@ -711,7 +729,7 @@ impl Context {
                 Parts {
                     access,
                     user,
-                    pages: &mut self.pages[0],
+                    pages: &mut self.pages.user,
                 },
                 unmatched,
             );
@@ -751,7 +769,7 @@ impl Context {
         let half = (rip >> 63) as usize;
         if self.rust.page_users[half] != mode.is_user() {
             self.rust.page_users[half] = mode.is_user();
-            self.pages[half] = [0; PAGES];
+            self.pages.half(half).fill(0);
         }
         self.set_page(rip, mapping);
         let key = key(mapping, rip, mode, memory);
@@ -765,7 +783,7 @@ impl Context {
 
     /// The mapping of a code page, just fetched from, is in force.
     fn set_page(&mut self, linear: u64, mapping: u32) {
-        let slot = &mut self.pages[(linear >> 63) as usize][(linear >> 12) as usize % PAGES];
+        let slot = self.pages.of(linear);
         if *slot != mapping {
             *slot = mapping;
             if self.rust.local_code.len() < MOST_LOCAL && self.interp.cpu.fetched_locally(linear) {
@@ -1067,7 +1085,7 @@ impl Context {
         rust.mappings.clear();
         rust.mapped.clear();
         rust.on_page.clear();
-        self.pages = [[0; PAGES]; 2];
+        self.pages.clear();
         for targets in &mut self.targets {
             targets.linear.fill(NO_TARGET);
         }
@@ -1089,6 +1107,8 @@ fn mapping_of(key: u64) -> u32 {
 impl Vcpu for Translating {
     fn run(&mut self) -> RunExit {
         let context = self.whole();
+        // The machine's clock may have stood still.
+        context.rust.rate.forget(&mut context.clock);
         context.interp.notice_traces();
         context.see_dropped();
         self.run_until_exit()
@@ -1107,7 +1127,9 @@ impl Vcpu for Translating {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
-        self.whole().interp.set_state(state)
+        let context = self.whole();
+        context.rust.rate.forget(&mut context.clock);
+        context.interp.set_state(state)
     }
 
     fn signals(&self) -> Arc<Signals> {

@@ -1,7 +1,7 @@
 //! Translations of address spaces that are not the current one: a process that gets the processor back finds
 //! its translations as it left them.
 
-use crate::context::{PAGES, TLB_ENTRIES, Tlb};
+use crate::context::{TLB_ENTRIES, Tlb, USER_PAGES};
 use trapgate_interp::View;
 
 /// Address spaces that are kept.
@@ -14,7 +14,7 @@ pub(crate) struct Parts<'a> {
     /// The user's.
     pub(crate) user: &'a mut Tlb,
     /// Code pages of the lower half.
-    pub(crate) pages: &'a mut [u32; PAGES],
+    pub(crate) pages: &'a mut [u32; USER_PAGES],
 }
 
 struct Space {
@@ -22,7 +22,7 @@ struct Space {
     tag: u64,
     access: Tlb,
     user: Tlb,
-    pages: [u32; PAGES],
+    pages: [u32; USER_PAGES],
     /// When it was put here.
     age: u64,
 }
@@ -53,8 +53,9 @@ impl Spaces {
     }
 
     /// Forgets a code page.
-    pub(crate) fn clear_code_page(&mut self, linear: u64, slot: usize) {
+    pub(crate) fn clear_code_page(&mut self, linear: u64) {
         if linear >> 63 == 0 {
+            let slot = (linear >> 12) as usize % USER_PAGES;
             for space in &mut self.kept {
                 space.pages[slot] = 0;
             }
@@ -83,7 +84,7 @@ impl Spaces {
                     tag: 0,
                     access: Tlb::zero(),
                     user: Tlb::zero(),
-                    pages: [0; PAGES],
+                    pages: [0; USER_PAGES],
                     age: 0,
                 }));
                 self.kept.len() - 1
