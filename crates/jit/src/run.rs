@@ -559,7 +559,7 @@ impl Context {
         cpu.instructions += 1;
         match site.code {
             Code::Rdtsc | Code::Rdtscp if step.is_ok() => self.read_time(),
-            Code::Wrmsr => self.rust.rate.forget(&mut self.clock),
+            Code::Wrmsr => self.rust.rate.restart(&mut self.clock),
             _ => {}
         }
         let cpu = &mut self.interp.cpu;
@@ -1128,7 +1128,7 @@ impl Vcpu for Translating {
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
         let context = self.whole();
-        context.rust.rate.forget(&mut context.clock);
+        context.rust.rate.restart(&mut context.clock);
         context.interp.set_state(state)
     }
 
