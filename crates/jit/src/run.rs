@@ -20,7 +20,7 @@ use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
 use crate::adapt::{PATIENCE, Wandering};
 use crate::clock::Rate;
 use crate::code_memory::CodeMemory;
-use crate::context::{Addresses, CLASSES, Context, NO_MODE, NO_TARGET, TARGETS, TLB_ENTRIES};
+use crate::context::{ACCESS_TLB, Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, TARGETS, TLB_ENTRIES, USER_TLB};
 use crate::emit::Asm;
 use crate::low::Low;
 use crate::mode::Mode;
@@ -32,9 +32,6 @@ use crate::unit::{Exit, Request, Site, Translator};
 const CODE: usize = 32 << 20;
 /// Room that a unit certainly needs no more than.
 const UNIT: usize = 64 << 10;
-
-/// Pages of the upper half that are not global, of which a list is kept; if there are more, all are forgotten.
-const MOST_LOCAL: usize = 256;
 
 /// Why a translator could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -157,9 +154,7 @@ pub(crate) struct Inner {
     space: u64,
     /// Translations of others.
     spaces: Spaces,
-    /// Pages of the upper half in the tables that are not global, by view.
-    local: Vec<(usize, u64)>,
-    /// The same of code pages.
+    /// Addresses of code pages of the upper half that are not global.
     local_code: Vec<u64>,
     /// EFLAGS.AC as the processor's derived state has it.
     access: bool,
@@ -283,7 +278,6 @@ impl Translating {
                     exact: false,
                     space: 0,
                     spaces: Spaces::default(),
-                    local: Vec::new(),
                     local_code: Vec::new(),
                     access: false,
                     page: Box::new([0; 4096 + 16]),
@@ -483,15 +477,17 @@ impl Context {
         };
         match cpu.resolve(linear, size, access, site.segment) {
             Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
-                let tlb = &mut self.tlbs[site.mode.view()];
+                let view = site.mode.view();
+                let mut tlb = self.tlbs[view].table(TLB_ENTRIES[view]);
                 let host = target.page.as_ptr() as u64;
                 let rights = (target.read, target.write);
-                tlb.insert(linear, host, rights, TLB_ENTRIES[site.mode.view()]);
+                tlb.insert(linear, host, rights);
                 if site.stack {
                     tlb.insert_stack(linear, host, rights, self.rust.unmatched);
                 }
-                if target.local && self.rust.local.len() < MOST_LOCAL {
-                    self.rust.local.push((site.mode.view(), linear));
+                // What is not there in every address space. The other tables are exchanged.
+                if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
+                    self.local[view].push(linear);
                 }
                 if cpu.changes().any {
                     self.apply_changes();
@@ -670,11 +666,13 @@ impl Context {
 
     fn clear_translations(&mut self) {
         for (tlb, entries) in self.tlbs.iter_mut().zip(TLB_ENTRIES) {
-            tlb.clear(entries, self.rust.unmatched);
+            tlb.table(entries).clear(self.rust.unmatched);
+        }
+        for local in &mut self.local {
+            local.count = 0;
         }
         self.pages.clear();
         self.rust.spaces.clear();
-        self.rust.local.clear();
         self.rust.local_code.clear();
     }
 
@@ -688,13 +686,13 @@ impl Context {
         let (all, space) = (changes.all, changes.space);
         if !all {
             let tables = self.tlbs.iter_mut().zip(TLB_ENTRIES);
-            let tables = tables.chain(self.rust.spaces.tables());
-            for (tlb, entries) in tables {
+            let tables = tables.map(|(tlb, entries)| tlb.table(entries));
+            for mut tlb in tables.chain(self.rust.spaces.tables()) {
                 for &linear in &changes.pages {
-                    tlb.clear_page(linear, entries, unmatched);
+                    tlb.clear_page(linear, unmatched);
                 }
                 for &host in &changes.revoked {
-                    tlb.revoke_write(host, entries, unmatched);
+                    tlb.revoke_write(host, unmatched);
                 }
             }
             for &linear in &changes.pages {
@@ -708,16 +706,18 @@ impl Context {
             self.clear_translations();
         } else if space && tag != self.rust.space {
             // What is global stays in the supervisor's table and the upper half.
-            let supervisor = View::Supervisor as usize;
-            self.tlbs[supervisor].clear_lower(TLB_ENTRIES[supervisor], unmatched);
-            if self.rust.local.len() >= MOST_LOCAL {
-                self.tlbs[supervisor].clear(TLB_ENTRIES[supervisor], unmatched);
+            for (view, local) in self.local.iter_mut().enumerate() {
+                let mut tlb = self.tlbs[view].table(TLB_ENTRIES[view]);
+                if local.is_full() {
+                    tlb.clear(unmatched);
+                }
+                for &linear in local.list() {
+                    tlb.clear_page(linear, unmatched);
+                }
+                local.count = 0;
             }
             if self.rust.local_code.len() >= MOST_LOCAL {
                 self.pages.kernel.fill(0);
-            }
-            for (view, linear) in self.rust.local.drain(..) {
-                self.tlbs[view].clear_page(linear, TLB_ENTRIES[view], unmatched);
             }
             for linear in self.rust.local_code.drain(..) {
                 *self.pages.of(linear) = 0;
@@ -727,8 +727,8 @@ impl Context {
                 self.rust.space,
                 tag,
                 Parts {
-                    access,
-                    user,
+                    access: access.table(ACCESS_TLB),
+                    user: user.table(USER_TLB),
                     pages: &mut self.pages.user,
                 },
                 unmatched,
