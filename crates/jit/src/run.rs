@@ -20,7 +20,10 @@ use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
 use crate::adapt::{PATIENCE, Wandering};
 use crate::clock::Rate;
 use crate::code_memory::CodeMemory;
-use crate::context::{ACCESS_TLB, Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, TARGETS, TLB_ENTRIES, USER_TLB};
+use crate::context::{
+    ACCESS_TLB, Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, TARGETS, TLB_ENTRIES,
+    USER_TLB,
+};
 use crate::emit::Asm;
 use crate::low::Low;
 use crate::mode::Mode;

@@ -46,12 +46,7 @@ impl Spaces {
         self.kept
             .iter_mut()
             .filter(|space| space.tag != 0)
-            .flat_map(|space| {
-                [
-                    space.access.table(ACCESS_TLB),
-                    space.user.table(USER_TLB),
-                ]
-            })
+            .flat_map(|space| [space.access.table(ACCESS_TLB), space.user.table(USER_TLB)])
     }
 
     /// Forgets a code page.

@@ -205,8 +205,7 @@ impl Writer<'_> {
         let elsewhere = self.asm.short_if(condition::NE);
         let count = Mem::low(self.at.local_count(view));
         self.asm.load32(RCX, count);
-        self.asm
-            .alu_imm(false, Alu::Cmp, RCX, MOST_LOCAL as i32);
+        self.asm.alu_imm(false, Alu::Cmp, RCX, MOST_LOCAL as i32);
         self.asm.jump_if(condition::AE, known);
         self.asm
             .store(Mem::array(self.at.local_list(view), RCX), ADDRESS);

@@ -200,8 +200,7 @@ impl Writer<'_> {
             SPARE,
             (rflags::ARITHMETIC | rflags::ONE) as i32,
         );
-        self.asm
-            .alu_imm(false, Alu::Or, SPARE, rflags::ONE as i32);
+        self.asm.alu_imm(false, Alu::Or, SPARE, rflags::ONE as i32);
         self.asm.store8(Mem::low(flags + 1), SPARE);
         self.asm.shr32(SPARE, 11);
         self.asm.store8(Mem::low(flags), SPARE);
