@@ -5,6 +5,8 @@
 //! translated, the interpreter does, one instruction at a time, so that any guest that runs on it runs here.
 //! How it came to be so, with figures, is in `docs/translator.md`.
 
+mod adapt;
+mod clock;
 mod code_memory;
 mod context;
 mod emit;
@@ -15,6 +17,7 @@ mod registers;
 mod run;
 mod spaces;
 mod stubs;
+mod system;
 mod unit;
 
 pub use run::lockstep::{Compared, Lockstep};

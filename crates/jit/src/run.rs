@@ -7,6 +7,7 @@ use std::ptr::{addr_of_mut, from_mut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
+use iced_x86::Code;
 use rustc_hash::FxHashMap;
 use trapgate_engine::{Exit as RunExit, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
@@ -18,8 +19,13 @@ use trapgate_x86::profile::Level;
 use trapgate_x86::registers::{gpr, rflags};
 use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
 
+use crate::adapt::{PATIENCE, Wandering};
+use crate::clock::Rate;
 use crate::code_memory::CodeMemory;
-use crate::context::{Addresses, CLASSES, Context, NO_TARGET, PAGES, TARGETS, TLB_ENTRIES};
+use crate::context::{
+    ACCESS_TLB, Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, TARGETS, TLB_ENTRIES,
+    USER_TLB,
+};
 use crate::emit::Asm;
 use crate::low::Low;
 use crate::mode::Mode;
@@ -33,9 +39,6 @@ use lockstep::Watch;
 const CODE: usize = 32 << 20;
 /// Room that a unit certainly needs no more than.
 const UNIT: usize = 64 << 10;
-
-/// Pages of the upper half that are not global, of which a list is kept; if there are more, all are forgotten.
-const MOST_LOCAL: usize = 256;
 
 /// Why a translator could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +85,8 @@ struct Block {
     entry: u64,
     /// Exits that are linked to it.
     incoming: Vec<u32>,
+    /// Number of its first site.
+    first_site: u32,
     /// Keys that it is found by.
     keys: [u64; 2],
     /// The mapping of the next page, if it is an instruction that crosses to it.
@@ -148,7 +153,6 @@ pub(crate) struct Inner {
     on_page: FxHashMap<u64, Vec<u32>>,
     /// For whom the slots of each half of the address space are: user code?
     page_users: [bool; 2],
-    target_modes: [Option<Mode>; CLASSES],
     /// Linear address that no guest can guess.
     unmatched: u64,
     ended: Ended,
@@ -157,13 +161,13 @@ pub(crate) struct Inner {
     space: u64,
     /// Translations of others.
     spaces: Spaces,
-    /// Pages of the upper half in the tables that are not global, by view.
-    local: Vec<(usize, u64)>,
-    /// The same of code pages.
+    /// Addresses of code pages of the upper half that are not global.
     local_code: Vec<u64>,
     /// EFLAGS.AC as the processor's derived state has it.
     access: bool,
     page: Box<[u8; 4096 + 16]>,
+    wandering: Wandering,
+    rate: Rate,
     pub(crate) statistics: Statistics,
     /// In lockstep: every unit is run alone, and watched.
     watch: Option<Box<Watch>>,
@@ -259,6 +263,8 @@ impl Translating {
                 let stubs = stubs::write(&mut asm, at, wide, tlb, unmatched);
                 code.append(&asm.bytes);
                 let stubs_end = code.used();
+                addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
+                addr_of_mut!((*context).patience).write(PATIENCE);
                 addr_of_mut!((*context).poll).write(AtomicU32::new(1));
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
@@ -276,16 +282,16 @@ impl Translating {
                     mapped: Vec::new(),
                     on_page: FxHashMap::default(),
                     page_users: [true, false],
-                    target_modes: [None; CLASSES],
                     unmatched,
                     ended: Ended::Look,
                     exact: false,
                     space: 0,
                     spaces: Spaces::default(),
-                    local: Vec::new(),
                     local_code: Vec::new(),
                     access: false,
                     page: Box::new([0; 4096 + 16]),
+                    wandering: Wandering::default(),
+                    rate: Rate::new(),
                     statistics: Statistics::default(),
                     watch: None,
                 });
@@ -444,10 +450,11 @@ impl Context {
         }
     }
 
-    /// Host code changes EFLAGS.AC without working out what follows from it.
+    /// Host code changes EFLAGS.AC and the privilege level without working out what follows from it.
     fn settle(&mut self) {
         let cpu = &mut self.interp.cpu;
-        if (cpu.system_flags & rflags::AC != 0) != self.rust.access {
+        if self.stale != 0 || (cpu.system_flags & rflags::AC != 0) != self.rust.access {
+            self.stale = 0;
             self.rust.access = cpu.system_flags & rflags::AC != 0;
             cpu.update_mode();
         }
@@ -464,12 +471,15 @@ impl Context {
     fn miss(&mut self) -> u64 {
         let site = self.rust.sites[self.site as usize];
         self.settle();
-        let cpu = &mut self.interp.cpu;
         let (linear, size) = (self.linear, u64::from(site.size));
         if (linear & 0xfff) + size > PAGE_SIZE {
             return self.slow_access(site);
         }
         self.rust.statistics.misses += 1;
+        if self.patience == 0 {
+            self.adapt(site);
+        }
+        let cpu = &mut self.interp.cpu;
         let access = if site.write {
             Access::Write
         } else {
@@ -477,18 +487,20 @@ impl Context {
         };
         match cpu.resolve(linear, size, access, site.segment) {
             Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
-                let tlb = &mut self.tlbs[site.mode.view()];
+                let view = site.mode.view();
+                let mut tlb = self.tlbs[view].table(TLB_ENTRIES[view]);
                 let host = target.page.as_ptr() as u64;
                 let rights = (target.read, target.write);
                 if let Some(watch) = &mut self.rust.watch {
                     watch.resolved(&site, linear, host);
                 }
-                tlb.insert(linear, host, rights, TLB_ENTRIES[site.mode.view()]);
+                tlb.insert(linear, host, rights);
                 if site.stack {
                     tlb.insert_stack(linear, host, rights, self.rust.unmatched);
                 }
-                if target.local && self.rust.local.len() < MOST_LOCAL {
-                    self.rust.local.push((site.mode.view(), linear));
+                // What is not there in every address space. The other tables are exchanged.
+                if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
+                    self.local[view].push(linear);
                 }
                 if cpu.changes().any {
                     self.apply_changes();
@@ -563,6 +575,12 @@ impl Context {
         cpu.rip = next;
         let step = (op.handler)(cpu, &op);
         cpu.instructions += 1;
+        match site.code {
+            Code::Rdtsc | Code::Rdtscp if step.is_ok() => self.read_time(),
+            Code::Wrmsr => self.rust.rate.restart(&mut self.clock),
+            _ => {}
+        }
+        let cpu = &mut self.interp.cpu;
         if let Err(stop) = step {
             if stop == Stop::Fault {
                 cpu.rip = site.rip;
@@ -592,6 +610,15 @@ impl Context {
         site.next
     }
 
+    /// The guest read its time-stamp counter.
+    fn read_time(&mut self) {
+        let registers = &mut self.interp.cpu.regs.gpr;
+        let tsc = registers[gpr::RDX] << 32 | registers[gpr::RAX];
+        let seen = self.rust.rate.read(&mut self.clock, tsc);
+        registers[gpr::RAX] = seen & 0xffff_ffff;
+        registers[gpr::RDX] = seen >> 32;
+    }
+
     /// After an instruction that went elsewhere: host code for RIP, if that is at hand and nothing else is to be
     /// done before.
     fn elsewhere(&mut self) -> Option<u64> {
@@ -615,11 +642,11 @@ impl Context {
         let class = class(mode);
         let slot = rip as usize % TARGETS;
         let targets = &self.targets[class];
-        if targets.linear[slot] != rip || self.rust.target_modes[class] != Some(mode) {
+        if targets.linear[slot] != rip || self.target_modes[class] != mode.0 {
             return None;
         }
         let half = (rip >> 63) as usize;
-        let mapping = self.pages[half][(rip >> 12) as usize % PAGES];
+        let mapping = *self.pages.of(rip);
         // Else the code itself would find that its page may be another by now.
         let in_force =
             self.rust.page_users[half] == mode.is_user() && mapping == targets.mapping[slot];
@@ -633,8 +660,8 @@ impl Context {
             return;
         }
         let class = class(mode);
-        if self.rust.target_modes[class] != Some(mode) {
-            self.rust.target_modes[class] = Some(mode);
+        if self.target_modes[class] != mode.0 {
+            self.target_modes[class] = mode.0;
             self.targets[class].linear.fill(NO_TARGET);
         }
         let slot = rip as usize % TARGETS;
@@ -662,11 +689,13 @@ impl Context {
 
     fn clear_translations(&mut self) {
         for (tlb, entries) in self.tlbs.iter_mut().zip(TLB_ENTRIES) {
-            tlb.clear(entries, self.rust.unmatched);
+            tlb.table(entries).clear(self.rust.unmatched);
         }
-        self.pages = [[0; PAGES]; 2];
+        for local in &mut self.local {
+            local.count = 0;
+        }
+        self.pages.clear();
         self.rust.spaces.clear();
-        self.rust.local.clear();
         self.rust.local_code.clear();
     }
 
@@ -683,19 +712,18 @@ impl Context {
         }
         if !all {
             let tables = self.tlbs.iter_mut().zip(TLB_ENTRIES);
-            let tables = tables.chain(self.rust.spaces.tables());
-            for (tlb, entries) in tables {
+            let tables = tables.map(|(tlb, entries)| tlb.table(entries));
+            for mut tlb in tables.chain(self.rust.spaces.tables()) {
                 for &linear in &changes.pages {
-                    tlb.clear_page(linear, entries, unmatched);
+                    tlb.clear_page(linear, unmatched);
                 }
                 for &host in &changes.revoked {
-                    tlb.revoke_write(host, entries, unmatched);
+                    tlb.revoke_write(host, unmatched);
                 }
             }
             for &linear in &changes.pages {
-                let slot = (linear >> 12) as usize % PAGES;
-                self.pages[(linear >> 63) as usize][slot] = 0;
-                self.rust.spaces.clear_code_page(linear, slot);
+                *self.pages.of(linear) = 0;
+                self.rust.spaces.clear_code_page(linear);
             }
         }
         changes.clear();
@@ -704,28 +732,30 @@ impl Context {
             self.clear_translations();
         } else if space && tag != self.rust.space {
             // What is global stays in the supervisor's table and the upper half.
-            let supervisor = View::Supervisor as usize;
-            self.tlbs[supervisor].clear_lower(TLB_ENTRIES[supervisor], unmatched);
-            if self.rust.local.len() >= MOST_LOCAL {
-                self.tlbs[supervisor].clear(TLB_ENTRIES[supervisor], unmatched);
+            for (view, local) in self.local.iter_mut().enumerate() {
+                let mut tlb = self.tlbs[view].table(TLB_ENTRIES[view]);
+                if local.is_full() {
+                    tlb.clear(unmatched);
+                }
+                for &linear in local.list() {
+                    tlb.clear_page(linear, unmatched);
+                }
+                local.count = 0;
             }
             if self.rust.local_code.len() >= MOST_LOCAL {
-                self.pages[1] = [0; PAGES];
-            }
-            for (view, linear) in self.rust.local.drain(..) {
-                self.tlbs[view].clear_page(linear, TLB_ENTRIES[view], unmatched);
+                self.pages.kernel.fill(0);
             }
             for linear in self.rust.local_code.drain(..) {
-                self.pages[1][(linear >> 12) as usize % PAGES] = 0;
+                *self.pages.of(linear) = 0;
             }
             let [_, access, user] = &mut self.tlbs;
             self.rust.spaces.exchange(
                 self.rust.space,
                 tag,
                 Parts {
-                    access,
-                    user,
-                    pages: &mut self.pages[0],
+                    access: access.table(ACCESS_TLB),
+                    user: user.table(USER_TLB),
+                    pages: &mut self.pages.user,
                 },
                 unmatched,
             );
@@ -765,7 +795,7 @@ impl Context {
         let half = (rip >> 63) as usize;
         if self.rust.page_users[half] != mode.is_user() {
             self.rust.page_users[half] = mode.is_user();
-            self.pages[half] = [0; PAGES];
+            self.pages.half(half).fill(0);
         }
         self.set_page(rip, mapping);
         let key = key(mapping, rip, mode, memory);
@@ -779,7 +809,7 @@ impl Context {
 
     /// The mapping of a code page, just fetched from, is in force.
     fn set_page(&mut self, linear: u64, mapping: u32) {
-        let slot = &mut self.pages[(linear >> 63) as usize][(linear >> 12) as usize % PAGES];
+        let slot = self.pages.of(linear);
         if *slot != mapping {
             *slot = mapping;
             if self.rust.local_code.len() < MOST_LOCAL && self.interp.cpu.fetched_locally(linear) {
@@ -901,8 +931,10 @@ impl Context {
             second: second.map(|(mapping, _)| mapping),
             first_site: rust.sites.len() as u32,
             first_exit: rust.exits.len() as u32,
+            wandering: rust.wandering.on_page(gpa),
             exact: rust.exact,
         };
+        let first_site = request.first_site;
         let place = rust.code.next();
         let unit = rust
             .translator
@@ -930,6 +962,7 @@ impl Context {
             pc: rip,
             checked: unit.checked,
             entry: unit.entry,
+            first_site,
             incoming: Vec::new(),
             keys: [this, other],
             second: second.map(|(mapping, _)| mapping),
@@ -1001,6 +1034,24 @@ impl Context {
         None
     }
 
+    /// So many stack accesses missed that time is lost by it: the code of the last is made anew.
+    fn adapt(&mut self, site: Site) {
+        self.patience = PATIENCE;
+        if !self.rust.wandering.is_often() {
+            return;
+        }
+        let blocks = &self.rust.blocks;
+        let number = blocks.partition_point(|block| block.first_site <= self.site);
+        let Some(number) = number.checked_sub(1) else {
+            return;
+        };
+        let block = &blocks[number];
+        let gpa = self.rust.mapped[mapping_of(block.keys[0]) as usize - 1].gpa;
+        if block.alive && self.rust.wandering.note(gpa, site.rip) {
+            self.drop_block(number as u32);
+        }
+    }
+
     /// Throws units away whose code the interpreter threw away.
     fn see_dropped(&mut self) {
         let dropped = self.interp.take_dropped();
@@ -1061,7 +1112,7 @@ impl Context {
         rust.mappings.clear();
         rust.mapped.clear();
         rust.on_page.clear();
-        self.pages = [[0; PAGES]; 2];
+        self.pages.clear();
         for targets in &mut self.targets {
             targets.linear.fill(NO_TARGET);
         }
@@ -1083,6 +1134,8 @@ fn mapping_of(key: u64) -> u32 {
 impl Vcpu for Translating {
     fn run(&mut self) -> RunExit {
         let context = self.whole();
+        // The machine's clock may have stood still.
+        context.rust.rate.forget(&mut context.clock);
         context.interp.notice_traces();
         context.see_dropped();
         self.run_until_exit()
@@ -1101,7 +1154,9 @@ impl Vcpu for Translating {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
-        self.whole().interp.set_state(state)
+        let context = self.whole();
+        context.rust.rate.restart(&mut context.clock);
+        context.interp.set_state(state)
     }
 
     fn signals(&self) -> Arc<Signals> {

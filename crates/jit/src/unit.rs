@@ -10,7 +10,7 @@ use iced_x86::{
 };
 use trapgate_interp::Interpreter;
 use trapgate_interp::op::Op;
-use trapgate_x86::registers::{rflags, sreg};
+use trapgate_x86::registers::sreg;
 
 use crate::context::{Addresses, TARGETS, TLB_ENTRIES};
 use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDI, RDX, RSI, Reg, condition};
@@ -84,6 +84,9 @@ pub(crate) struct Request<'a> {
     /// Numbers of the first site and exit.
     pub(crate) first_site: u32,
     pub(crate) first_exit: u32,
+    /// Offsets of instructions on this page whose accesses are not what they seem: not always to one page of
+    /// the stack.
+    pub(crate) wandering: &'a [u16],
     /// Flags are right wherever the guest could look.
     pub(crate) exact: bool,
 }
@@ -108,9 +111,9 @@ pub(crate) struct Unit {
 
 /// Where the flags are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Where {
-    host: bool,
-    memory: bool,
+pub(crate) struct Where {
+    pub(crate) host: bool,
+    pub(crate) memory: bool,
 }
 
 /// Host code that is written after the unit's, out of the way.
@@ -152,6 +155,8 @@ pub(crate) struct Translator {
     stubs: Stubs,
     /// Most instructions in a unit.
     pub(crate) most: usize,
+    /// Everything is done twice, and must give the same: the interpreter reads the clock.
+    pub(crate) repeats: bool,
     /// Changes instructions before they are translated: a fault, to see that it is found.
     #[cfg(test)]
     pub(crate) fault: Option<fn(&mut Instruction)>,
@@ -172,6 +177,7 @@ impl Translator {
             at,
             stubs,
             most: MOST,
+            repeats: false,
             #[cfg(test)]
             fault: None,
         }
@@ -250,23 +256,16 @@ impl Translator {
             if let Some(fault) = self.fault {
                 fault(&mut instruction);
             }
-            let kind = classify(&instruction, mode);
+            let mut kind = classify(&instruction, mode);
+            if self.repeats && matches!(kind, Kind::ReadTime { .. }) {
+                kind = Kind::Operate;
+            }
             if let Kind::Access(set) = kind {
                 mode = mode.with_access(set);
             }
             self.push(instruction, kind);
             unit.length = decoder.position() as u64;
-            let last = matches!(
-                kind,
-                Kind::Jump(_)
-                    | Kind::Count(..)
-                    | Kind::Call(_)
-                    | Kind::JumpIndirect
-                    | Kind::CallIndirect
-                    | Kind::Return(_)
-                    | Kind::OperateLast
-            );
-            if last {
+            if kind.ends() {
                 break;
             }
         }
@@ -282,7 +281,9 @@ impl Translator {
             Kind::Nothing | Kind::Verbatim | Kind::Lea => (0, 0, 0),
             Kind::Count(..) => (0, 0, 0),
             Kind::PushFlags => (FLAGS, 0, 0),
-            Kind::PopFlags => (0, FLAGS, FLAGS),
+            Kind::SystemCall => (FLAGS, 0, FLAGS),
+            Kind::PopFlags | Kind::SystemReturn => (0, FLAGS, FLAGS),
+            Kind::ReadTime { .. } => (0, 0, 0),
             Kind::Interrupts(_)
             | Kind::Access(_)
             | Kind::SwapGs
@@ -320,9 +321,7 @@ impl Translator {
                 Kind::Count(_, target) => {
                     look(unit, target) | look(unit, guest.instruction.next_ip())
                 }
-                Kind::JumpIndirect | Kind::CallIndirect | Kind::Return(_) | Kind::OperateLast => {
-                    FLAGS
-                }
+                kind if kind.ends() => FLAGS,
                 _ => look(unit, guest.instruction.next_ip()),
             },
         };
@@ -395,15 +394,15 @@ fn fault_segment(instruction: &Instruction) -> usize {
     }
 }
 
-struct Writer<'a> {
-    asm: &'a mut Asm,
+pub(crate) struct Writer<'a> {
+    pub(crate) asm: &'a mut Asm,
     encoder: &'a mut Encoder,
-    at: Addresses,
+    pub(crate) at: Addresses,
     stubs: Stubs,
     request: Request<'a>,
-    flags: Where,
+    pub(crate) flags: Where,
     /// The mode at this point: STAC and CLAC change it.
-    mode: Mode,
+    pub(crate) mode: Mode,
     unit: &'a mut Unit,
     asides: Vec<Aside>,
     interp: &'a mut Interpreter,
@@ -432,17 +431,7 @@ impl Writer<'_> {
             }
         }
         if let Some(last) = guests.last() {
-            let open = !matches!(
-                last.kind,
-                Kind::Jump(_)
-                    | Kind::Count(..)
-                    | Kind::Call(_)
-                    | Kind::JumpIndirect
-                    | Kind::CallIndirect
-                    | Kind::Return(_)
-                    | Kind::OperateLast
-            );
-            if open {
+            if !last.kind.ends() {
                 let next = self.request.rip.wrapping_add(self.unit.length);
                 self.leave_direct(next, last.live_out);
             }
@@ -480,7 +469,7 @@ impl Writer<'_> {
     // Flags.
 
     /// Host code that changes the flags follows: they must be in memory if anyone needs them.
-    fn give_up_flags(&mut self, live: u32) {
+    pub(crate) fn give_up_flags(&mut self, live: u32) {
         if live != 0 && !self.flags.memory {
             self.asm.mov(RCX, RAX);
             self.asm.flags_to_ax();
@@ -612,8 +601,7 @@ impl Writer<'_> {
         self.request.first_site + self.unit.sites.len() as u32 - 1
     }
 
-    /// [`ADDRESS`] from linear to host address, or else a call. The flags are lost, and [`SPARE`] but for
-    /// accesses relative to RSP.
+    /// [`ADDRESS`] from linear to host address, or else a call. The flags and [`SPARE`] are lost.
     fn translate(&mut self, guest: &Guest, size: usize, write: bool, stack: bool, segment: usize) {
         let view = self.mode.view();
         let site = Site {
@@ -656,7 +644,7 @@ impl Writer<'_> {
     }
 
     /// The interpreter does the instruction if a condition holds.
-    fn operate_if(&mut self, guest: &Guest, condition: u8) {
+    pub(crate) fn operate_if(&mut self, guest: &Guest, condition: u8) {
         self.asm.jump_if(condition, self.asm.here());
         let jump = self.asm.bytes.len() - 4;
         let site = self.site(guest);
@@ -665,13 +653,20 @@ impl Writer<'_> {
     }
 
     /// The address of the word at the top of the stack, to be pushed or popped.
-    fn stack_access(&mut self, guest: &Guest, write: bool) {
+    pub(crate) fn stack_access(&mut self, guest: &Guest, write: bool) {
         if write {
             self.asm.lea(true, ADDRESS, Mem::at(GUEST_RSP, -8));
         } else {
             self.asm.mov(ADDRESS, GUEST_RSP);
         }
-        self.translate(guest, 8, write, true, sreg::SS);
+        let one_page = !self.wanders(guest);
+        self.translate(guest, 8, write, one_page, sreg::SS);
+    }
+
+    /// Whether an instruction's accesses relative to RSP go to several pages, by experience.
+    fn wanders(&self, guest: &Guest) -> bool {
+        let offset = (guest.instruction.ip() & 0xfff) as u16;
+        self.request.wandering.contains(&offset)
     }
 
     /// The memory operand of an instruction: its host address to [`ADDRESS`]. The interpreter does an access
@@ -681,7 +676,8 @@ impl Writer<'_> {
         let (base, index) = (instruction.memory_base(), instruction.memory_index());
         let stack = base == Register::RSP
             && index == Register::None
-            && !matches!(instruction.memory_segment(), Register::FS | Register::GS);
+            && !matches!(instruction.memory_segment(), Register::FS | Register::GS)
+            && !self.wanders(guest);
         let segment = fault_segment(instruction);
         self.linear_address(instruction);
         if alignment > 1 {
@@ -717,7 +713,9 @@ impl Writer<'_> {
                 self.give_up_flags(guest.live_in);
                 self.operand(guest, 8, false, 1);
                 self.asm.load(SPARE, Mem::at(ADDRESS, 0));
+                self.asm.store(Mem::low(self.at.stash()), SPARE);
                 self.stack_access(guest, true);
+                self.asm.load(SPARE, Mem::low(self.at.stash()));
                 self.asm.store(Mem::at(ADDRESS, 0), SPARE);
                 self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
             }
@@ -729,7 +727,8 @@ impl Writer<'_> {
             Kind::Leave => {
                 self.give_up_flags(guest.live_in);
                 self.asm.mov(ADDRESS, crate::emit::RBP);
-                self.translate(guest, 8, false, true, sreg::SS);
+                let one_page = !self.wanders(guest);
+                self.translate(guest, 8, false, one_page, sreg::SS);
                 self.asm.lea(true, GUEST_RSP, Mem::at(crate::emit::RBP, 8));
                 self.asm.load(crate::emit::RBP, Mem::at(ADDRESS, 0));
             }
@@ -767,16 +766,10 @@ impl Writer<'_> {
             Kind::PopFlags => self.pop_flags(guest),
             Kind::Interrupts(enable) => self.interrupts(guest, enable),
             Kind::Access(set) => self.access(guest, set),
-            Kind::SwapGs => {
-                let (base, kernel) = (
-                    Mem::low(self.at.segment_base(sreg::GS)),
-                    Mem::low(self.at.kernel_gs_base()),
-                );
-                self.asm.load(SPARE, base);
-                self.asm.load(ADDRESS, kernel);
-                self.asm.store(kernel, SPARE);
-                self.asm.store(base, ADDRESS);
-            }
+            Kind::SwapGs => self.swap_gs(),
+            Kind::SystemCall => self.system_call(guest),
+            Kind::SystemReturn => self.system_return(guest),
+            Kind::ReadTime { processor } => self.read_time(guest, processor),
             Kind::String(string) => self.string(guest, string),
             Kind::ControlWord => {
                 self.give_up_flags(guest.live_in);
@@ -933,91 +926,6 @@ impl Writer<'_> {
         if let Some(none) = none {
             self.asm.patch(none, self.asm.here());
         }
-    }
-
-    /// PUSHFQ: RF and VM are pushed as zero, and are zero anyhow while host code runs.
-    fn push_flags(&mut self, guest: &Guest) {
-        self.give_up_flags(FLAGS);
-        self.stack_access(guest, true);
-        let flags = self.at.flags();
-        // What LAHF gives is the low byte of RFLAGS, bit 1 included.
-        self.asm.load8(SPARE, Mem::low(flags + 1));
-        self.asm
-            .alu_load(Alu::Or, SPARE, Mem::low(self.at.system_flags()));
-        self.asm.store(Mem::at(ADDRESS, 0), SPARE);
-        self.asm.load8(SPARE, Mem::low(flags));
-        self.asm.shl32(SPARE, 11);
-        self.asm.alu_store(Alu::Or, Mem::at(ADDRESS, 0), SPARE);
-        self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
-    }
-
-    /// POPFQ that changes nothing but arithmetic flags and, at CPL 0, IF.
-    fn pop_flags(&mut self, guest: &Guest) {
-        self.give_up_flags(guest.live_in);
-        self.stack_access(guest, false);
-        self.asm.load(SPARE, Mem::at(ADDRESS, 0));
-        self.asm.mov(ADDRESS, SPARE);
-        self.asm
-            .alu_load(Alu::Xor, ADDRESS, Mem::low(self.at.system_flags()));
-        let may = if self.mode.is_user() { 0 } else { rflags::IF };
-        let system = rflags::DEFINED & !rflags::ARITHMETIC;
-        self.asm.test_imm32(ADDRESS, (system & !may) as u32);
-        self.operate_if(guest, condition::NE);
-        if may != 0 {
-            // An interrupt that waits for IF comes by way of the run loop.
-            self.asm.test_imm32(SPARE, rflags::IF as u32);
-            let stays = self.asm.short_if(condition::E);
-            self.asm
-                .compare_byte(Mem::low(self.at.interrupt_waits()), 0);
-            self.operate_if(guest, condition::NE);
-            self.asm.land(stays);
-            self.asm.mov32(ADDRESS, SPARE);
-            self.asm.alu_imm(false, Alu::And, ADDRESS, system as i32);
-            self.asm.store(Mem::low(self.at.system_flags()), ADDRESS);
-        }
-        let flags = self.at.flags();
-        // Reserved bits read as LAHF gives them, whatever was popped.
-        self.asm
-            .alu_imm(false, Alu::And, SPARE, rflags::ARITHMETIC as i32);
-        self.asm.alu_imm(false, Alu::Or, SPARE, rflags::ONE as i32);
-        self.asm.store8(Mem::low(flags + 1), SPARE);
-        self.asm.shr32(SPARE, 11);
-        self.asm.alu_imm(false, Alu::And, SPARE, 1);
-        self.asm.store8(Mem::low(flags), SPARE);
-        self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, 8));
-        self.flags = Where {
-            host: false,
-            memory: true,
-        };
-    }
-
-    /// CLI and STI at CPL 0. The instruction that STI holds interrupts off for is not heeded: none waits, and
-    /// one that comes now might have come later.
-    fn interrupts(&mut self, guest: &Guest, enable: bool) {
-        self.give_up_flags(guest.live_in);
-        let flags = Mem::low(self.at.system_flags());
-        if enable {
-            self.asm
-                .compare_byte(Mem::low(self.at.interrupt_waits()), 0);
-            self.operate_if(guest, condition::NE);
-            self.asm.alu_memory_imm32(Alu::Or, flags, rflags::IF as i32);
-        } else {
-            self.asm
-                .alu_memory_imm32(Alu::And, flags, !(rflags::IF as i32));
-        }
-    }
-
-    /// STAC and CLAC at CPL 0.
-    fn access(&mut self, guest: &Guest, set: bool) {
-        self.give_up_flags(guest.live_in);
-        let flags = Mem::low(self.at.system_flags());
-        if set {
-            self.asm.alu_memory_imm32(Alu::Or, flags, rflags::AC as i32);
-        } else {
-            self.asm
-                .alu_memory_imm32(Alu::And, flags, !(rflags::AC as i32));
-        }
-        self.mode = self.mode.with_access(set);
     }
 
     /// BT, BTS, BTR and BTC of memory with an offset in a register, whose upper bits move the address.
@@ -1304,7 +1212,7 @@ impl Writer<'_> {
     }
 
     /// Goes on at the linear address in [`ADDRESS`]. The flags are in memory.
-    fn indirect(&mut self, guest: &Guest, popped: i32) {
+    pub(crate) fn indirect(&mut self, guest: &Guest, popped: i32) {
         let site = Site {
             popped,
             ..self.site(guest)

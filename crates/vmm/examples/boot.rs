@@ -1,7 +1,8 @@
 //! Boots a kernel with its serial port on standard output, and says what it did.
 //!
 //! `cargo run --release -p trapgate-vmm --example boot -- KERNEL [INITRD…] [--cmdline S] [--cpus N]
-//! [--memory MIB] [--limit SECONDS] [--disk FILE] [--button SECONDS] [--stock [COMMAND…]]`
+//! [--memory MIB] [--limit SECONDS] [--disk FILE] [--button SECONDS] [--level v2|v3]
+//! [--extra INITRD] [--stock [COMMAND…]]`
 //!
 //! `--stock` boots the distribution's kernel with the init of `trapgate_image`, which runs the command;
 //! what comes through the console's ports is printed line by line with the port's name.
@@ -17,6 +18,7 @@ use trapgate_vmm::{
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut config = MachineConfig::default();
     let mut files = Vec::new();
+    let mut extra = Vec::new();
     let mut names: &[&str] = &[];
     let mut button = None;
     let mut limit = Duration::from_secs(60);
@@ -31,6 +33,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     "kvm" => trapgate_vmm::EngineKind::Kvm,
                     _ => trapgate_vmm::EngineKind::Interp,
                 });
+            }
+            "--extra" => extra.push(std::fs::read(value()?)?),
+            "--level" => {
+                config.level = match &value()?[..] {
+                    "v2" => trapgate_x86::profile::Level::V2,
+                    _ => trapgate_x86::profile::Level::V3,
+                }
             }
             "--cpus" => config.cpus = value()?.parse()?,
             "--memory" => config.memory_bytes = value()?.parse::<u64>()? << 20,
@@ -60,7 +69,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             _ => files.push(std::fs::read(&argument)?),
         }
     }
-    let mut files = files.into_iter().map(Content::from);
+    let mut files = files.into_iter().chain(extra).map(Content::from);
     config.kernel = files.next().ok_or("usage: boot KERNEL [INITRD…]")?;
     config.initrds = files.collect();
 

@@ -78,7 +78,7 @@ macro_rules! programs {
 }
 
 programs!(
-    bench chain coprocessor exceptions interrupts modes paging segmentation selfmod strings transfers
+    bench chain coprocessor exceptions identity interrupts modes paging segmentation selfmod sensitive strings transfers
 );
 
 /// An engine that is not in this list would not be held to anything.

@@ -59,7 +59,8 @@ bodies! {
     read_with_ac: [".byte 0x0F, 0x01, 0xCB"] "mov al, [rdi]"; // stac
 
     read_msr: ["mov ecx, edi"] "rdmsr";
-    write_lstar_non_canonical: ["mov ecx, 0xC0000082", "mov edx, 0x8000", "xor eax, eax"] "wrmsr";
+    // Nor canonical with 57 bits: the check is made for what the processor has.
+    write_lstar_non_canonical: ["mov ecx, 0xC0000082", "mov edx, 0x80000000", "xor eax, eax"] "wrmsr";
     write_efer: ["mov ecx, 0xC0000080", "xor edx, edx", "mov eax, edi"] "wrmsr";
     write_cr0: [] "mov cr0, rdi";
     write_cr4: [] "mov cr4, rdi";

@@ -29,14 +29,18 @@ static mut USER_STACK: Page = Page([0; 4096]);
 fn exceptions() {
     window::open();
     divide();
-    debug();
-    software_interrupts();
-    invalid_opcodes();
+    single_steps();
     segments();
-    page_faults();
-    user_mode();
-    double_faults();
     addresses();
+    double_faults();
+    user_mode();
+    page_faults();
+    // A paravirtual KVM does not emulate some of these.
+    debug();
+    smap_suspended();
+    invalid_opcodes();
+    gates();
+    software_interrupts();
     registers();
     println!("exceptions: done");
 }
@@ -52,8 +56,8 @@ fn divide() {
     show("idiv of the smallest number by -1", idiv_overflow, 0);
 }
 
-/// SDM vol. 3B 19.2 and 19.3.
-fn debug() {
+/// SDM vol. 3B 19.3.1.4.
+fn single_steps() {
     cpu::write_dr6(0);
     show("single step", single_step, 0);
     show(
@@ -62,8 +66,10 @@ fn debug() {
         0,
     );
     cpu::write_dr6(0);
-    show("int1", int1, 0);
+}
 
+/// SDM vol. 3B 19.2 and 19.3.
+fn debug() {
     // DR7: enable breakpoint 0; bits 16 to 19 say what for.
     let target = bodies::at(breakpoint_target);
     cpu::write_dr0(target);
@@ -111,6 +117,8 @@ fn debug() {
 }
 
 fn software_interrupts() {
+    cpu::write_dr6(0);
+    show("int1", int1, 0);
     show("int3", int3, 0);
     show("int 3 in two bytes", int_3, 0);
     show("int 4", int_4, 0);
@@ -177,7 +185,10 @@ fn segments() {
         far_return,
         u64::from(segments::USER_CODE & !3),
     );
+}
 
+/// The gates of INT n (SDM vol. 3A 7.12.1, 7.13).
+fn gates() {
     interrupts::set_gate(
         0x81,
         segments::KERNEL_CODE,
@@ -323,6 +334,15 @@ fn page_faults() {
         cpu::write_cr4(cpu::read_cr4() | cpu::cr4::SMAP);
         show("read of a user page, smap", read_byte, page);
         show("write of a user page, smap", write_byte, page);
+        cpu::write_cr4(cpu::read_cr4() & !cpu::cr4::SMAP);
+    }
+}
+
+/// SDM vol. 3A 5.6.1.
+fn smap_suspended() {
+    if has_feature(20) {
+        let page = window::map_memory(4, &raw const FRAME, PRESENT | WRITABLE | USER);
+        cpu::write_cr4(cpu::read_cr4() | cpu::cr4::SMAP);
         show("read of a user page, smap, ac set", read_with_ac, page);
         cpu::write_cr4(cpu::read_cr4() & !cpu::cr4::SMAP);
     }

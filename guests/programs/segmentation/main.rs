@@ -41,8 +41,8 @@ fn segmentation() {
     types();
     limits();
     directions();
-    loads::show();
     tables::show();
+    loads::show();
     code_limits();
     println!("segmentation: done");
 }

@@ -64,10 +64,6 @@ impl Kind {
     fn has_destination(self) -> bool {
         !matches!(self, Kind::Lods | Kind::Outs)
     }
-
-    fn writes(self) -> bool {
-        matches!(self, Kind::Movs | Kind::Stos | Kind::Ins)
-    }
 }
 
 const REP: u8 = 0xF3;

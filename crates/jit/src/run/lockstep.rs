@@ -25,7 +25,7 @@ use trapgate_memory::{GuestMemory, PAGE_SIZE};
 use trapgate_x86::registers::{gpr, rflags};
 use trapgate_x86::{Activity, CpuProfile, CpuState, InterruptShadow};
 
-use super::{Ended, JitError, Translating, to_ax};
+use super::{Ended, JitError, Translating, class, to_ax};
 use crate::context::{Context, TLB_ENTRIES};
 use crate::instruction::{Kind, Undefined};
 use crate::mode::Mode;
@@ -196,7 +196,9 @@ impl Lockstep {
         reference.cpu.stay_apart();
         let mut jit = Translating::new(memory, world, profile, index, count)?;
         jit.be_exact();
-        jit.whole().rust.watch = Some(Box::default());
+        let rust = &mut jit.whole().rust;
+        rust.watch = Some(Box::default());
+        rust.translator.repeats = true;
         Ok(Self {
             jit,
             reference,
@@ -504,7 +506,7 @@ impl Lockstep {
         if strict {
             context.interp.cpu.forget_write_rights();
             for (tlb, entries) in context.tlbs.iter_mut().zip(TLB_ENTRIES) {
-                tlb.clear(entries, context.rust.unmatched);
+                tlb.table(entries).clear(context.rust.unmatched);
             }
         }
         if let Some(watch) = &mut context.rust.watch {
@@ -874,6 +876,8 @@ impl Context {
             return Ok(None);
         };
         self.rust.access = self.interp.cpu.system_flags & rflags::AC != 0;
+        // Host code that changes the privilege level looks for this.
+        self.target_modes[class(mode)] = mode.0;
         self.find(self.interp.cpu.rip, mode, true)
     }
 }
@@ -881,6 +885,7 @@ impl Context {
 impl Vcpu for Lockstep {
     fn run(&mut self) -> RunExit {
         let context = self.jit.whole();
+        context.rust.rate.forget(&mut context.clock);
         context.interp.notice_traces();
         context.see_dropped();
         self.reference.cpu.forget_translations();

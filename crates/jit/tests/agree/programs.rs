@@ -370,9 +370,8 @@ fn programs_do_the_same_in_lockstep_and_with_linked_blocks() {
         }
         compared += lockstep.compared().blocks - before;
         let (other_exit, found) = bounded(&mut jit, |vcpu| run(vcpu, &start));
-        if exit == Exit::Kicked || other_exit == Exit::Kicked {
-            // It wrote over its own counter.
-            assert_eq!(exit, other_exit, "case {case} seed {case_seed}");
+        if exit == Exit::Kicked {
+            // It wrote over its own counter. The translator alone is faster, and may have come to the end.
             continue;
         }
         ended += 1;
