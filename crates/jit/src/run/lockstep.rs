@@ -17,7 +17,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction};
-use trapgate_engine::{Exit as RunExit, Failure, Signals, StateError, Vcpu, World};
+use trapgate_engine::{
+    Counter, Exit as RunExit, Failure, Measure, Signals, StateError, Vcpu, World,
+};
 use trapgate_interp::cpu::{Cpu, Stop};
 use trapgate_interp::op::{Op, attribute};
 use trapgate_interp::{Changes, Interpreter};
@@ -137,6 +139,7 @@ pub struct Lockstep {
     /// Number of times that the translator had thrown its code away.
     flushes: u64,
     compared: Compared,
+    counters: [Counter; 4],
     report: Option<String>,
 }
 
@@ -205,6 +208,19 @@ impl Lockstep {
             guides: Vec::new(),
             flushes: 0,
             compared: Compared::default(),
+            counters: [
+                ("compared_blocks", "Blocks that were compared"),
+                (
+                    "done_once",
+                    "Instructions and events that cannot be compared",
+                ),
+                (
+                    "disturbed_blocks",
+                    "Blocks not judged because a device wrote memory",
+                ),
+                ("repeated_blocks", "Blocks that the interpreter ran again"),
+            ]
+            .map(|(name, help)| Counter::new(name, Measure::Events, help)),
             report: None,
         })
     }
@@ -890,7 +906,18 @@ impl Vcpu for Lockstep {
         context.see_dropped();
         self.reference.cpu.forget_translations();
         self.catch_up();
-        self.run_until_exit()
+        let exit = self.run_until_exit();
+        let Compared {
+            blocks,
+            once,
+            disturbed,
+            again,
+            ..
+        } = self.compared;
+        for (counter, value) in self.counters.iter().zip([blocks, once, disturbed, again]) {
+            counter.set(value);
+        }
+        exit
     }
 
     fn step(&mut self) -> RunExit {
@@ -911,6 +938,10 @@ impl Vcpu for Lockstep {
 
     fn instructions(&self) -> u64 {
         self.compared.instructions + self.compared.once
+    }
+
+    fn counters(&self) -> Vec<Counter> {
+        self.counters.to_vec()
     }
 
     fn explain(&mut self) -> Option<String> {
