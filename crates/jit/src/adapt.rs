@@ -1,20 +1,21 @@
 //! Instructions that turn out not to be what they were taken for, and are translated again.
 //!
-//! Accesses relative to RSP have one cached translation, which is all they need until a frame lies across the
-//! end of a page: then its instructions take it from each other. Those that do so often use the table.
+//! Accesses relative to RSP, and those in loops, use a cached translation that they need not look for, since most go
+//! to the same page as the last. If one does not, or if two take it from each other, as when a frame lies across the
+//! end of a page, they use the table instead.
 
 use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashMap;
 
-/// Stack accesses that miss before the last of them is looked at.
-pub(crate) const PATIENCE: u32 = 256;
+/// Accesses that miss their slot before the last of them is looked at.
+pub(crate) const PATIENCE: u32 = 1024;
 /// If so many miss in less time than this, it is worth doing something about it.
-const OFTEN: Duration = Duration::from_millis(4);
+const OFTEN: Duration = Duration::from_millis(2);
 /// Instructions that are remembered before all are forgotten.
 const MOST: usize = 1 << 16;
 
-/// Instructions whose accesses relative to RSP go to several pages.
+/// Instructions whose accesses go to several pages.
 #[derive(Debug, Default)]
 pub(crate) struct Wandering {
     /// Their offsets, by guest-physical page.
