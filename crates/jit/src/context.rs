@@ -4,6 +4,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::AtomicU32;
 
+use crate::adapt::Lesson;
 use crate::clock::Reading;
 use trapgate_interp::Interpreter;
 use trapgate_interp::cpu::Cpu;
@@ -251,8 +252,8 @@ pub(crate) struct Context {
     pub(crate) target_modes: [u8; CLASSES],
     /// The time-stamp counter.
     pub(crate) clock: Reading,
-    /// Stack accesses that may yet miss before one is looked at: see [`crate::adapt`].
-    pub(crate) patience: u32,
+    /// Accesses that may yet miss in a slot, and in a table, before one is looked at: see [`crate::adapt`].
+    pub(crate) patience: [u32; 2],
     /// The host's MXCSR.
     pub(crate) host_mxcsr: u32,
     /// Rust functions that host code calls.
@@ -322,8 +323,8 @@ impl Addresses {
         self.field(offset_of!(Context, stash))
     }
 
-    pub(crate) fn patience(self) -> u32 {
-        self.field(offset_of!(Context, patience))
+    pub(crate) fn patience(self, lesson: Lesson) -> u32 {
+        self.field(offset_of!(Context, patience)) + lesson as u32 * 4
     }
 
     pub(crate) fn host_mxcsr(self) -> u32 {

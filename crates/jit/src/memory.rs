@@ -3,6 +3,7 @@
 use iced_x86::{Instruction, Register};
 use trapgate_x86::registers::sreg;
 
+use crate::adapt::Lesson;
 use crate::context::{Addresses, HOST_OFFSET, SLOTS, page_offset};
 use crate::emit::{Alu, Mem, Reg, condition};
 use crate::instruction::Guest;
@@ -108,11 +109,12 @@ impl Writer<'_> {
             _ => None,
         };
         let fixed = base == Register::RIP || base == Register::None;
-        if segment.is_none() && fixed && index == Register::None {
+        let lesson = self.lesson(guest);
+        if lesson.is_none() && segment.is_none() && fixed && index == Register::None {
             let linear = instruction.memory_displacement64();
             return Place::Entry(Addresses::tlb_entry(self.mode.view(), linear));
         }
-        if self.wanders(guest) {
+        if lesson == Some(Lesson::Wanders) {
             return Place::Table;
         }
         if let Some(slot) = segment {
@@ -121,7 +123,7 @@ impl Writer<'_> {
         if base == Register::RSP && index == Register::None {
             return Place::Slot(STACK);
         }
-        if !self.is_in_loop(guest) {
+        if lesson.is_none() && !self.is_in_loop(guest) {
             return Place::Table;
         }
         // Instructions with the same base share one: they often work on the same structure.
@@ -129,8 +131,8 @@ impl Writer<'_> {
         for register in [base, index] {
             hash = hash.wrapping_mul(31) + register as u64;
         }
-        if fixed || index != Register::None {
-            hash += instruction.memory_displacement64() >> 8;
+        if fixed {
+            hash = hash.wrapping_add(instruction.memory_displacement64() >> 8);
         }
         Place::Slot(SHARED + (hash % (SLOTS - SHARED) as u64) as usize)
     }
@@ -210,7 +212,7 @@ impl Writer<'_> {
 
     /// Where the word at the top of the stack finds its translation.
     pub(crate) fn stack_place(&self, guest: &Guest) -> Place {
-        if self.wanders(guest) {
+        if self.lesson(guest) == Some(Lesson::Wanders) {
             Place::Table
         } else {
             Place::Slot(STACK)
@@ -232,10 +234,7 @@ impl Writer<'_> {
     /// that is not aligned to `alignment` bytes.
     pub(crate) fn operand(&mut self, guest: &Guest, size: usize, write: bool, alignment: usize) {
         let instruction = &guest.instruction;
-        let segment = if matches!(
-            instruction.memory_base(),
-            Register::RSP | Register::RBP
-        ) {
+        let segment = if matches!(instruction.memory_base(), Register::RSP | Register::RBP) {
             sreg::SS
         } else {
             sreg::DS

@@ -17,12 +17,12 @@ use trapgate_x86::profile::Level;
 use trapgate_x86::registers::{gpr, rflags};
 use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
 
-use crate::adapt::{PATIENCE, Wandering};
+use crate::adapt::{Lesson, Lessons, PATIENCE};
 use crate::clock::Rate;
 use crate::code_memory::CodeMemory;
 use crate::context::{
-    ACCESS_TLB, Addresses, Slots, Table, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, TARGETS, TLB_ENTRIES,
-    USER_TLB,
+    ACCESS_TLB, Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, Slots, TARGETS,
+    TLB_ENTRIES, Table, USER_TLB,
 };
 use crate::emit::Asm;
 use crate::low::Low;
@@ -160,7 +160,7 @@ pub(crate) struct Inner {
     /// EFLAGS.AC as the processor's derived state has it.
     access: bool,
     page: Box<[u8; 4096 + 16]>,
-    wandering: Wandering,
+    lessons: Lessons,
     rate: Rate,
     pub(crate) statistics: Statistics,
 }
@@ -256,7 +256,7 @@ impl Translating {
                 let stubs_end = code.used();
                 addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
                 addr_of_mut!((*context).unmatched).write(unmatched());
-                addr_of_mut!((*context).patience).write(PATIENCE);
+                addr_of_mut!((*context).patience).write([PATIENCE; 2]);
                 addr_of_mut!((*context).poll).write(AtomicU32::new(1));
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
@@ -281,7 +281,7 @@ impl Translating {
                     local_code: Vec::new(),
                     access: false,
                     page: Box::new([0; 4096 + 16]),
-                    wandering: Wandering::default(),
+                    lessons: Lessons::default(),
                     rate: Rate::new(),
                     statistics: Statistics::default(),
                 });
@@ -466,8 +466,11 @@ impl Context {
             return self.slow_access(site);
         }
         self.rust.statistics.misses += 1;
-        if self.patience == 0 {
-            self.adapt(site);
+        for lesson in [Lesson::Wanders, Lesson::Crowded] {
+            if self.patience[lesson as usize] == 0 {
+                self.patience[lesson as usize] = PATIENCE;
+                self.adapt(site, lesson);
+            }
         }
         let cpu = &mut self.interp.cpu;
         let access = if site.write {
@@ -916,7 +919,7 @@ impl Context {
             second: second.map(|(mapping, _)| mapping),
             first_site: rust.sites.len() as u32,
             first_exit: rust.exits.len() as u32,
-            wandering: rust.wandering.on_page(gpa),
+            lessons: rust.lessons.on_page(gpa),
             exact: rust.exact,
         };
         let first_site = request.first_site;
@@ -1018,10 +1021,9 @@ impl Context {
         None
     }
 
-    /// So many stack accesses missed that time is lost by it: the code of the last is made anew.
-    fn adapt(&mut self, site: Site) {
-        self.patience = PATIENCE;
-        if !self.rust.wandering.is_often() {
+    /// So many accesses missed that time is lost by it: the code of the last is made anew.
+    fn adapt(&mut self, site: Site, lesson: Lesson) {
+        if !self.rust.lessons.is_often(lesson) {
             return;
         }
         let blocks = &self.rust.blocks;
@@ -1031,7 +1033,7 @@ impl Context {
         };
         let block = &blocks[number];
         let gpa = self.rust.mapped[mapping_of(block.keys[0]) as usize - 1].gpa;
-        if block.alive && self.rust.wandering.note(gpa, site.rip) {
+        if block.alive && self.rust.lessons.note(gpa, site.rip, lesson) {
             self.drop_block(number as u32);
         }
     }

@@ -2,9 +2,8 @@
 
 use trapgate_interp::{Layout, View};
 
-use crate::context::{
-    Addresses, Entry, HOST_OFFSET, MOST_LOCAL, TLB_ENTRIES, VIEWS, page_offset,
-};
+use crate::adapt::Lesson;
+use crate::context::{Addresses, Entry, HOST_OFFSET, MOST_LOCAL, TLB_ENTRIES, VIEWS, page_offset};
 use crate::emit::{
     Alu, Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSP, condition,
 };
@@ -137,15 +136,20 @@ impl Writer<'_> {
         self.asm.store32(Mem::low(self.at.site()), RCX);
     }
 
+    /// Counts a miss. From time to time Rust code looks at one.
+    fn lose_patience(&mut self, lesson: Lesson, miss: u64) {
+        let patience = Mem::low(self.at.patience(lesson));
+        self.asm.alu_memory_imm32(Alu::Sub, patience, 1);
+        self.asm.jump_if(condition::E, miss);
+    }
+
     /// Fetches a translation into a slot, whose address is in RCX, from the table. [`ADDRESS`] is what the
     /// linear address is more than the slot's page.
     fn find(&mut self, view: usize, write: bool, refill: u64, miss: u64) -> u64 {
         let start = self.asm.here();
         let page = |write| Mem::at(RCX, page_offset(write) as i32);
         self.asm.alu_load(Alu::Add, ADDRESS, page(write));
-        let patience = Mem::low(self.at.patience());
-        self.asm.alu_memory_imm32(Alu::Sub, patience, 1);
-        self.asm.jump_if(condition::E, miss);
+        self.lose_patience(Lesson::Wanders, miss);
         self.asm.push(RAX);
         self.asm.push(RDX);
         self.asm.rorx32(RAX, ADDRESS, 12 - ENTRY_SHIFT);
@@ -193,6 +197,7 @@ impl Writer<'_> {
             Mem::offset(table + page_offset(write), RCX),
         );
         let start = self.asm.here();
+        self.lose_patience(Lesson::Crowded, miss);
         let saved = [RAX, RDX, RBX];
         for register in saved {
             self.asm.push(register);
@@ -289,12 +294,7 @@ impl Writer<'_> {
 }
 
 /// Writes the stubs.
-pub(crate) fn write(
-    asm: &mut Asm,
-    at: Addresses,
-    wide: bool,
-    tlb: Layout,
-) -> Stubs {
+pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> Stubs {
     let mut writer = Writer { asm, at, wide };
     let enter = writer.asm.here();
     for register in [RBX, RBP, R12, R13, R14, R15] {

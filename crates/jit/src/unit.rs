@@ -12,10 +12,11 @@ use trapgate_interp::Interpreter;
 use trapgate_interp::op::Op;
 use trapgate_x86::registers::sreg;
 
+use crate::adapt::{Lesson, Noted};
 use crate::context::{Addresses, TARGETS};
-use crate::memory::{Missed, Place};
 use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDI, RDX, RSI, Reg, condition};
 use crate::instruction::{COUNTER, Count, FLAGS, Guest, Kind, Plan, Text, classify, flag_use};
+use crate::memory::{Missed, Place};
 use crate::mode::Mode;
 use crate::registers::{ADDRESS, GUEST_RCX, GUEST_RSP, HOME, SPARE, is_high_byte, named, number};
 use crate::stubs::Stubs;
@@ -83,9 +84,8 @@ pub(crate) struct Request<'a> {
     /// Numbers of the first site and exit.
     pub(crate) first_site: u32,
     pub(crate) first_exit: u32,
-    /// Offsets of instructions on this page whose accesses are not what they seem: not always to one page of
-    /// the stack.
-    pub(crate) wandering: &'a [u16],
+    /// What is known of the accesses of instructions on this page.
+    pub(crate) lessons: &'a [Noted],
     /// Flags are right wherever the guest could look.
     pub(crate) exact: bool,
 }
@@ -501,16 +501,21 @@ impl Writer<'_> {
         }
     }
 
-    /// Whether an instruction's accesses go to several pages, by experience.
-    pub(crate) fn wanders(&self, guest: &Guest) -> bool {
+    /// What is known of an instruction's accesses.
+    pub(crate) fn lesson(&self, guest: &Guest) -> Option<Lesson> {
         let offset = (guest.instruction.ip() & 0xfff) as u16;
-        self.request.wandering.contains(&offset)
+        let mut noted = self.request.lessons.iter();
+        noted
+            .find(|(other, _)| *other == offset)
+            .map(|noted| noted.1)
     }
 
     /// Whether an instruction is in a loop that ends in this unit.
     pub(crate) fn is_in_loop(&self, guest: &Guest) -> bool {
         let ip = guest.instruction.ip();
-        self.loops.iter().any(|&(first, last)| first <= ip && ip <= last)
+        self.loops
+            .iter()
+            .any(|&(first, last)| first <= ip && ip <= last)
     }
 
     pub(crate) fn site(&mut self, guest: &Guest) -> Site {
