@@ -72,6 +72,11 @@ impl Rate {
         }
     }
 
+    /// From now on every reading is the machine's.
+    pub(crate) fn disable(&mut self) {
+        self.usable = false;
+    }
+
     /// The machine's clock may stand still from now on: it is asked the next time.
     pub(crate) fn forget(&mut self, reading: &mut Reading) {
         self.floor = self.floor.max(reading.told(host_counter()));

@@ -200,6 +200,7 @@ impl Lockstep {
         let mut jit = Translating::new(memory, world, profile, index, count)?;
         jit.be_exact();
         let rust = &mut jit.whole().rust;
+        rust.rate.disable();
         rust.watch = Some(Box::default());
         rust.translator.repeats = true;
         Ok(Self {

@@ -19,7 +19,7 @@ use trapgate_x86::registers::{cr4, gpr, sreg};
 use trapgate_x86::{CpuProfile, CpuState, Segment, TableRegister};
 
 use crate::guest::{
-    CODE, DATA, Empty, Random, TABLES, contents, fill, instructions, memory, run, sequence,
+    CODE, DATA, Empty, MEMORY, Random, TABLES, contents, fill, instructions, memory, run, sequence,
     setting, state,
 };
 
@@ -239,6 +239,9 @@ impl Program<'_> {
 
 /// Writes a program from a seed, and gives the processor that is to run it.
 fn write(memory: &GuestMemory, compiled: &[u8], random: &mut Random) -> CpuState {
+    // A program that did not end on both has left it different.
+    let nothing = vec![0; MEMORY as usize];
+    memory.write(0, &nothing).expect("it is all of memory");
     fill(memory, random);
     let put = |gpa: u64, bytes: &[u8]| memory.write(gpa, bytes).expect("it lies in memory");
     let quad = |gpa: u64, value: u64| put(gpa, &value.to_le_bytes());
