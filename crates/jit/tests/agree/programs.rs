@@ -336,7 +336,7 @@ fn bounded<T>(vcpu: &mut dyn Vcpu, go: impl FnOnce(&mut dyn Vcpu) -> T) -> T {
     let signals = vcpu.signals();
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            while wait.recv_timeout(Duration::from_secs(5)) == Err(mpsc::RecvTimeoutError::Timeout)
+            while wait.recv_timeout(Duration::from_secs(1)) == Err(mpsc::RecvTimeoutError::Timeout)
             {
                 signals.raise(Signal::Kick);
             }
