@@ -12,7 +12,7 @@ mod signals;
 
 use std::sync::Arc;
 
-pub use counters::{Counter, Measure};
+pub use counters::{Cost, Costs, Counter, Measure, Observe};
 pub use signals::{Signal, Signals};
 use trapgate_x86::CpuState;
 
@@ -124,5 +124,9 @@ pub trait Vcpu: Send {
     /// processor of a machine has the same.
     fn counters(&self) -> Vec<Counter> {
         Vec::new()
+    }
+    /// What the engine spends host time on, if it knows. Asked for once, before it runs.
+    fn costs(&self) -> Option<Arc<dyn Costs>> {
+        None
     }
 }

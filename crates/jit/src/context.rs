@@ -201,6 +201,8 @@ pub(crate) struct Context {
     /// Rust functions that host code calls.
     pub(crate) miss: u64,
     pub(crate) operate: u64,
+    /// Translations that host code fetched into the tables.
+    pub(crate) refills: crate::statistics::Refills,
     pub(crate) tlbs: [Tlb; VIEWS],
     /// Which mapping of a code page is known to be in force, by linear page; 0 is none.
     pub(crate) pages: [[u32; PAGES]; 2],
@@ -275,6 +277,12 @@ impl Addresses {
         self.field(offset_of!(Context, operate))
     }
 
+    /// The count of refills.
+    pub(crate) fn refills(self, view: usize, write: bool, stack: bool) -> u32 {
+        let index = view * 4 + usize::from(write) * 2 + usize::from(stack);
+        self.field(offset_of!(Context, refills)) + (index * 8) as u32
+    }
+
     fn tlb(self, view: usize) -> u32 {
         self.field(offset_of!(Context, tlbs)) + (view * size_of::<Tlb>()) as u32
     }
@@ -340,6 +348,10 @@ impl Addresses {
 
     pub(crate) fn rip(self) -> u32 {
         self.cpu(offset_of!(Cpu, rip))
+    }
+
+    pub(crate) fn instructions(self) -> u32 {
+        self.cpu(offset_of!(Cpu, instructions))
     }
 
     pub(crate) fn system_flags(self) -> u32 {

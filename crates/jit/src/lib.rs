@@ -12,9 +12,11 @@ mod emit;
 mod instruction;
 mod low;
 mod mode;
+mod perf_map;
 mod registers;
 mod run;
 mod spaces;
+mod statistics;
 mod stubs;
 mod unit;
 

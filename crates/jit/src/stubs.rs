@@ -29,6 +29,41 @@ pub(crate) struct Stubs {
     pub(crate) indirect: u64,
 }
 
+impl Stubs {
+    /// Their names and where they begin, for people.
+    pub(crate) fn names(&self) -> Vec<(u64, String)> {
+        let Self {
+            enter,
+            refill,
+            operate,
+            link_host,
+            link_memory,
+            go_host,
+            go_memory,
+            indirect,
+        } = self;
+        let mut names = vec![
+            (*enter, "stub enter".to_owned()),
+            (*operate, "stub call-out".to_owned()),
+            (*link_host, "stub link, flags in the host's".to_owned()),
+            (*link_memory, "stub link".to_owned()),
+            (*go_host, "stub leave, flags in the host's".to_owned()),
+            (*go_memory, "stub leave".to_owned()),
+            (*indirect, "stub indirect".to_owned()),
+        ];
+        for (view, stubs) in refill.iter().enumerate() {
+            for (write, stubs) in stubs.iter().enumerate() {
+                for (stack, start) in stubs.iter().enumerate() {
+                    let cell = crate::statistics::Cell::of_refill(view, write, stack);
+                    names.push((*start, format!("stub refill {}", cell.name().1)));
+                }
+            }
+        }
+        names.sort();
+        names
+    }
+}
+
 /// Why host code came back.
 pub(crate) mod exit {
     /// A direct jump that leads nowhere yet; the site says which.
@@ -184,6 +219,8 @@ impl Writer<'_> {
         self.asm.store(other_page, RBX);
         self.asm.alu_load(Alu::Add, RCX, Mem::at(RDX, tlb.addend));
         self.asm.store(host, RCX);
+        let count = self.at.refills(view, write, stack.is_some());
+        self.asm.increment(Mem::low(count));
         for register in saved.into_iter().rev() {
             self.asm.pop(register);
         }
