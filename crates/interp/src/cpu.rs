@@ -109,6 +109,8 @@ pub struct Cpu {
     pub(crate) thunks: ThunkTable,
     /// Instructions executed.
     pub instructions: u64,
+    /// Walks of page tables: misses of the TLB.
+    pub walks: u64,
 }
 
 impl Cpu {
@@ -152,6 +154,7 @@ impl Cpu {
             fetch_epoch: 0,
             thunks: ThunkTable::default(),
             instructions: 0,
+            walks: 0,
         };
         cpu.set_rflags(reset.rflags);
         cpu.update_mode();

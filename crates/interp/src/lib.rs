@@ -45,7 +45,7 @@ mod xsave;
 
 use std::sync::Arc;
 
-use trapgate_engine::{Exit, Signals, StateError, Vcpu, World};
+use trapgate_engine::{Counter, Exit, Measure, Signals, StateError, Vcpu, World};
 use trapgate_memory::{GuestMemory, TraceFlags};
 use trapgate_x86::{CpuProfile, CpuState};
 
@@ -60,6 +60,8 @@ pub struct Interpreter {
     /// The processor.
     pub cpu: Cpu,
     blocks: Blocks,
+    /// What others read, brought up to date when it stops.
+    counters: [Counter; 2],
     /// The traces' epoch when this processor last ran.
     traces: u64,
 }
@@ -91,6 +93,18 @@ impl Interpreter {
         Self {
             cpu,
             blocks: Blocks::new(),
+            counters: [
+                Counter::new(
+                    "page_walks",
+                    Measure::Events,
+                    "Misses of the TLB, for which page tables were walked",
+                ),
+                Counter::new(
+                    "blocks_decoded",
+                    Measure::Events,
+                    "Blocks of guest code that were decoded",
+                ),
+            ],
             traces: 0,
         }
     }
@@ -112,7 +126,11 @@ impl Interpreter {
 impl Vcpu for Interpreter {
     fn run(&mut self) -> Exit {
         self.notice_traces();
-        self.run_until_exit()
+        let exit = self.run_until_exit();
+        let [walks, decoded] = &self.counters;
+        walks.set(self.cpu.walks);
+        decoded.set(self.blocks.decoded);
+        exit
     }
 
     fn step(&mut self) -> Exit {
@@ -134,6 +152,10 @@ impl Vcpu for Interpreter {
 
     fn instructions(&self) -> u64 {
         self.cpu.instructions
+    }
+
+    fn counters(&self) -> Vec<Counter> {
+        self.counters.to_vec()
     }
 }
 
