@@ -377,6 +377,7 @@ impl Translating {
     /// Runs host code from RIP, or one block on the interpreter.
     fn advance(&mut self) -> Option<RunExit> {
         let context = self.whole();
+        context.rust.statistics.count(Cell::LOOP);
         if context.interp.has_dropped() {
             context.see_dropped();
         }
@@ -408,6 +409,7 @@ impl Translating {
         let reason = self.enter();
         let context = self.whole();
         context.rust.statistics.stop(span);
+        context.rust.statistics.left[reason as usize & 3] += 1;
         context.settle();
         context.interp.cpu.end_block = false;
         if reason == exit::STOP {
@@ -987,7 +989,6 @@ impl Context {
     fn link(&mut self) -> Option<RunExit> {
         let number = self.site;
         let exit = self.rust.exits[number as usize];
-        self.rust.statistics.link_exits += 1;
         self.rust.statistics.count(Cell::LINK);
         self.interp.cpu.rip = exit.target;
         // Whatever changed meanwhile is seen to first, and the link made another time.
@@ -1149,7 +1150,6 @@ impl Vcpu for Translating {
         let context = self.whole();
         context.interp.notice_traces();
         let span = context.rust.statistics.start();
-        context.rust.statistics.count(Cell::LOOP);
         context.see_dropped();
         let exit = self.run_until_exit();
         let context = self.whole();

@@ -13,6 +13,7 @@ use iced_x86::Code;
 use trapgate_engine::{Cost, Costs, Counter, Measure};
 
 use crate::context::VIEWS;
+use crate::stubs::exit;
 
 /// Host code's refills, by view, write and stack.
 pub(crate) type Refills = [[[u64; 2]; 2]; VIEWS];
@@ -238,10 +239,10 @@ pub(crate) struct Statistics {
     pub(crate) exits: u64,
     /// Direct jumps that were linked.
     pub(crate) links: u64,
-    /// Direct jumps taken while they were not linked.
-    pub(crate) link_exits: u64,
     /// Times that host code was entered.
     pub(crate) entries: u64,
+    /// Times that it was left, by [`crate::stubs::exit`].
+    pub(crate) left: [u64; 4],
     /// Indirect jumps whose target was looked up.
     pub(crate) indirect: u64,
     /// Translations fetched into the inline TLB by Rust code.
@@ -278,8 +279,8 @@ impl Statistics {
             host_bytes: 0,
             exits: 0,
             links: 0,
-            link_exits: 0,
             entries: 0,
+            left: [0; 4],
             indirect: 0,
             misses: 0,
             slow: [0; 3],
@@ -360,7 +361,9 @@ impl Statistics {
             self.entries,
             self.exits,
             self.links,
-            self.link_exits,
+            self.left[exit::LINK as usize],
+            self.left[exit::GO as usize],
+            self.left[exit::STOP as usize],
             self.indirect,
             all,
             self.misses,
@@ -379,7 +382,7 @@ impl Statistics {
 }
 
 /// The counters, in the order of [`Statistics::publish`].
-const COUNTERS: [(&str, Measure, &str); 18] = [
+const COUNTERS: [(&str, Measure, &str); 20] = [
     (
         "translations",
         Measure::Events,
@@ -419,6 +422,16 @@ const COUNTERS: [(&str, Measure, &str); 18] = [
         "unlinked_exits",
         Measure::Events,
         "Direct jumps taken before they were linked",
+    ),
+    (
+        "look_exits",
+        Measure::Events,
+        "Times that translated code was left since a page of code may be another by now, or for an event",
+    ),
+    (
+        "stop_exits",
+        Measure::Events,
+        "Times that translated code was left after a fault, or an instruction that went elsewhere",
     ),
     (
         "indirect_lookups",
