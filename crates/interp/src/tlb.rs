@@ -36,7 +36,7 @@ pub enum Access {
 }
 
 /// Entries in each table.
-const ENTRIES: usize = 1024;
+const ENTRIES: usize = 4096;
 const VIEWS: usize = 4;
 /// A tag that no access has: its address-space tag is never given out.
 const NEVER: u64 = u64::MAX;

@@ -4,20 +4,29 @@
 use std::mem::offset_of;
 use std::sync::atomic::AtomicU32;
 
+use crate::clock::Reading;
 use trapgate_interp::Interpreter;
 use trapgate_interp::cpu::Cpu;
 use trapgate_thunk::RegisterFile;
 use trapgate_x86::SystemState;
 use trapgate_x86::descriptor::Segment;
 
-/// Entries of each view's table of translations.
-pub(crate) const TLB: usize = 512;
-/// Entries that each view uses: the second is for the few accesses of a kernel to user memory.
-pub(crate) const TLB_ENTRIES: [usize; VIEWS] = [TLB, 128, TLB];
+/// Entries of the largest table of translations.
+pub(crate) const TLB: usize = 2048;
+/// Entries of the user's table, which is copied when address spaces are exchanged.
+pub(crate) const USER_TLB: usize = 512;
+/// Entries of the table for the few accesses of a kernel to user memory.
+pub(crate) const ACCESS_TLB: usize = 128;
+/// Entries that each view uses.
+pub(crate) const TLB_ENTRIES: [usize; VIEWS] = [TLB, ACCESS_TLB, USER_TLB];
+/// Pages of the upper half that are not global, of which a list is kept; if there are more, all are forgotten.
+pub(crate) const MOST_LOCAL: usize = 256;
 /// Views with a table: those of [`trapgate_interp::View`] but the last.
 pub(crate) const VIEWS: usize = 3;
-/// Slots for code pages, for each half of the address space.
-pub(crate) const PAGES: usize = 512;
+/// Slots for code pages of the lower half of the address space, which every process has its own of.
+pub(crate) const USER_PAGES: usize = 512;
+/// Slots for code pages of the upper half: as far apart as two pages of a kernel may lie.
+pub(crate) const KERNEL_PAGES: usize = 8192;
 /// Entries of a table of jump targets.
 pub(crate) const TARGETS: usize = 1 << 16;
 /// Tables of jump targets: user, supervisor, supervisor with EFLAGS.AC.
@@ -35,19 +44,45 @@ fn other_page(page: u64) -> u64 {
 /// `a - page[index(a)] <= 4096 - n`, unsigned, where the index is of the first byte: so one that crosses the
 /// page's end misses.
 #[repr(C)]
-pub(crate) struct Tlb {
+pub(crate) struct Tlb<const ENTRIES: usize = TLB> {
     /// Linear addresses of pages that may be read.
-    pub(crate) read: [u64; TLB],
+    pub(crate) read: [u64; ENTRIES],
     /// Linear addresses of pages that may be written.
-    pub(crate) write: [u64; TLB],
+    pub(crate) write: [u64; ENTRIES],
     /// Host addresses of the pages.
-    pub(crate) host: [u64; TLB],
+    pub(crate) host: [u64; ENTRIES],
     /// A table with one entry, for accesses relative to RSP: it needs no index.
     pub(crate) stack: StackPage,
 }
 
-/// See [`Tlb::stack`].
+/// A list of linear addresses. If it is full there may be others.
 #[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Local {
+    pub(crate) count: u32,
+    pub(crate) linear: [u64; MOST_LOCAL],
+}
+
+impl Local {
+    pub(crate) fn push(&mut self, linear: u64) {
+        if let Some(slot) = self.linear.get_mut(self.count as usize) {
+            *slot = linear;
+            self.count += 1;
+        }
+    }
+
+    /// What is in it.
+    pub(crate) fn list(&self) -> &[u64] {
+        &self.linear[..MOST_LOCAL.min(self.count as usize)]
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.count as usize >= MOST_LOCAL
+    }
+}
+
+/// See [`Tlb::stack`].
+#[derive(Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct StackPage {
     pub(crate) read: u64,
@@ -55,48 +90,53 @@ pub(crate) struct StackPage {
     pub(crate) host: u64,
 }
 
-impl Tlb {
+/// A table of translations, wherever it lies: the current ones, or those of an address space that is not.
+pub(crate) struct Table<'a> {
+    read: &'a mut [u64],
+    write: &'a mut [u64],
+    host: &'a mut [u64],
+    stack: &'a mut StackPage,
+}
+
+impl<const ENTRIES: usize> Tlb<ENTRIES> {
     /// Zeros, to be filled in.
     pub(crate) fn zero() -> Self {
         Self {
-            read: [0; TLB],
-            write: [0; TLB],
-            host: [0; TLB],
-            stack: StackPage {
-                read: 0,
-                write: 0,
-                host: 0,
-            },
+            read: [0; ENTRIES],
+            write: [0; ENTRIES],
+            host: [0; ENTRIES],
+            stack: StackPage::default(),
         }
     }
 
-    /// What a slot holds that nothing hits: a page that does not have the slot's index.
-    fn never(index: usize) -> u64 {
-        if index == 0 { NEVER | 0x1000 } else { NEVER }
+    /// Its first entries, a power of two.
+    pub(crate) fn table(&mut self, entries: usize) -> Table<'_> {
+        Table {
+            read: &mut self.read[..entries],
+            write: &mut self.write[..entries],
+            host: &mut self.host[..entries],
+            stack: &mut self.stack,
+        }
+    }
+}
+
+/// What a slot holds that nothing hits: a page that does not have the slot's index.
+fn never(index: usize) -> u64 {
+    if index == 0 { NEVER | 0x1000 } else { NEVER }
+}
+
+impl Table<'_> {
+    fn index(&self, linear: u64) -> usize {
+        (linear >> 12) as usize % self.read.len()
     }
 
-    /// Forgets everything in `entries` slots. `unmatched` is a linear address that no guest can guess: not
-    /// canonical.
-    pub(crate) fn clear(&mut self, entries: usize, unmatched: u64) {
+    /// Forgets everything. `unmatched` is a linear address that no guest can guess: not canonical.
+    pub(crate) fn clear(&mut self, unmatched: u64) {
         for pages in [&mut self.read, &mut self.write] {
-            pages[..entries].fill(NEVER);
+            pages.fill(NEVER);
             pages[0] = NEVER | 0x1000;
         }
         self.clear_stack(unmatched);
-    }
-
-    /// Forgets the pages of the lower half of the address space.
-    pub(crate) fn clear_lower(&mut self, entries: usize, unmatched: u64) {
-        for pages in [&mut self.read, &mut self.write] {
-            for (index, page) in pages[..entries].iter_mut().enumerate() {
-                if *page >> 63 == 0 {
-                    *page = Self::never(index);
-                }
-            }
-        }
-        if self.stack.read >> 63 == 0 || self.stack.write >> 63 == 0 {
-            self.clear_stack(unmatched);
-        }
     }
 
     pub(crate) fn clear_stack(&mut self, unmatched: u64) {
@@ -105,18 +145,18 @@ impl Tlb {
     }
 
     /// Forgets a page.
-    pub(crate) fn clear_page(&mut self, linear: u64, entries: usize, unmatched: u64) {
-        let index = (linear >> 12) as usize % entries;
-        self.read[index] = Self::never(index);
-        self.write[index] = Self::never(index);
+    pub(crate) fn clear_page(&mut self, linear: u64, unmatched: u64) {
+        let index = self.index(linear);
+        self.read[index] = never(index);
+        self.write[index] = never(index);
         self.clear_stack(unmatched);
     }
 
     /// Forgets the right to write to a host page.
-    pub(crate) fn revoke_write(&mut self, host: u64, entries: usize, unmatched: u64) {
-        for index in 0..entries {
-            if self.host[index] == host {
-                self.write[index] = Self::never(index);
+    pub(crate) fn revoke_write(&mut self, host: u64, unmatched: u64) {
+        for (index, page) in self.host.iter().enumerate() {
+            if *page == host {
+                self.write[index] = never(index);
             }
         }
         if self.stack.host == host {
@@ -125,15 +165,9 @@ impl Tlb {
     }
 
     /// Caches a translation.
-    pub(crate) fn insert(
-        &mut self,
-        linear: u64,
-        host: u64,
-        (read, write): (bool, bool),
-        entries: usize,
-    ) {
+    pub(crate) fn insert(&mut self, linear: u64, host: u64, (read, write): (bool, bool)) {
         let page = linear & !0xfff;
-        let index = (linear >> 12) as usize % entries;
+        let index = self.index(linear);
         let given = |right| if right { page } else { other_page(page) };
         self.read[index] = given(read);
         self.write[index] = given(write);
@@ -149,19 +183,59 @@ impl Tlb {
         unmatched: u64,
     ) {
         let given = |right| if right { linear & !0xfff } else { unmatched };
-        self.stack = StackPage {
+        *self.stack = StackPage {
             read: given(read),
             write: given(write),
             host,
         };
     }
 
-    /// Copies the first `entries` of another table.
-    pub(crate) fn copy_from(&mut self, other: &Self, entries: usize) {
-        self.read[..entries].copy_from_slice(&other.read[..entries]);
-        self.write[..entries].copy_from_slice(&other.write[..entries]);
-        self.host[..entries].copy_from_slice(&other.host[..entries]);
-        self.stack = other.stack;
+    /// Copies another table of the same size.
+    pub(crate) fn copy_from(&mut self, other: &Table<'_>) {
+        self.read.copy_from_slice(other.read);
+        self.write.copy_from_slice(other.write);
+        self.host.copy_from_slice(other.host);
+        *self.stack = *other.stack;
+    }
+}
+
+/// For each code page the number of the mapping that is known to be in force; 0 is none.
+#[repr(C)]
+pub(crate) struct Pages {
+    pub(crate) user: [u32; USER_PAGES],
+    pub(crate) kernel: [u32; KERNEL_PAGES],
+}
+
+impl Pages {
+    /// Which half of the address space, and which slot in it.
+    fn slot(linear: u64) -> (usize, usize) {
+        let page = (linear >> 12) as usize;
+        if linear >> 63 == 0 {
+            (0, page % USER_PAGES)
+        } else {
+            (1, page % KERNEL_PAGES)
+        }
+    }
+
+    /// The slots of one half.
+    pub(crate) fn half(&mut self, half: usize) -> &mut [u32] {
+        if half == 0 {
+            &mut self.user
+        } else {
+            &mut self.kernel
+        }
+    }
+
+    /// The slot of a page.
+    pub(crate) fn of(&mut self, linear: u64) -> &mut u32 {
+        let (half, slot) = Self::slot(linear);
+        &mut self.half(half)[slot]
+    }
+
+    /// Forgets all.
+    pub(crate) fn clear(&mut self) {
+        self.user.fill(0);
+        self.kernel.fill(0);
     }
 }
 
@@ -174,6 +248,8 @@ pub(crate) struct Targets {
     pub(crate) mapping: [u32; TARGETS],
 }
 
+/// What is no mode.
+pub(crate) const NO_MODE: u8 = 0xff;
 /// A linear address that is no jump target.
 pub(crate) const NO_TARGET: u64 = 0x8000_0000_0000_0000;
 
@@ -194,6 +270,12 @@ pub(crate) struct Context {
     pub(crate) rcx: u64,
     /// For a value that has no register for a moment.
     pub(crate) stash: u64,
+    /// Host code changed the privilege level, and what follows from it is not worked out yet.
+    pub(crate) stale: u32,
+    /// The mode that each table of jump targets is for, or [`NO_MODE`].
+    pub(crate) target_modes: [u8; CLASSES],
+    /// The time-stamp counter.
+    pub(crate) clock: Reading,
     /// Stack accesses that may yet miss before one is looked at: see [`crate::adapt`].
     pub(crate) patience: u32,
     /// The host's MXCSR.
@@ -204,8 +286,11 @@ pub(crate) struct Context {
     /// Translations that host code fetched into the tables.
     pub(crate) refills: crate::statistics::Refills,
     pub(crate) tlbs: [Tlb; VIEWS],
+    /// Addresses whose pages are in the tables and not in every address space, by view: those of the upper half
+    /// that are not global, and a supervisor's of the lower half.
+    pub(crate) local: [Local; VIEWS],
     /// Which mapping of a code page is known to be in force, by linear page; 0 is none.
-    pub(crate) pages: [[u32; PAGES]; 2],
+    pub(crate) pages: Pages,
     pub(crate) targets: [Targets; CLASSES],
     /// The processor.
     pub(crate) interp: Interpreter,
@@ -291,20 +376,20 @@ impl Addresses {
     pub(crate) fn tlb_pages(self, view: usize, write: bool) -> u32 {
         self.tlb(view)
             + if write {
-                offset_of!(Tlb, write)
+                offset_of!(Tlb<TLB>, write)
             } else {
-                offset_of!(Tlb, read)
+                offset_of!(Tlb<TLB>, read)
             } as u32
     }
 
     /// The array of host addresses.
     pub(crate) fn tlb_hosts(self, view: usize) -> u32 {
-        self.tlb(view) + offset_of!(Tlb, host) as u32
+        self.tlb(view) + offset_of!(Tlb<TLB>, host) as u32
     }
 
     pub(crate) fn stack_page(self, view: usize, write: bool) -> u32 {
         self.tlb(view)
-            + offset_of!(Tlb, stack) as u32
+            + offset_of!(Tlb<TLB>, stack) as u32
             + if write {
                 offset_of!(StackPage, write)
             } else {
@@ -313,13 +398,26 @@ impl Addresses {
     }
 
     pub(crate) fn stack_host(self, view: usize) -> u32 {
-        self.tlb(view) + (offset_of!(Tlb, stack) + offset_of!(StackPage, host)) as u32
+        self.tlb(view) + (offset_of!(Tlb<TLB>, stack) + offset_of!(StackPage, host)) as u32
+    }
+
+    fn local(self, view: usize) -> u32 {
+        self.field(offset_of!(Context, local)) + (view * size_of::<Local>()) as u32
+    }
+
+    pub(crate) fn local_count(self, view: usize) -> u32 {
+        self.local(view) + offset_of!(Local, count) as u32
+    }
+
+    pub(crate) fn local_list(self, view: usize) -> u32 {
+        self.local(view) + offset_of!(Local, linear) as u32
     }
 
     /// The slot of a code page.
     pub(crate) fn page(self, linear: u64) -> u32 {
-        let slot = (linear >> 63) as usize * PAGES + (linear >> 12) as usize % PAGES;
-        self.field(offset_of!(Context, pages)) + (slot * 4) as u32
+        let (half, slot) = Pages::slot(linear);
+        let half = [offset_of!(Pages, user), offset_of!(Pages, kernel)][half];
+        self.field(offset_of!(Context, pages) + half + slot * 4)
     }
 
     pub(crate) fn targets_linear(self, class: usize) -> u32 {
@@ -328,6 +426,26 @@ impl Addresses {
 
     pub(crate) fn targets_host(self, class: usize) -> u32 {
         self.targets_linear(class) + offset_of!(Targets, host) as u32
+    }
+
+    pub(crate) fn stale(self) -> u32 {
+        self.field(offset_of!(Context, stale))
+    }
+
+    pub(crate) fn target_mode(self, class: usize) -> u32 {
+        self.field(offset_of!(Context, target_modes)) + class as u32
+    }
+
+    pub(crate) fn clock_host(self) -> u32 {
+        self.field(offset_of!(Context, clock) + offset_of!(Reading, host))
+    }
+
+    pub(crate) fn clock_guest(self) -> u32 {
+        self.field(offset_of!(Context, clock) + offset_of!(Reading, guest))
+    }
+
+    pub(crate) fn clock_ratio(self) -> u32 {
+        self.field(offset_of!(Context, clock) + offset_of!(Reading, ratio))
     }
 
     fn cpu(self, offset: usize) -> u32 {
@@ -374,6 +492,14 @@ impl Addresses {
         self.segment(segment) + offset_of!(Segment, base) as u32
     }
 
+    pub(crate) fn segment_limit(self, segment: usize) -> u32 {
+        self.segment(segment) + offset_of!(Segment, limit) as u32
+    }
+
+    pub(crate) fn segment_access(self, segment: usize) -> u32 {
+        self.segment(segment) + offset_of!(Segment, access) as u32
+    }
+
     pub(crate) fn selector(self, segment: usize) -> u32 {
         self.segment(segment) + offset_of!(Segment, selector) as u32
     }
@@ -383,8 +509,36 @@ impl Addresses {
         self.cpu(offset_of!(Cpu, regs) + offset_of!(RegisterFile, x87))
     }
 
+    fn system(self, offset: usize) -> u32 {
+        self.cpu(offset_of!(Cpu, sys) + offset)
+    }
+
     pub(crate) fn kernel_gs_base(self) -> u32 {
-        self.cpu(offset_of!(Cpu, sys) + offset_of!(SystemState, kernel_gs_base))
+        self.system(offset_of!(SystemState, kernel_gs_base))
+    }
+
+    pub(crate) fn cr4(self) -> u32 {
+        self.system(offset_of!(SystemState, cr4))
+    }
+
+    pub(crate) fn efer(self) -> u32 {
+        self.system(offset_of!(SystemState, efer))
+    }
+
+    pub(crate) fn star(self) -> u32 {
+        self.system(offset_of!(SystemState, star))
+    }
+
+    pub(crate) fn lstar(self) -> u32 {
+        self.system(offset_of!(SystemState, lstar))
+    }
+
+    pub(crate) fn sfmask(self) -> u32 {
+        self.system(offset_of!(SystemState, sfmask))
+    }
+
+    pub(crate) fn tsc_aux(self) -> u32 {
+        self.system(offset_of!(SystemState, tsc_aux))
     }
 }
 

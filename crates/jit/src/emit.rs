@@ -359,6 +359,22 @@ impl Asm {
         self.bytes.push(count);
     }
 
+    /// `shl r64, imm8`
+    pub(crate) fn shl(&mut self, register: Reg, count: u8) {
+        self.registers(true, &[0xc1], 4, register.0);
+        self.bytes.push(count);
+    }
+
+    /// `not r64`
+    pub(crate) fn not(&mut self, register: Reg) {
+        self.registers(true, &[0xf7], 2, register.0);
+    }
+
+    /// `imul r64, [m]`
+    pub(crate) fn multiply_load(&mut self, register: Reg, by: Mem) {
+        self.memory(true, &[0x0f, 0xaf], register.0, by);
+    }
+
     /// `shr r32, imm8`
     pub(crate) fn shr32(&mut self, register: Reg, count: u8) {
         self.registers(false, &[0xc1], 5, register.0);

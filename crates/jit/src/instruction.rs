@@ -49,6 +49,14 @@ pub(crate) enum Kind {
     /// STAC, else CLAC.
     Access(bool),
     SwapGs,
+    /// SYSCALL.
+    SystemCall,
+    /// SYSRET to 64-bit mode.
+    SystemReturn,
+    /// RDTSCP, else RDTSC.
+    ReadTime {
+        processor: bool,
+    },
     /// MOV of a segment's selector to a register of 32 or 64 bits.
     Selector(usize),
     /// The same to one of 16 bits.
@@ -66,6 +74,24 @@ pub(crate) enum Kind {
     Operate,
     /// The interpreter runs it, and what comes then is looked up.
     OperateLast,
+}
+
+impl Kind {
+    /// Whether what comes next is not simply the next instruction.
+    pub(crate) fn ends(self) -> bool {
+        matches!(
+            self,
+            Self::Jump(_)
+                | Self::Count(..)
+                | Self::Call(_)
+                | Self::JumpIndirect
+                | Self::CallIndirect
+                | Self::Return(_)
+                | Self::SystemCall
+                | Self::SystemReturn
+                | Self::OperateLast
+        )
+    }
 }
 
 /// A string instruction.
@@ -189,8 +215,12 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         Code::Popfq => return Kind::PopFlags,
         Code::Cli if !mode.is_user() => return Kind::Interrupts(false),
         Code::Sti if !mode.is_user() => return Kind::Interrupts(true),
-        Code::Stac if mode.has_smap() => return Kind::Access(true),
-        Code::Clac if mode.has_smap() => return Kind::Access(false),
+        Code::Syscall if mode.is_user() => return Kind::SystemCall,
+        Code::Sysretq if !mode.is_user() => return Kind::SystemReturn,
+        Code::Rdtsc => return Kind::ReadTime { processor: false },
+        Code::Rdtscp => return Kind::ReadTime { processor: true },
+        Code::Stac if !mode.is_user() && mode.has_smap() => return Kind::Access(true),
+        Code::Clac if !mode.is_user() && mode.has_smap() => return Kind::Access(false),
         Code::Swapgs if !mode.is_user() => return Kind::SwapGs,
         Code::Rdfsbase_r32 | Code::Rdfsbase_r64 if mode.has_bases() => {
             return Kind::ReadBase(sreg::FS);

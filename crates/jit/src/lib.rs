@@ -6,6 +6,7 @@
 //! How it came to be so, with figures, is in `docs/translator.md`.
 
 mod adapt;
+mod clock;
 mod code_memory;
 mod context;
 mod emit;
@@ -18,6 +19,7 @@ mod run;
 mod spaces;
 mod statistics;
 mod stubs;
+mod system;
 mod unit;
 
 pub use run::{JitError, Translating, usable};

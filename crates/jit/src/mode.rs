@@ -19,7 +19,7 @@ impl Mode {
     const AVX: u8 = 1 << 3;
     /// All SIMD floating-point exceptions are masked.
     const MASKED: u8 = 1 << 4;
-    /// CPL 0 with CR4.SMAP: EFLAGS.AC decides about user pages.
+    /// CR4.SMAP: at CPL 0 EFLAGS.AC decides about user pages.
     const SMAP: u8 = 1 << 5;
     /// CR4.FSGSBASE.
     const BASES: u8 = 1 << 6;
@@ -37,7 +37,7 @@ impl Mode {
             _ => 0,
         };
         let sys = &cpu.sys;
-        if cpu.cpl == 0 && sys.cr4 & cr4::SMAP != 0 {
+        if sys.cr4 & cr4::SMAP != 0 {
             mode |= Self::SMAP;
         }
         if sys.cr4 & cr4::FSGSBASE != 0 {
@@ -87,6 +87,16 @@ impl Mode {
         } else {
             Self(self.0 & !Self::USER_PAGES)
         }
+    }
+
+    /// The mode after SYSCALL with EFLAGS.AC masked.
+    pub(crate) fn entered(self) -> Self {
+        Self(self.0 & !Self::USER).with_access(false)
+    }
+
+    /// The mode after SYSRET.
+    pub(crate) fn returned(self) -> Self {
+        Self(self.0 | Self::USER | Self::USER_PAGES)
     }
 
     /// The view of its data accesses, as the number of a table of translations.

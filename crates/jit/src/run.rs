@@ -5,6 +5,7 @@ use std::ptr::{addr_of_mut, from_mut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
+use iced_x86::Code;
 use rustc_hash::FxHashMap;
 use trapgate_engine::{Costs, Counter, Exit as RunExit, Observe, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
@@ -17,8 +18,12 @@ use trapgate_x86::registers::{gpr, rflags};
 use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
 
 use crate::adapt::{PATIENCE, Wandering};
+use crate::clock::Rate;
 use crate::code_memory::CodeMemory;
-use crate::context::{Addresses, CLASSES, Context, NO_TARGET, PAGES, TARGETS, TLB_ENTRIES};
+use crate::context::{
+    ACCESS_TLB, Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, TARGETS, TLB_ENTRIES,
+    USER_TLB,
+};
 use crate::emit::Asm;
 use crate::low::Low;
 use crate::mode::Mode;
@@ -34,9 +39,6 @@ const CODE: usize = 32 << 20;
 const NAMED_CODE: usize = 256 << 20;
 /// Room that a unit certainly needs no more than.
 const UNIT: usize = 64 << 10;
-
-/// Pages of the upper half that are not global, of which a list is kept; if there are more, all are forgotten.
-const MOST_LOCAL: usize = 256;
 
 /// Why a translator could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -127,7 +129,6 @@ pub(crate) struct Inner {
     on_page: FxHashMap<u64, Vec<u32>>,
     /// For whom the slots of each half of the address space are: user code?
     page_users: [bool; 2],
-    target_modes: [Option<Mode>; CLASSES],
     /// Linear address that no guest can guess.
     unmatched: u64,
     ended: Ended,
@@ -136,14 +137,13 @@ pub(crate) struct Inner {
     space: u64,
     /// Translations of others.
     spaces: Spaces,
-    /// Pages of the upper half in the tables that are not global, by view.
-    local: Vec<(usize, u64)>,
-    /// The same of code pages.
+    /// Addresses of code pages of the upper half that are not global.
     local_code: Vec<u64>,
     /// EFLAGS.AC as the processor's derived state has it.
     access: bool,
     page: Box<[u8; 4096 + 16]>,
     wandering: Wandering,
+    rate: Rate,
     pub(crate) statistics: Statistics,
     perf: Option<PerfMap>,
 }
@@ -262,6 +262,7 @@ impl Translating {
                 let stubs = stubs::write(&mut asm, at, wide, tlb, unmatched);
                 code.append(&asm.bytes);
                 let stubs_end = code.used();
+                addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
                 addr_of_mut!((*context).patience).write(PATIENCE);
                 addr_of_mut!((*context).poll).write(AtomicU32::new(1));
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
@@ -280,17 +281,16 @@ impl Translating {
                     mapped: Vec::new(),
                     on_page: FxHashMap::default(),
                     page_users: [true, false],
-                    target_modes: [None; CLASSES],
                     unmatched,
                     ended: Ended::Look,
                     exact: false,
                     space: 0,
                     spaces: Spaces::default(),
-                    local: Vec::new(),
                     local_code: Vec::new(),
                     access: false,
                     page: Box::new([0; 4096 + 16]),
                     wandering: Wandering::default(),
+                    rate: Rate::new(),
                     statistics: Statistics::new(observe.costs),
                     perf,
                 });
@@ -485,10 +485,11 @@ impl Context {
         }
     }
 
-    /// Host code changes EFLAGS.AC without working out what follows from it.
+    /// Host code changes EFLAGS.AC and the privilege level without working out what follows from it.
     fn settle(&mut self) {
         let cpu = &mut self.interp.cpu;
-        if (cpu.system_flags & rflags::AC != 0) != self.rust.access {
+        if self.stale != 0 || (cpu.system_flags & rflags::AC != 0) != self.rust.access {
+            self.stale = 0;
             self.rust.access = cpu.system_flags & rflags::AC != 0;
             cpu.update_mode();
         }
@@ -523,15 +524,17 @@ impl Context {
         };
         match cpu.resolve(linear, size, access, site.segment) {
             Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
-                let tlb = &mut self.tlbs[site.mode.view()];
+                let view = site.mode.view();
+                let mut tlb = self.tlbs[view].table(TLB_ENTRIES[view]);
                 let host = target.page.as_ptr() as u64;
                 let rights = (target.read, target.write);
-                tlb.insert(linear, host, rights, TLB_ENTRIES[site.mode.view()]);
+                tlb.insert(linear, host, rights);
                 if site.stack {
                     tlb.insert_stack(linear, host, rights, self.rust.unmatched);
                 }
-                if target.local && self.rust.local.len() < MOST_LOCAL {
-                    self.rust.local.push((site.mode.view(), linear));
+                // What is not there in every address space. The other tables are exchanged.
+                if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
+                    self.local[view].push(linear);
                 }
                 if cpu.changes().any {
                     self.apply_changes();
@@ -595,6 +598,12 @@ impl Context {
         let step = (op.handler)(cpu, &op);
         // Else host code counts it.
         cpu.instructions += u64::from(!self.rust.statistics.timed());
+        match site.code {
+            Code::Rdtsc | Code::Rdtscp if step.is_ok() => self.read_time(),
+            Code::Wrmsr => self.rust.rate.restart(&mut self.clock),
+            _ => {}
+        }
+        let cpu = &mut self.interp.cpu;
         if let Err(stop) = step {
             if stop == Stop::Fault {
                 cpu.rip = site.rip;
@@ -624,6 +633,15 @@ impl Context {
         site.next
     }
 
+    /// The guest read its time-stamp counter.
+    fn read_time(&mut self) {
+        let registers = &mut self.interp.cpu.regs.gpr;
+        let tsc = registers[gpr::RDX] << 32 | registers[gpr::RAX];
+        let seen = self.rust.rate.read(&mut self.clock, tsc);
+        registers[gpr::RAX] = seen & 0xffff_ffff;
+        registers[gpr::RDX] = seen >> 32;
+    }
+
     /// After an instruction that went elsewhere: host code for RIP, if that is at hand and nothing else is to be
     /// done before.
     fn elsewhere(&mut self) -> Option<u64> {
@@ -646,11 +664,11 @@ impl Context {
         let class = class(mode);
         let slot = rip as usize % TARGETS;
         let targets = &self.targets[class];
-        if targets.linear[slot] != rip || self.rust.target_modes[class] != Some(mode) {
+        if targets.linear[slot] != rip || self.target_modes[class] != mode.0 {
             return None;
         }
         let half = (rip >> 63) as usize;
-        let mapping = self.pages[half][(rip >> 12) as usize % PAGES];
+        let mapping = *self.pages.of(rip);
         // Else the code itself would find that its page may be another by now.
         let in_force =
             self.rust.page_users[half] == mode.is_user() && mapping == targets.mapping[slot];
@@ -664,8 +682,8 @@ impl Context {
             return;
         }
         let class = class(mode);
-        if self.rust.target_modes[class] != Some(mode) {
-            self.rust.target_modes[class] = Some(mode);
+        if self.target_modes[class] != mode.0 {
+            self.target_modes[class] = mode.0;
             self.targets[class].linear.fill(NO_TARGET);
         }
         let slot = rip as usize % TARGETS;
@@ -693,11 +711,13 @@ impl Context {
 
     fn clear_translations(&mut self) {
         for (tlb, entries) in self.tlbs.iter_mut().zip(TLB_ENTRIES) {
-            tlb.clear(entries, self.rust.unmatched);
+            tlb.table(entries).clear(self.rust.unmatched);
         }
-        self.pages = [[0; PAGES]; 2];
+        for local in &mut self.local {
+            local.count = 0;
+        }
+        self.pages.clear();
         self.rust.spaces.clear();
-        self.rust.local.clear();
         self.rust.local_code.clear();
     }
 
@@ -711,19 +731,18 @@ impl Context {
         let (all, space) = (changes.all, changes.space);
         if !all {
             let tables = self.tlbs.iter_mut().zip(TLB_ENTRIES);
-            let tables = tables.chain(self.rust.spaces.tables());
-            for (tlb, entries) in tables {
+            let tables = tables.map(|(tlb, entries)| tlb.table(entries));
+            for mut tlb in tables.chain(self.rust.spaces.tables()) {
                 for &linear in &changes.pages {
-                    tlb.clear_page(linear, entries, unmatched);
+                    tlb.clear_page(linear, unmatched);
                 }
                 for &host in &changes.revoked {
-                    tlb.revoke_write(host, entries, unmatched);
+                    tlb.revoke_write(host, unmatched);
                 }
             }
             for &linear in &changes.pages {
-                let slot = (linear >> 12) as usize % PAGES;
-                self.pages[(linear >> 63) as usize][slot] = 0;
-                self.rust.spaces.clear_code_page(linear, slot);
+                *self.pages.of(linear) = 0;
+                self.rust.spaces.clear_code_page(linear);
             }
         }
         changes.clear();
@@ -732,28 +751,30 @@ impl Context {
             self.clear_translations();
         } else if space && tag != self.rust.space {
             // What is global stays in the supervisor's table and the upper half.
-            let supervisor = View::Supervisor as usize;
-            self.tlbs[supervisor].clear_lower(TLB_ENTRIES[supervisor], unmatched);
-            if self.rust.local.len() >= MOST_LOCAL {
-                self.tlbs[supervisor].clear(TLB_ENTRIES[supervisor], unmatched);
+            for (view, local) in self.local.iter_mut().enumerate() {
+                let mut tlb = self.tlbs[view].table(TLB_ENTRIES[view]);
+                if local.is_full() {
+                    tlb.clear(unmatched);
+                }
+                for &linear in local.list() {
+                    tlb.clear_page(linear, unmatched);
+                }
+                local.count = 0;
             }
             if self.rust.local_code.len() >= MOST_LOCAL {
-                self.pages[1] = [0; PAGES];
-            }
-            for (view, linear) in self.rust.local.drain(..) {
-                self.tlbs[view].clear_page(linear, TLB_ENTRIES[view], unmatched);
+                self.pages.kernel.fill(0);
             }
             for linear in self.rust.local_code.drain(..) {
-                self.pages[1][(linear >> 12) as usize % PAGES] = 0;
+                *self.pages.of(linear) = 0;
             }
             let [_, access, user] = &mut self.tlbs;
             self.rust.spaces.exchange(
                 self.rust.space,
                 tag,
                 Parts {
-                    access,
-                    user,
-                    pages: &mut self.pages[0],
+                    access: access.table(ACCESS_TLB),
+                    user: user.table(USER_TLB),
+                    pages: &mut self.pages.user,
                 },
                 unmatched,
             );
@@ -793,7 +814,7 @@ impl Context {
         let half = (rip >> 63) as usize;
         if self.rust.page_users[half] != mode.is_user() {
             self.rust.page_users[half] = mode.is_user();
-            self.pages[half] = [0; PAGES];
+            self.pages.half(half).fill(0);
         }
         self.set_page(rip, mapping);
         let key = key(mapping, rip, mode, memory);
@@ -810,7 +831,7 @@ impl Context {
 
     /// The mapping of a code page, just fetched from, is in force.
     fn set_page(&mut self, linear: u64, mapping: u32) {
-        let slot = &mut self.pages[(linear >> 63) as usize][(linear >> 12) as usize % PAGES];
+        let slot = self.pages.of(linear);
         if *slot != mapping {
             *slot = mapping;
             if self.rust.local_code.len() < MOST_LOCAL && self.interp.cpu.fetched_locally(linear) {
@@ -1126,7 +1147,7 @@ impl Context {
         rust.mappings.clear();
         rust.mapped.clear();
         rust.on_page.clear();
-        self.pages = [[0; PAGES]; 2];
+        self.pages.clear();
         for targets in &mut self.targets {
             targets.linear.fill(NO_TARGET);
         }
@@ -1148,6 +1169,8 @@ fn mapping_of(key: u64) -> u32 {
 impl Vcpu for Translating {
     fn run(&mut self) -> RunExit {
         let context = self.whole();
+        // The machine's clock may have stood still.
+        context.rust.rate.forget(&mut context.clock);
         context.interp.notice_traces();
         let span = context.rust.statistics.start();
         context.see_dropped();
@@ -1171,7 +1194,9 @@ impl Vcpu for Translating {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
-        self.whole().interp.set_state(state)
+        let context = self.whole();
+        context.rust.rate.restart(&mut context.clock);
+        context.interp.set_state(state)
     }
 
     fn signals(&self) -> Arc<Signals> {

@@ -1,8 +1,7 @@
 //! Translations of address spaces that are not the current one: a process that gets the processor back finds
 //! its translations as it left them.
 
-use crate::context::{PAGES, TLB_ENTRIES, Tlb};
-use trapgate_interp::View;
+use crate::context::{ACCESS_TLB, Table, Tlb, USER_PAGES, USER_TLB};
 
 /// Address spaces that are kept.
 const MOST: usize = 8;
@@ -10,19 +9,19 @@ const MOST: usize = 8;
 /// What belongs to one address space.
 pub(crate) struct Parts<'a> {
     /// The table of a supervisor with access to user pages.
-    pub(crate) access: &'a mut Tlb,
+    pub(crate) access: Table<'a>,
     /// The user's.
-    pub(crate) user: &'a mut Tlb,
+    pub(crate) user: Table<'a>,
     /// Code pages of the lower half.
-    pub(crate) pages: &'a mut [u32; PAGES],
+    pub(crate) pages: &'a mut [u32; USER_PAGES],
 }
 
 struct Space {
     /// The processor's tag for it.
     tag: u64,
-    access: Tlb,
-    user: Tlb,
-    pages: [u32; PAGES],
+    access: Tlb<ACCESS_TLB>,
+    user: Tlb<USER_TLB>,
+    pages: [u32; USER_PAGES],
     /// When it was put here.
     age: u64,
 }
@@ -42,19 +41,18 @@ impl Spaces {
         }
     }
 
-    /// All tables, with how many entries they use.
-    pub(crate) fn tables(&mut self) -> impl Iterator<Item = (&mut Tlb, usize)> {
-        let access = TLB_ENTRIES[View::SupervisorUser as usize];
-        let user = TLB_ENTRIES[View::User as usize];
+    /// All tables.
+    pub(crate) fn tables(&mut self) -> impl Iterator<Item = Table<'_>> {
         self.kept
             .iter_mut()
             .filter(|space| space.tag != 0)
-            .flat_map(move |space| [(&mut space.access, access), (&mut space.user, user)])
+            .flat_map(|space| [space.access.table(ACCESS_TLB), space.user.table(USER_TLB)])
     }
 
     /// Forgets a code page.
-    pub(crate) fn clear_code_page(&mut self, linear: u64, slot: usize) {
+    pub(crate) fn clear_code_page(&mut self, linear: u64) {
         if linear >> 63 == 0 {
+            let slot = (linear >> 12) as usize % USER_PAGES;
             for space in &mut self.kept {
                 space.pages[slot] = 0;
             }
@@ -63,9 +61,7 @@ impl Spaces {
 
     /// Puts away the parts of the space with tag `old`, and replaces them by those of `new`; empty ones if they
     /// are not kept.
-    pub(crate) fn exchange(&mut self, old: u64, new: u64, parts: Parts<'_>, unmatched: u64) {
-        let access = TLB_ENTRIES[View::SupervisorUser as usize];
-        let user = TLB_ENTRIES[View::User as usize];
+    pub(crate) fn exchange(&mut self, old: u64, new: u64, mut parts: Parts<'_>, unmatched: u64) {
         self.age += 1;
         let found = self
             .kept
@@ -83,7 +79,7 @@ impl Spaces {
                     tag: 0,
                     access: Tlb::zero(),
                     user: Tlb::zero(),
-                    pages: [0; PAGES],
+                    pages: [0; USER_PAGES],
                     age: 0,
                 }));
                 self.kept.len() - 1
@@ -97,20 +93,20 @@ impl Spaces {
         let space = &mut self.kept[place];
         space.tag = old;
         space.age = self.age;
-        space.access.copy_from(parts.access, access);
-        space.user.copy_from(parts.user, user);
+        space.access.table(ACCESS_TLB).copy_from(&parts.access);
+        space.user.table(USER_TLB).copy_from(&parts.user);
         space.pages.copy_from_slice(parts.pages);
         match found {
             Some(found) => {
                 let space = &mut self.kept[found];
                 space.age = self.age;
-                parts.access.copy_from(&space.access, access);
-                parts.user.copy_from(&space.user, user);
+                parts.access.copy_from(&space.access.table(ACCESS_TLB));
+                parts.user.copy_from(&space.user.table(USER_TLB));
                 parts.pages.copy_from_slice(&space.pages);
             }
             None => {
-                parts.access.clear(access, unmatched);
-                parts.user.clear(user, unmatched);
+                parts.access.clear(unmatched);
+                parts.user.clear(unmatched);
                 parts.pages.fill(0);
             }
         }

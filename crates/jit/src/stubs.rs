@@ -1,8 +1,8 @@
 //! Host code that is there once: the way in, the way out, and calls of Rust functions.
 
-use trapgate_interp::Layout;
+use trapgate_interp::{Layout, View};
 
-use crate::context::{Addresses, TLB_ENTRIES, VIEWS};
+use crate::context::{Addresses, MOST_LOCAL, TLB_ENTRIES, VIEWS};
 use crate::emit::{
     Alu, Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSP, condition,
 };
@@ -189,6 +189,13 @@ impl Writer<'_> {
         self.asm.compare_load(RBX, Mem::at(RDX, tag));
         self.asm.jump_if(condition::NE, self.asm.here());
         let unknown = self.asm.bytes.len() - 4;
+        // A supervisor's table holds pages of the lower half only if they are listed, which Rust code does.
+        let unlisted = (view == View::Supervisor as usize).then(|| {
+            self.asm.alu(false, Alu::Or, RCX, RCX);
+            self.asm.jump_if(condition::E, self.asm.here());
+            self.asm.bytes.len() - 4
+        });
+        let known = self.asm.here();
         // RAX: the slot. RCX: the page.
         self.asm
             .alu_imm(false, Alu::And, RAX, TLB_ENTRIES[view] as i32 - 1);
@@ -225,7 +232,27 @@ impl Writer<'_> {
             self.asm.pop(register);
         }
         self.asm.raw(&[0xc3]);
+        // In the upper half it may be there for this address space alone. Then it is listed, to be forgotten with
+        // it; if the list is full all are.
         self.asm.patch(unknown, self.asm.here());
+        let lower = self.asm.short_if_rcx_zero();
+        self.asm.mov(RBX, RAX);
+        self.asm.alu_load(Alu::Or, RBX, Mem::low(tlb.tags as u32));
+        self.asm.compare_load(RBX, Mem::at(RDX, tag));
+        let elsewhere = self.asm.short_if(condition::NE);
+        let count = Mem::low(self.at.local_count(view));
+        self.asm.load32(RCX, count);
+        self.asm.alu_imm(false, Alu::Cmp, RCX, MOST_LOCAL as i32);
+        self.asm.jump_if(condition::AE, known);
+        self.asm
+            .store(Mem::array(self.at.local_list(view), RCX), ADDRESS);
+        self.asm.alu_memory_imm32(Alu::Add, count, 1);
+        self.asm.jump(known);
+        self.asm.land(lower);
+        self.asm.land(elsewhere);
+        if let Some(jump) = unlisted {
+            self.asm.patch(jump, self.asm.here());
+        }
         self.asm.patch(crosses, self.asm.here());
         for register in saved.into_iter().rev() {
             self.asm.pop(register);

@@ -10,7 +10,7 @@ use iced_x86::{
 };
 use trapgate_interp::Interpreter;
 use trapgate_interp::op::Op;
-use trapgate_x86::registers::{rflags, sreg};
+use trapgate_x86::registers::sreg;
 
 use crate::context::{Addresses, TARGETS, TLB_ENTRIES};
 use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDI, RDX, RSI, Reg, condition};
@@ -111,9 +111,9 @@ pub(crate) struct Unit {
 
 /// Where the flags are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Where {
-    host: bool,
-    memory: bool,
+pub(crate) struct Where {
+    pub(crate) host: bool,
+    pub(crate) memory: bool,
 }
 
 /// Host code that is written after the unit's, out of the way.
@@ -236,17 +236,7 @@ impl Translator {
             }
             self.push(instruction, kind);
             unit.length = decoder.position() as u64;
-            let last = matches!(
-                kind,
-                Kind::Jump(_)
-                    | Kind::Count(..)
-                    | Kind::Call(_)
-                    | Kind::JumpIndirect
-                    | Kind::CallIndirect
-                    | Kind::Return(_)
-                    | Kind::OperateLast
-            );
-            if last {
+            if kind.ends() {
                 break;
             }
         }
@@ -262,7 +252,9 @@ impl Translator {
             Kind::Nothing | Kind::Verbatim | Kind::Lea => (0, 0, 0),
             Kind::Count(..) => (0, 0, 0),
             Kind::PushFlags => (FLAGS, 0, 0),
-            Kind::PopFlags => (0, FLAGS, FLAGS),
+            Kind::SystemCall => (FLAGS, 0, FLAGS),
+            Kind::PopFlags | Kind::SystemReturn => (0, FLAGS, FLAGS),
+            Kind::ReadTime { .. } => (0, 0, 0),
             Kind::Interrupts(_)
             | Kind::Access(_)
             | Kind::SwapGs
@@ -300,9 +292,7 @@ impl Translator {
                 Kind::Count(_, target) => {
                     look(unit, target) | look(unit, guest.instruction.next_ip())
                 }
-                Kind::JumpIndirect | Kind::CallIndirect | Kind::Return(_) | Kind::OperateLast => {
-                    FLAGS
-                }
+                kind if kind.ends() => FLAGS,
                 _ => look(unit, guest.instruction.next_ip()),
             },
         };
@@ -365,15 +355,15 @@ fn look_ahead(request: &Request<'_>, unit: &mut Unit, target: u64, depth: u32) -
     live | open
 }
 
-struct Writer<'a> {
-    asm: &'a mut Asm,
+pub(crate) struct Writer<'a> {
+    pub(crate) asm: &'a mut Asm,
     encoder: &'a mut Encoder,
-    at: Addresses,
+    pub(crate) at: Addresses,
     stubs: Stubs,
     request: Request<'a>,
-    flags: Where,
+    pub(crate) flags: Where,
     /// The mode at this point: STAC and CLAC change it.
-    mode: Mode,
+    pub(crate) mode: Mode,
     unit: &'a mut Unit,
     asides: Vec<Aside>,
     interp: &'a mut Interpreter,
@@ -406,17 +396,7 @@ impl Writer<'_> {
             }
         }
         if let Some(last) = guests.last() {
-            let open = !matches!(
-                last.kind,
-                Kind::Jump(_)
-                    | Kind::Count(..)
-                    | Kind::Call(_)
-                    | Kind::JumpIndirect
-                    | Kind::CallIndirect
-                    | Kind::Return(_)
-                    | Kind::OperateLast
-            );
-            if open {
+            if !last.kind.ends() {
                 let next = self.request.rip.wrapping_add(self.unit.length);
                 self.leave_direct(next, last.live_out);
             }
@@ -466,7 +446,7 @@ impl Writer<'_> {
     // Flags.
 
     /// Host code that changes the flags follows: they must be in memory if anyone needs them.
-    fn give_up_flags(&mut self, live: u32) {
+    pub(crate) fn give_up_flags(&mut self, live: u32) {
         if live != 0 && !self.flags.memory {
             self.asm.mov(RCX, RAX);
             self.asm.flags_to_ax();
@@ -641,7 +621,7 @@ impl Writer<'_> {
     }
 
     /// The interpreter does the instruction if a condition holds.
-    fn operate_if(&mut self, guest: &Guest, condition: u8) {
+    pub(crate) fn operate_if(&mut self, guest: &Guest, condition: u8) {
         self.asm.jump_if(condition, self.asm.here());
         let jump = self.asm.bytes.len() - 4;
         let site = self.site(guest);
@@ -650,7 +630,7 @@ impl Writer<'_> {
     }
 
     /// The address of the word at the top of the stack, to be pushed or popped.
-    fn stack_access(&mut self, guest: &Guest, write: bool) {
+    pub(crate) fn stack_access(&mut self, guest: &Guest, write: bool) {
         if write {
             self.asm.lea(true, ADDRESS, Mem::at(GUEST_RSP, -8));
         } else {
@@ -767,16 +747,10 @@ impl Writer<'_> {
             Kind::PopFlags => self.pop_flags(guest),
             Kind::Interrupts(enable) => self.interrupts(guest, enable),
             Kind::Access(set) => self.access(guest, set),
-            Kind::SwapGs => {
-                let (base, kernel) = (
-                    Mem::low(self.at.segment_base(sreg::GS)),
-                    Mem::low(self.at.kernel_gs_base()),
-                );
-                self.asm.load(SPARE, base);
-                self.asm.load(ADDRESS, kernel);
-                self.asm.store(kernel, SPARE);
-                self.asm.store(base, ADDRESS);
-            }
+            Kind::SwapGs => self.swap_gs(),
+            Kind::SystemCall => self.system_call(guest),
+            Kind::SystemReturn => self.system_return(guest),
+            Kind::ReadTime { processor } => self.read_time(guest, processor),
             Kind::String(string) => self.string(guest, string),
             Kind::ControlWord => {
                 self.give_up_flags(guest.live_in);
@@ -933,89 +907,6 @@ impl Writer<'_> {
         if let Some(none) = none {
             self.asm.patch(none, self.asm.here());
         }
-    }
-
-    /// PUSHFQ: RF and VM are pushed as zero, and are zero anyhow while host code runs.
-    fn push_flags(&mut self, guest: &Guest) {
-        self.give_up_flags(FLAGS);
-        self.stack_access(guest, true);
-        let flags = self.at.flags();
-        // What LAHF gives is the low byte of RFLAGS, bit 1 included.
-        self.asm.load8(SPARE, Mem::low(flags + 1));
-        self.asm
-            .alu_load(Alu::Or, SPARE, Mem::low(self.at.system_flags()));
-        self.asm.store(Mem::at(ADDRESS, 0), SPARE);
-        self.asm.load8(SPARE, Mem::low(flags));
-        self.asm.shl32(SPARE, 11);
-        self.asm.alu_store(Alu::Or, Mem::at(ADDRESS, 0), SPARE);
-        self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
-    }
-
-    /// POPFQ that changes nothing but arithmetic flags and, at CPL 0, IF.
-    fn pop_flags(&mut self, guest: &Guest) {
-        self.give_up_flags(guest.live_in);
-        self.stack_access(guest, false);
-        self.asm.load(SPARE, Mem::at(ADDRESS, 0));
-        self.asm.mov(ADDRESS, SPARE);
-        self.asm
-            .alu_load(Alu::Xor, ADDRESS, Mem::low(self.at.system_flags()));
-        let may = if self.mode.is_user() { 0 } else { rflags::IF };
-        let system = rflags::DEFINED & !rflags::ARITHMETIC;
-        self.asm.test_imm32(ADDRESS, (system & !may) as u32);
-        self.operate_if(guest, condition::NE);
-        if may != 0 {
-            // An interrupt that waits for IF comes by way of the run loop.
-            self.asm.test_imm32(SPARE, rflags::IF as u32);
-            let stays = self.asm.short_if(condition::E);
-            self.asm
-                .compare_byte(Mem::low(self.at.interrupt_waits()), 0);
-            self.operate_if(guest, condition::NE);
-            self.asm.land(stays);
-            self.asm.mov32(ADDRESS, SPARE);
-            self.asm.alu_imm(false, Alu::And, ADDRESS, system as i32);
-            self.asm.store(Mem::low(self.at.system_flags()), ADDRESS);
-        }
-        let flags = self.at.flags();
-        self.asm
-            .alu_imm(false, Alu::And, SPARE, rflags::ARITHMETIC as i32);
-        self.asm.alu_imm(false, Alu::Or, SPARE, rflags::ONE as i32);
-        self.asm.store8(Mem::low(flags + 1), SPARE);
-        self.asm.shr32(SPARE, 11);
-        self.asm.store8(Mem::low(flags), SPARE);
-        self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, 8));
-        self.flags = Where {
-            host: false,
-            memory: true,
-        };
-    }
-
-    /// CLI and STI at CPL 0. The instruction that STI holds interrupts off for is not heeded: none waits, and
-    /// one that comes now might have come later.
-    fn interrupts(&mut self, guest: &Guest, enable: bool) {
-        self.give_up_flags(guest.live_in);
-        let flags = Mem::low(self.at.system_flags());
-        if enable {
-            self.asm
-                .compare_byte(Mem::low(self.at.interrupt_waits()), 0);
-            self.operate_if(guest, condition::NE);
-            self.asm.alu_memory_imm32(Alu::Or, flags, rflags::IF as i32);
-        } else {
-            self.asm
-                .alu_memory_imm32(Alu::And, flags, !(rflags::IF as i32));
-        }
-    }
-
-    /// STAC and CLAC at CPL 0.
-    fn access(&mut self, guest: &Guest, set: bool) {
-        self.give_up_flags(guest.live_in);
-        let flags = Mem::low(self.at.system_flags());
-        if set {
-            self.asm.alu_memory_imm32(Alu::Or, flags, rflags::AC as i32);
-        } else {
-            self.asm
-                .alu_memory_imm32(Alu::And, flags, !(rflags::AC as i32));
-        }
-        self.mode = self.mode.with_access(set);
     }
 
     /// BT, BTS, BTR and BTC of memory with an offset in a register, whose upper bits move the address.
@@ -1301,7 +1192,7 @@ impl Writer<'_> {
     }
 
     /// Goes on at the linear address in [`ADDRESS`]. The flags are in memory.
-    fn indirect(&mut self, guest: &Guest, popped: i32) {
+    pub(crate) fn indirect(&mut self, guest: &Guest, popped: i32) {
         let site = Site {
             popped,
             ..self.site(guest)
