@@ -506,3 +506,124 @@ fn page(machines: &[Rates<'_>], named: bool, height: usize) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use trapgate_api::data::{Engine, State, Unit};
+
+    use super::*;
+    use crate::stats::tests::{cost, counter};
+
+    fn looked(counters: Counters, when: Instant) -> Look {
+        Look {
+            info: Info {
+                name: "a\u{1b}".to_owned(),
+                pid: 7,
+                state: State::Running,
+                guest: "a test".to_owned(),
+                engine: Engine {
+                    name: "jit".to_owned(),
+                    reason: "a test".to_owned(),
+                },
+                cpus: 1,
+                memory_bytes: 1 << 20,
+                started_unix_seconds: 0,
+                uptime_seconds: 1.0,
+                has_terminal: false,
+                version: "0".to_owned(),
+            },
+            counters,
+            when,
+        }
+    }
+
+    fn counters(factor: u64, timed: bool) -> Counters {
+        let time = |time: u64| timed.then_some(time * factor);
+        Counters {
+            clock_ns: 0,
+            counters: vec![
+                counter(
+                    "host_cpu",
+                    Unit::Nanoseconds,
+                    Kind::Total,
+                    1_000_000_000 * factor,
+                ),
+                counter("instructions", Unit::Count, Kind::Total, 5_000_000 * factor),
+                counter("code_entries", Unit::Count, Kind::Total, 3000 * factor),
+                counter("code_bytes", Unit::Bytes, Kind::Level, 4096),
+            ],
+            costs: vec![
+                cost("call_out", "rdtsc", 2000 * factor, time(100_000_000)),
+                cost("call_out", "cpuid", 20 * factor, time(700_000_000)),
+                cost("event", "", 4, timed.then_some(4)),
+            ],
+        }
+    }
+
+    /// Two seconds in which everything doubles.
+    fn watched(timed: bool) -> Watched {
+        let now = Instant::now();
+        let then = now.checked_sub(Duration::from_secs(2)).unwrap();
+        Watched {
+            name: "a".parse().unwrap(),
+            before: Some(looked(counters(1, timed), then)),
+            now: Some(looked(counters(2, timed), now)),
+        }
+    }
+
+    #[test]
+    fn page_shows_rates_of_what_happened_between_two_looks() {
+        let watched = watched(true);
+        let page = page(&[Rates::of(&watched)], false, 24);
+        assert_eq!(
+            page,
+            "\
+NAME  STATE    ENGINE  CPUS  CPU%  MINSTR/S  EXITS/S  MISSES/S  REFILLS/S  CALLOUTS/S  TRANSL/S  HALTS/S  KICKS/S
+a\u{b7}    running  jit        1  50.0       2.5    1,500         -          -           -         -        -        -
+
+COST             PER SECOND     NS EACH    TIME
+call out  cpuid          10  35,000,000  35.0 %
+call out  rdtsc       1,000      50,000   5.0 %
+"
+        );
+    }
+
+    #[test]
+    fn without_times_the_most_frequent_comes_first_and_instructions_are_not_guessed() {
+        let watched = watched(false);
+        let rates = Rates::of(&watched);
+        assert_eq!(rates.row()[5], "-");
+        assert_eq!(
+            rates.ranking(9),
+            "\
+COST             PER SECOND
+call out  rdtsc       1,000
+call out  cpuid          10
+"
+        );
+    }
+
+    #[test]
+    fn guest_that_began_again_has_no_negative_rates() {
+        let mut watched = watched(true);
+        std::mem::swap(
+            &mut watched.before.as_mut().unwrap().counters,
+            &mut watched.now.as_mut().unwrap().counters,
+        );
+        let rates = Rates::of(&watched);
+        assert_eq!(rates.total("code_entries"), Some(0.0));
+        assert!(rates.costs.is_empty());
+    }
+
+    #[test]
+    fn machine_that_says_nothing_is_named() {
+        let watched = Watched {
+            now: None,
+            before: None,
+            ..watched(true)
+        };
+        let rates = Rates::of(&watched);
+        assert_eq!(rates.row(), ["a", "unresponsive"]);
+        assert_eq!(rates.value()["state"], "unresponsive");
+    }
+}
