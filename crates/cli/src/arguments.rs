@@ -72,8 +72,8 @@ If standard input or output is no terminal it prints what one second showed.";
 const STATS: &str = "\
 When the machine has ended, say on standard error where the host's time went: what the engine did, ranked by the time it \
 took, and all counters. Of the translator: translated code, instructions done by the interpreter, misses, translation, \
-and so on. Measuring and counting every guest instruction slow the translator down, by a few parts in a hundred to about \
-a quarter.";
+and so on. It is time by the clock, so what the host gave to others counts. Measuring, and counting every guest instruction, \
+slows the translator down by about a tenth.";
 
 const PERF: &str = "\
 Tell `perf` which guest code translated code belongs to, in /tmp/perf-PID.map, so that `perf report` shows blocks of the \
