@@ -90,6 +90,11 @@ impl Interpreter {
         let cpu = Cpu::new(memory, world, profile, index, count, signals);
         let listener = Arc::clone(&cpu.code);
         cpu.memory.traces().listen(TraceFlags::CODE, listener);
+        Self::of(cpu)
+    }
+
+    /// Around a processor that listens to writes to code already, if it has to.
+    fn of(cpu: Cpu) -> Self {
         Self {
             cpu,
             blocks: Blocks::new(),
