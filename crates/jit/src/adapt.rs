@@ -1,56 +1,76 @@
 //! Instructions that turn out not to be what they were taken for, and are translated again.
 //!
-//! Accesses relative to RSP have one cached translation, which is all they need until a frame lies across the
-//! end of a page: then its instructions take it from each other. Those that do so often use the table.
+//! Accesses relative to RSP, and those in loops, use a cached translation that they need not look for, since most go
+//! to the same page as the last. If one does not, or if two take it from each other, as when a frame lies across the
+//! end of a page, they use the table instead. Others use the table, where two pages may want the same entry; if one
+//! loses it all the time, it gets a translation without an index.
 
 use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashMap;
 
-/// Stack accesses that miss before the last of them is looked at.
-pub(crate) const PATIENCE: u32 = 256;
+/// Misses of one kind before the last of them is looked at.
+pub(crate) const PATIENCE: u32 = 1024;
 /// If so many miss in less time than this, it is worth doing something about it.
-const OFTEN: Duration = Duration::from_millis(4);
+const OFTEN: Duration = Duration::from_millis(2);
 /// Instructions that are remembered before all are forgotten.
 const MOST: usize = 1 << 16;
 
-/// Instructions whose accesses relative to RSP go to several pages.
-#[derive(Debug, Default)]
-pub(crate) struct Wandering {
-    /// Their offsets, by guest-physical page.
-    pages: FxHashMap<u64, Vec<u16>>,
-    count: usize,
-    /// When patience ended last.
-    last: Option<Instant>,
+/// Where an access missed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lesson {
+    /// In a slot: it goes to several pages, or shares the slot with one that goes to another.
+    Wanders,
+    /// In the table: another page wants the same entry.
+    Crowded,
 }
 
-impl Wandering {
-    /// Offsets of the instructions on a page.
-    pub(crate) fn on_page(&self, gpa: u64) -> &[u16] {
-        self.pages.get(&(gpa >> 12)).map_or(&[], |offsets| offsets)
+/// An instruction, by its offset on its page, and what is known of its accesses.
+pub(crate) type Noted = (u16, Lesson);
+
+/// What was learnt.
+#[derive(Debug, Default)]
+pub(crate) struct Lessons {
+    /// By guest-physical page.
+    pages: FxHashMap<u64, Vec<Noted>>,
+    count: usize,
+    /// When patience with each kind ended last.
+    last: [Option<Instant>; 2],
+}
+
+impl Lessons {
+    /// What is known of the instructions on a page.
+    pub(crate) fn on_page(&self, gpa: u64) -> &[Noted] {
+        self.pages.get(&(gpa >> 12)).map_or(&[], |noted| noted)
     }
 
     /// Whether patience ends often; asked each time that it ends.
-    pub(crate) fn is_often(&mut self) -> bool {
+    pub(crate) fn is_often(&mut self, lesson: Lesson) -> bool {
         let now = Instant::now();
-        let last = self.last.replace(now);
+        let last = self.last[lesson as usize].replace(now);
         last.is_some_and(|last| now.duration_since(last) < OFTEN)
     }
 
-    /// Remembers an instruction; `false` if it is known.
-    pub(crate) fn note(&mut self, gpa: u64, rip: u64) -> bool {
+    /// Remembers an instruction; `false` if that changes nothing. One that wanders will always be taken to.
+    pub(crate) fn note(&mut self, gpa: u64, rip: u64, lesson: Lesson) -> bool {
         if self.count == MOST {
             self.pages.clear();
             self.count = 0;
         }
         let offset = (rip & 0xfff) as u16;
-        let offsets = self.pages.entry(gpa >> 12).or_default();
-        if offsets.contains(&offset) {
-            return false;
+        let noted = self.pages.entry(gpa >> 12).or_default();
+        match noted.iter_mut().find(|(other, _)| *other == offset) {
+            Some((_, known)) if *known == lesson || *known == Lesson::Wanders => false,
+            Some((_, known)) => {
+                *known = lesson;
+                true
+            }
+            None => {
+                noted.push((offset, lesson));
+                self.count += 1;
+                true
+            }
         }
-        offsets.push(offset);
-        self.count += 1;
-        true
     }
 }
 
@@ -60,25 +80,34 @@ mod tests {
 
     #[test]
     fn instruction_is_noted_once_and_found_by_its_page() {
-        let mut wandering = Wandering::default();
-        assert!(wandering.note(0x5000, 0xffff_8000_0000_0123));
-        assert!(!wandering.note(0x5000, 0x123));
-        assert!(wandering.note(0x6000, 0x123));
-        assert_eq!(wandering.on_page(0x5fff), [0x123]);
-        assert!(wandering.on_page(0x7000).is_empty());
+        let mut lessons = Lessons::default();
+        assert!(lessons.note(0x5000, 0xffff_8000_0000_0123, Lesson::Wanders));
+        assert!(!lessons.note(0x5000, 0x123, Lesson::Wanders));
+        assert!(lessons.note(0x6000, 0x123, Lesson::Wanders));
+        assert_eq!(lessons.on_page(0x5fff), [(0x123, Lesson::Wanders)]);
+        assert!(lessons.on_page(0x7000).is_empty());
+    }
+
+    #[test]
+    fn instruction_changes_its_mind_once() {
+        let mut lessons = Lessons::default();
+        assert!(lessons.note(0, 1, Lesson::Crowded));
+        assert!(lessons.note(0, 1, Lesson::Wanders));
+        assert!(!lessons.note(0, 1, Lesson::Crowded));
+        assert_eq!(lessons.on_page(0), [(1, Lesson::Wanders)]);
     }
 
     #[test]
     fn memory_for_instructions_is_bounded() {
-        let mut wandering = Wandering::default();
+        let mut lessons = Lessons::default();
         for number in 0..3 * MOST as u64 {
-            wandering.note(number << 12, 0);
+            lessons.note(number << 12, 0, Lesson::Wanders);
         }
-        assert!(wandering.pages.len() <= MOST);
+        assert!(lessons.pages.len() <= MOST);
     }
 
     #[test]
     fn first_end_of_patience_is_not_often() {
-        assert!(!Wandering::default().is_often());
+        assert!(!Lessons::default().is_often(Lesson::Crowded));
     }
 }

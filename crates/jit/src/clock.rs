@@ -37,7 +37,7 @@ impl Reading {
             return 0;
         }
         let ticks = host.saturating_sub(self.host).min(WINDOW as u64);
-        self.guest + (ticks * self.ratio >> FRACTION)
+        self.guest + ((ticks * self.ratio) >> FRACTION)
     }
 }
 

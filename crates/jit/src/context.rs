@@ -4,6 +4,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::AtomicU32;
 
+use crate::adapt::Lesson;
 use crate::clock::Reading;
 use trapgate_interp::Interpreter;
 use trapgate_interp::cpu::Cpu;
@@ -17,6 +18,8 @@ pub(crate) const TLB: usize = 2048;
 pub(crate) const USER_TLB: usize = 512;
 /// Entries of the table for the few accesses of a kernel to user memory.
 pub(crate) const ACCESS_TLB: usize = 128;
+/// Translations of each view that are used without an index.
+pub(crate) const SLOTS: usize = 64;
 /// Entries that each view uses.
 pub(crate) const TLB_ENTRIES: [usize; VIEWS] = [TLB, ACCESS_TLB, USER_TLB];
 /// Pages of the upper half that are not global, of which a list is kept; if there are more, all are forgotten.
@@ -40,20 +43,30 @@ fn other_page(page: u64) -> u64 {
     page ^ 0x1000
 }
 
-/// Cached translations, as three arrays. An access of `n` bytes at `a` hits if
-/// `a - page[index(a)] <= 4096 - n`, unsigned, where the index is of the first byte: so one that crosses the
-/// page's end misses.
-#[repr(C)]
-pub(crate) struct Tlb<const ENTRIES: usize = TLB> {
-    /// Linear addresses of pages that may be read.
-    pub(crate) read: [u64; ENTRIES],
-    /// Linear addresses of pages that may be written.
-    pub(crate) write: [u64; ENTRIES],
-    /// Host addresses of the pages.
-    pub(crate) host: [u64; ENTRIES],
-    /// A table with one entry, for accesses relative to RSP: it needs no index.
-    pub(crate) stack: StackPage,
+/// A cached translation. An access of `n` bytes at `a` hits if `a - page ≤ 4096 - n`, unsigned: so one that
+/// crosses the page's end misses.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(32))]
+pub(crate) struct Entry {
+    /// Linear address of the page if it may be read.
+    pub(crate) read: u64,
+    /// Linear address of the page if it may be written.
+    pub(crate) write: u64,
+    /// Host address of the page.
+    pub(crate) host: u64,
 }
+
+/// Offset of what is compared in an entry.
+pub(crate) fn page_offset(write: bool) -> u32 {
+    if write {
+        offset_of!(Entry, write) as u32
+    } else {
+        offset_of!(Entry, read) as u32
+    }
+}
+
+/// Offset of what is added.
+pub(crate) const HOST_OFFSET: u32 = offset_of!(Entry, host) as u32;
 
 /// A list of linear addresses. If it is full there may be others.
 #[derive(Clone, Copy)]
@@ -81,86 +94,40 @@ impl Local {
     }
 }
 
-/// See [`Tlb::stack`].
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-pub(crate) struct StackPage {
-    pub(crate) read: u64,
-    pub(crate) write: u64,
-    pub(crate) host: u64,
-}
-
-/// A table of translations, wherever it lies: the current ones, or those of an address space that is not.
-pub(crate) struct Table<'a> {
-    read: &'a mut [u64],
-    write: &'a mut [u64],
-    host: &'a mut [u64],
-    stack: &'a mut StackPage,
-}
-
-impl<const ENTRIES: usize> Tlb<ENTRIES> {
-    /// Zeros, to be filled in.
-    pub(crate) fn zero() -> Self {
-        Self {
-            read: [0; ENTRIES],
-            write: [0; ENTRIES],
-            host: [0; ENTRIES],
-            stack: StackPage::default(),
-        }
-    }
-
-    /// Its first entries, a power of two.
-    pub(crate) fn table(&mut self, entries: usize) -> Table<'_> {
-        Table {
-            read: &mut self.read[..entries],
-            write: &mut self.write[..entries],
-            host: &mut self.host[..entries],
-            stack: &mut self.stack,
-        }
-    }
-}
-
-/// What a slot holds that nothing hits: a page that does not have the slot's index.
+/// What an entry of a table holds that nothing hits: a page that does not have the entry's index.
 fn never(index: usize) -> u64 {
     if index == 0 { NEVER | 0x1000 } else { NEVER }
 }
 
+/// A table of translations, indexed by the lowest bits of the page number; a power of two of them.
+pub(crate) struct Table<'a>(pub(crate) &'a mut [Entry]);
+
 impl Table<'_> {
     fn index(&self, linear: u64) -> usize {
-        (linear >> 12) as usize % self.read.len()
+        (linear >> 12) as usize % self.0.len()
     }
 
-    /// Forgets everything. `unmatched` is a linear address that no guest can guess: not canonical.
-    pub(crate) fn clear(&mut self, unmatched: u64) {
-        for pages in [&mut self.read, &mut self.write] {
-            pages.fill(NEVER);
-            pages[0] = NEVER | 0x1000;
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        for (index, entry) in self.0.iter_mut().enumerate() {
+            entry.read = never(index);
+            entry.write = never(index);
         }
-        self.clear_stack(unmatched);
-    }
-
-    pub(crate) fn clear_stack(&mut self, unmatched: u64) {
-        self.stack.read = unmatched;
-        self.stack.write = unmatched;
     }
 
     /// Forgets a page.
-    pub(crate) fn clear_page(&mut self, linear: u64, unmatched: u64) {
+    pub(crate) fn clear_page(&mut self, linear: u64) {
         let index = self.index(linear);
-        self.read[index] = never(index);
-        self.write[index] = never(index);
-        self.clear_stack(unmatched);
+        self.0[index].read = never(index);
+        self.0[index].write = never(index);
     }
 
     /// Forgets the right to write to a host page.
-    pub(crate) fn revoke_write(&mut self, host: u64, unmatched: u64) {
-        for (index, page) in self.host.iter().enumerate() {
-            if *page == host {
-                self.write[index] = never(index);
+    pub(crate) fn revoke_write(&mut self, host: u64) {
+        for (index, entry) in self.0.iter_mut().enumerate() {
+            if entry.host == host {
+                entry.write = never(index);
             }
-        }
-        if self.stack.host == host {
-            self.stack.write = unmatched;
         }
     }
 
@@ -169,33 +136,44 @@ impl Table<'_> {
         let page = linear & !0xfff;
         let index = self.index(linear);
         let given = |right| if right { page } else { other_page(page) };
-        self.read[index] = given(read);
-        self.write[index] = given(write);
-        self.host[index] = host;
-    }
-
-    /// Caches a translation for accesses relative to RSP.
-    pub(crate) fn insert_stack(
-        &mut self,
-        linear: u64,
-        host: u64,
-        (read, write): (bool, bool),
-        unmatched: u64,
-    ) {
-        let given = |right| if right { linear & !0xfff } else { unmatched };
-        *self.stack = StackPage {
+        self.0[index] = Entry {
             read: given(read),
             write: given(write),
             host,
         };
     }
+}
 
-    /// Copies another table of the same size.
-    pub(crate) fn copy_from(&mut self, other: &Table<'_>) {
-        self.read.copy_from_slice(other.read);
-        self.write.copy_from_slice(other.write);
-        self.host.copy_from_slice(other.host);
-        *self.stack = *other.stack;
+/// Translations that have no index: an instruction that uses one need not work out where it lies. What does not
+/// hit holds a linear address that no guest can guess: not canonical.
+pub(crate) struct Slots<'a>(pub(crate) &'a mut [Entry; SLOTS]);
+
+impl Slots<'_> {
+    pub(crate) fn clear(&mut self, unmatched: u64) {
+        for slot in &mut *self.0 {
+            slot.read = unmatched;
+            slot.write = unmatched;
+        }
+    }
+
+    /// Forgets a page.
+    pub(crate) fn clear_page(&mut self, linear: u64, unmatched: u64) {
+        let page = linear & !0xfff;
+        for slot in &mut *self.0 {
+            if slot.read == page || slot.write == page {
+                slot.read = unmatched;
+                slot.write = unmatched;
+            }
+        }
+    }
+
+    /// Forgets the right to write to a host page.
+    pub(crate) fn revoke_write(&mut self, host: u64, unmatched: u64) {
+        for slot in &mut *self.0 {
+            if slot.host == host {
+                slot.write = unmatched;
+            }
+        }
     }
 }
 
@@ -266,8 +244,6 @@ pub(crate) struct Context {
     pub(crate) target: u64,
     /// Linear address of the access that missed.
     pub(crate) linear: u64,
-    /// RCX of host code while it calls out.
-    pub(crate) rcx: u64,
     /// For a value that has no register for a moment.
     pub(crate) stash: u64,
     /// Host code changed the privilege level, and what follows from it is not worked out yet.
@@ -276,16 +252,19 @@ pub(crate) struct Context {
     pub(crate) target_modes: [u8; CLASSES],
     /// The time-stamp counter.
     pub(crate) clock: Reading,
-    /// Stack accesses that may yet miss before one is looked at: see [`crate::adapt`].
-    pub(crate) patience: u32,
+    /// Accesses that may yet miss in a slot, and in a table, before one is looked at: see [`crate::adapt`].
+    pub(crate) patience: [u32; 2],
     /// The host's MXCSR.
     pub(crate) host_mxcsr: u32,
     /// Rust functions that host code calls.
     pub(crate) miss: u64,
     pub(crate) operate: u64,
-    /// Translations that host code fetched into the tables.
+    /// Translations that host code fetched into tables and slots.
     pub(crate) refills: crate::statistics::Refills,
-    pub(crate) tlbs: [Tlb; VIEWS],
+    /// What [`crate::context::Slots`] holds that nothing hits.
+    pub(crate) unmatched: u64,
+    pub(crate) tlbs: [[Entry; TLB]; VIEWS],
+    pub(crate) slots: [[Entry; SLOTS]; VIEWS],
     /// Addresses whose pages are in the tables and not in every address space, by view: those of the upper half
     /// that are not global, and a supervisor's of the lower half.
     pub(crate) local: [Local; VIEWS],
@@ -338,16 +317,16 @@ impl Addresses {
         self.field(offset_of!(Context, linear))
     }
 
-    pub(crate) fn rcx(self) -> u32 {
-        self.field(offset_of!(Context, rcx))
+    pub(crate) fn unmatched(self) -> u32 {
+        self.field(offset_of!(Context, unmatched))
     }
 
     pub(crate) fn stash(self) -> u32 {
         self.field(offset_of!(Context, stash))
     }
 
-    pub(crate) fn patience(self) -> u32 {
-        self.field(offset_of!(Context, patience))
+    pub(crate) fn patience(self, lesson: Lesson) -> u32 {
+        self.field(offset_of!(Context, patience)) + lesson as u32 * 4
     }
 
     pub(crate) fn host_mxcsr(self) -> u32 {
@@ -362,43 +341,25 @@ impl Addresses {
         self.field(offset_of!(Context, operate))
     }
 
-    /// The count of refills.
-    pub(crate) fn refills(self, view: usize, write: bool, stack: bool) -> u32 {
-        let index = view * 4 + usize::from(write) * 2 + usize::from(stack);
+    /// The count of refills of a table, or of its slots.
+    pub(crate) fn refills(self, view: usize, write: bool, slot: bool) -> u32 {
+        let index = view * 4 + usize::from(write) * 2 + usize::from(slot);
         self.field(offset_of!(Context, refills)) + (index * 8) as u32
     }
 
-    fn tlb(self, view: usize) -> u32 {
-        self.field(offset_of!(Context, tlbs)) + (view * size_of::<Tlb>()) as u32
+    /// The first entry of a view's table.
+    pub(crate) fn tlb(self, view: usize) -> u32 {
+        self.field(offset_of!(Context, tlbs)) + (view * size_of::<[Entry; TLB]>()) as u32
     }
 
-    /// The array of page addresses for reading or writing.
-    pub(crate) fn tlb_pages(self, view: usize, write: bool) -> u32 {
-        self.tlb(view)
-            + if write {
-                offset_of!(Tlb<TLB>, write)
-            } else {
-                offset_of!(Tlb<TLB>, read)
-            } as u32
+    /// Offset of the entry of a linear address in a view's table.
+    pub(crate) fn tlb_entry(view: usize, linear: u64) -> u32 {
+        ((linear >> 12) as usize % TLB_ENTRIES[view] * size_of::<Entry>()) as u32
     }
 
-    /// The array of host addresses.
-    pub(crate) fn tlb_hosts(self, view: usize) -> u32 {
-        self.tlb(view) + offset_of!(Tlb<TLB>, host) as u32
-    }
-
-    pub(crate) fn stack_page(self, view: usize, write: bool) -> u32 {
-        self.tlb(view)
-            + offset_of!(Tlb<TLB>, stack) as u32
-            + if write {
-                offset_of!(StackPage, write)
-            } else {
-                offset_of!(StackPage, read)
-            } as u32
-    }
-
-    pub(crate) fn stack_host(self, view: usize) -> u32 {
-        self.tlb(view) + (offset_of!(Tlb<TLB>, stack) + offset_of!(StackPage, host)) as u32
+    /// A translation without an index.
+    pub(crate) fn slot(self, view: usize, slot: usize) -> u32 {
+        self.field(offset_of!(Context, slots)) + ((view * SLOTS + slot) * size_of::<Entry>()) as u32
     }
 
     fn local(self, view: usize) -> u32 {

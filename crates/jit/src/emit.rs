@@ -48,6 +48,11 @@ impl Mem {
         }
     }
 
+    /// `[offset + address]`, with an address below 2 GiB.
+    pub(crate) fn offset(address: u32, offset: Reg) -> Self {
+        Self::at(offset, address as i32)
+    }
+
     /// `[index × 8 + address]`, an array of 64-bit values below 2 GiB.
     pub(crate) fn array(address: u32, index: Reg) -> Self {
         Self {
@@ -256,6 +261,16 @@ impl Asm {
     pub(crate) fn store_imm(&mut self, to: Mem, value: i32) {
         self.memory(true, &[0xc7], 0, to);
         self.imm32(value);
+    }
+
+    /// `mov [m], r32`
+    pub(crate) fn store32(&mut self, to: Mem, from: Reg) {
+        self.memory(false, &[0x89], from.0, to);
+    }
+
+    /// Data among the code.
+    pub(crate) fn word(&mut self, value: u32) {
+        self.raw(&value.to_le_bytes());
     }
 
     /// `mov dword [m], imm32`

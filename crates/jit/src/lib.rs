@@ -12,6 +12,7 @@ mod context;
 mod emit;
 mod instruction;
 mod low;
+mod memory;
 mod mode;
 mod perf_map;
 mod registers;

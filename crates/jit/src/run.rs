@@ -17,12 +17,12 @@ use trapgate_x86::profile::Level;
 use trapgate_x86::registers::{gpr, rflags};
 use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
 
-use crate::adapt::{PATIENCE, Wandering};
+use crate::adapt::{Lesson, Lessons, PATIENCE};
 use crate::clock::Rate;
 use crate::code_memory::CodeMemory;
 use crate::context::{
-    ACCESS_TLB, Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, TARGETS, TLB_ENTRIES,
-    USER_TLB,
+    ACCESS_TLB, Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, Slots, TARGETS,
+    TLB_ENTRIES, Table, USER_TLB,
 };
 use crate::emit::Asm;
 use crate::low::Low;
@@ -129,8 +129,6 @@ pub(crate) struct Inner {
     on_page: FxHashMap<u64, Vec<u32>>,
     /// For whom the slots of each half of the address space are: user code?
     page_users: [bool; 2],
-    /// Linear address that no guest can guess.
-    unmatched: u64,
     ended: Ended,
     exact: bool,
     /// Tag of the address space whose translations are in the tables.
@@ -142,7 +140,7 @@ pub(crate) struct Inner {
     /// EFLAGS.AC as the processor's derived state has it.
     access: bool,
     page: Box<[u8; 4096 + 16]>,
-    wandering: Wandering,
+    lessons: Lessons,
     rate: Rate,
     pub(crate) statistics: Statistics,
     perf: Option<PerfMap>,
@@ -256,14 +254,14 @@ impl Translating {
                 // In its final place, the processor tells where its parts lie.
                 addr_of_mut!((*context).interp).write(interp);
                 let tlb = (*context).interp.cpu.translations();
-                let unmatched = unmatched();
                 let mut asm = Asm::default();
                 asm.start(code.next());
-                let stubs = stubs::write(&mut asm, at, wide, tlb, unmatched);
+                let stubs = stubs::write(&mut asm, at, wide, tlb);
                 code.append(&asm.bytes);
                 let stubs_end = code.used();
                 addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
-                addr_of_mut!((*context).patience).write(PATIENCE);
+                addr_of_mut!((*context).unmatched).write(unmatched());
+                addr_of_mut!((*context).patience).write([PATIENCE; 2]);
                 addr_of_mut!((*context).poll).write(AtomicU32::new(1));
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
@@ -281,7 +279,6 @@ impl Translating {
                     mapped: Vec::new(),
                     on_page: FxHashMap::default(),
                     page_users: [true, false],
-                    unmatched,
                     ended: Ended::Look,
                     exact: false,
                     space: 0,
@@ -289,7 +286,7 @@ impl Translating {
                     local_code: Vec::new(),
                     access: false,
                     page: Box::new([0; 4096 + 16]),
-                    wandering: Wandering::default(),
+                    lessons: Lessons::default(),
                     rate: Rate::new(),
                     statistics: Statistics::new(observe.costs),
                     perf,
@@ -513,8 +510,11 @@ impl Context {
         self.rust.statistics.misses += 1;
         let cell = Cell::miss(site.mode.view(), site.write);
         self.rust.statistics.count(cell);
-        if self.patience == 0 {
-            self.adapt(site);
+        for lesson in [Lesson::Wanders, Lesson::Crowded] {
+            if self.patience[lesson as usize] == 0 {
+                self.patience[lesson as usize] = PATIENCE;
+                self.adapt(site, lesson);
+            }
         }
         let cpu = &mut self.interp.cpu;
         let access = if site.write {
@@ -525,13 +525,9 @@ impl Context {
         match cpu.resolve(linear, size, access, site.segment) {
             Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
                 let view = site.mode.view();
-                let mut tlb = self.tlbs[view].table(TLB_ENTRIES[view]);
                 let host = target.page.as_ptr() as u64;
                 let rights = (target.read, target.write);
-                tlb.insert(linear, host, rights);
-                if site.stack {
-                    tlb.insert_stack(linear, host, rights, self.rust.unmatched);
-                }
+                Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]).insert(linear, host, rights);
                 // What is not there in every address space. The other tables are exchanged.
                 if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
                     self.local[view].push(linear);
@@ -711,8 +707,9 @@ impl Context {
 
     fn clear_translations(&mut self) {
         for (tlb, entries) in self.tlbs.iter_mut().zip(TLB_ENTRIES) {
-            tlb.table(entries).clear(self.rust.unmatched);
+            Table(&mut tlb[..entries]).clear();
         }
+        self.clear_slots();
         for local in &mut self.local {
             local.count = 0;
         }
@@ -721,9 +718,15 @@ impl Context {
         self.rust.local_code.clear();
     }
 
+    fn clear_slots(&mut self) {
+        for slots in &mut self.slots {
+            Slots(slots).clear(self.unmatched);
+        }
+    }
+
     /// Forgets what the processor's TLB forgot.
     fn apply_changes(&mut self) {
-        let unmatched = self.rust.unmatched;
+        let unmatched = self.unmatched;
         let changes = self.interp.cpu.changes();
         if !changes.any {
             return;
@@ -731,13 +734,21 @@ impl Context {
         let (all, space) = (changes.all, changes.space);
         if !all {
             let tables = self.tlbs.iter_mut().zip(TLB_ENTRIES);
-            let tables = tables.map(|(tlb, entries)| tlb.table(entries));
+            let tables = tables.map(|(tlb, entries)| Table(&mut tlb[..entries]));
             for mut tlb in tables.chain(self.rust.spaces.tables()) {
                 for &linear in &changes.pages {
-                    tlb.clear_page(linear, unmatched);
+                    tlb.clear_page(linear);
                 }
                 for &host in &changes.revoked {
-                    tlb.revoke_write(host, unmatched);
+                    tlb.revoke_write(host);
+                }
+            }
+            for mut slots in self.slots.iter_mut().map(Slots) {
+                for &linear in &changes.pages {
+                    slots.clear_page(linear, unmatched);
+                }
+                for &host in &changes.revoked {
+                    slots.revoke_write(host, unmatched);
                 }
             }
             for &linear in &changes.pages {
@@ -752,12 +763,12 @@ impl Context {
         } else if space && tag != self.rust.space {
             // What is global stays in the supervisor's table and the upper half.
             for (view, local) in self.local.iter_mut().enumerate() {
-                let mut tlb = self.tlbs[view].table(TLB_ENTRIES[view]);
+                let mut tlb = Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]);
                 if local.is_full() {
-                    tlb.clear(unmatched);
+                    tlb.clear();
                 }
                 for &linear in local.list() {
-                    tlb.clear_page(linear, unmatched);
+                    tlb.clear_page(linear);
                 }
                 local.count = 0;
             }
@@ -772,12 +783,12 @@ impl Context {
                 self.rust.space,
                 tag,
                 Parts {
-                    access: access.table(ACCESS_TLB),
-                    user: user.table(USER_TLB),
+                    access: &mut access[..ACCESS_TLB],
+                    user: &mut user[..USER_TLB],
                     pages: &mut self.pages.user,
                 },
-                unmatched,
             );
+            self.clear_slots();
         }
         self.rust.space = tag;
     }
@@ -953,7 +964,7 @@ impl Context {
             second: second.map(|(mapping, _)| mapping),
             first_site: rust.sites.len() as u32,
             first_exit: rust.exits.len() as u32,
-            wandering: rust.wandering.on_page(gpa),
+            lessons: rust.lessons.on_page(gpa),
             exact: rust.exact,
             counting: rust.statistics.timed(),
         };
@@ -1063,10 +1074,9 @@ impl Context {
         None
     }
 
-    /// So many stack accesses missed that time is lost by it: the code of the last is made anew.
-    fn adapt(&mut self, site: Site) {
-        self.patience = PATIENCE;
-        if !self.rust.wandering.is_often() {
+    /// So many accesses missed that time is lost by it: the code of the last is made anew.
+    fn adapt(&mut self, site: Site, lesson: Lesson) {
+        if !self.rust.lessons.is_often(lesson) {
             return;
         }
         let blocks = &self.rust.blocks;
@@ -1076,7 +1086,7 @@ impl Context {
         };
         let block = &blocks[number];
         let gpa = self.rust.mapped[mapping_of(block.keys[0]) as usize - 1].gpa;
-        if block.alive && self.rust.wandering.note(gpa, site.rip) {
+        if block.alive && self.rust.lessons.note(gpa, site.rip, lesson) {
             self.drop_block(number as u32);
         }
     }

@@ -1,7 +1,7 @@
 //! Translations of address spaces that are not the current one: a process that gets the processor back finds
 //! its translations as it left them.
 
-use crate::context::{ACCESS_TLB, Table, Tlb, USER_PAGES, USER_TLB};
+use crate::context::{ACCESS_TLB, Entry, Table, USER_PAGES, USER_TLB};
 
 /// Address spaces that are kept.
 const MOST: usize = 8;
@@ -9,9 +9,9 @@ const MOST: usize = 8;
 /// What belongs to one address space.
 pub(crate) struct Parts<'a> {
     /// The table of a supervisor with access to user pages.
-    pub(crate) access: Table<'a>,
+    pub(crate) access: &'a mut [Entry],
     /// The user's.
-    pub(crate) user: Table<'a>,
+    pub(crate) user: &'a mut [Entry],
     /// Code pages of the lower half.
     pub(crate) pages: &'a mut [u32; USER_PAGES],
 }
@@ -19,8 +19,8 @@ pub(crate) struct Parts<'a> {
 struct Space {
     /// The processor's tag for it.
     tag: u64,
-    access: Tlb<ACCESS_TLB>,
-    user: Tlb<USER_TLB>,
+    access: [Entry; ACCESS_TLB],
+    user: [Entry; USER_TLB],
     pages: [u32; USER_PAGES],
     /// When it was put here.
     age: u64,
@@ -46,7 +46,7 @@ impl Spaces {
         self.kept
             .iter_mut()
             .filter(|space| space.tag != 0)
-            .flat_map(|space| [space.access.table(ACCESS_TLB), space.user.table(USER_TLB)])
+            .flat_map(|space| [Table(&mut space.access), Table(&mut space.user)])
     }
 
     /// Forgets a code page.
@@ -61,7 +61,7 @@ impl Spaces {
 
     /// Puts away the parts of the space with tag `old`, and replaces them by those of `new`; empty ones if they
     /// are not kept.
-    pub(crate) fn exchange(&mut self, old: u64, new: u64, mut parts: Parts<'_>, unmatched: u64) {
+    pub(crate) fn exchange(&mut self, old: u64, new: u64, parts: Parts<'_>) {
         self.age += 1;
         let found = self
             .kept
@@ -77,8 +77,8 @@ impl Spaces {
             None if self.kept.len() < MOST => {
                 self.kept.push(Box::new(Space {
                     tag: 0,
-                    access: Tlb::zero(),
-                    user: Tlb::zero(),
+                    access: [Entry::default(); ACCESS_TLB],
+                    user: [Entry::default(); USER_TLB],
                     pages: [0; USER_PAGES],
                     age: 0,
                 }));
@@ -93,20 +93,20 @@ impl Spaces {
         let space = &mut self.kept[place];
         space.tag = old;
         space.age = self.age;
-        space.access.table(ACCESS_TLB).copy_from(&parts.access);
-        space.user.table(USER_TLB).copy_from(&parts.user);
+        space.access.copy_from_slice(parts.access);
+        space.user.copy_from_slice(parts.user);
         space.pages.copy_from_slice(parts.pages);
         match found {
             Some(found) => {
                 let space = &mut self.kept[found];
                 space.age = self.age;
-                parts.access.copy_from(&space.access.table(ACCESS_TLB));
-                parts.user.copy_from(&space.user.table(USER_TLB));
+                parts.access.copy_from_slice(&space.access);
+                parts.user.copy_from_slice(&space.user);
                 parts.pages.copy_from_slice(&space.pages);
             }
             None => {
-                parts.access.clear(unmatched);
-                parts.user.clear(unmatched);
+                Table(parts.access).clear();
+                Table(parts.user).clear();
                 parts.pages.fill(0);
             }
         }

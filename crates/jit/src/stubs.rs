@@ -2,30 +2,38 @@
 
 use trapgate_interp::{Layout, View};
 
-use crate::context::{Addresses, MOST_LOCAL, TLB_ENTRIES, VIEWS};
+use crate::adapt::Lesson;
+use crate::context::{Addresses, Entry, HOST_OFFSET, MOST_LOCAL, TLB_ENTRIES, VIEWS, page_offset};
 use crate::emit::{
     Alu, Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSP, condition,
 };
 use crate::registers::{ADDRESS, HOME};
+use crate::statistics::Cell;
 
 /// Addresses of the stubs.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Stubs {
     /// `extern "sysv64" fn() -> u32`: runs the host code at `target`; gives one of [`exit`].
     pub(crate) enter: u64,
-    /// Called at a miss, by view, write and stack, with the linear address in [`ADDRESS`]; returns to try again.
-    pub(crate) refill: [[[u64; 2]; 2]; VIEWS],
-    /// Called to run a site's instruction on the interpreter; returns, or goes on elsewhere.
+    /// Called when an entry of the table misses, by view and write: RCX is the entry's offset. All of these are
+    /// called with a jump to try again after the call, and the site's number after that; the flags and RCX are
+    /// lost.
+    pub(crate) refill: [[u64; 2]; VIEWS],
+    /// The same for a slot: RCX is its address.
+    pub(crate) find: [[u64; 2]; VIEWS],
+    /// Called to run a site's instruction on the interpreter, with the site's number after the call; goes on
+    /// elsewhere.
     pub(crate) operate: u64,
-    /// Jumped to: leave with [`exit::LINK`]; the flags are in the host's.
+    /// Called, with the exit's number after the call: leave with [`exit::LINK`]; the flags are in the host's.
     pub(crate) link_host: u64,
-    /// Jumped to: leave with [`exit::LINK`]; the flags are in memory.
+    /// The same; the flags are in memory.
     pub(crate) link_memory: u64,
     /// Jumped to: leave with [`exit::GO`]; RIP is stored, the flags are in the host's.
     pub(crate) go_host: u64,
     /// Jumped to: leave with [`exit::GO`]; RIP is stored, the flags are in memory.
     pub(crate) go_memory: u64,
-    /// Jumped to: leave with [`exit::INDIRECT`]; the target is in [`ADDRESS`], the flags are in memory.
+    /// Called, with the site's number after the call: leave with [`exit::INDIRECT`]; the target is in
+    /// [`ADDRESS`], the flags are in memory.
     pub(crate) indirect: u64,
 }
 
@@ -35,6 +43,7 @@ impl Stubs {
         let Self {
             enter,
             refill,
+            find,
             operate,
             link_host,
             link_memory,
@@ -51,12 +60,10 @@ impl Stubs {
             (*go_memory, "stub leave".to_owned()),
             (*indirect, "stub indirect".to_owned()),
         ];
-        for (view, stubs) in refill.iter().enumerate() {
-            for (write, stubs) in stubs.iter().enumerate() {
-                for (stack, start) in stubs.iter().enumerate() {
-                    let cell = crate::statistics::Cell::of_refill(view, write, stack);
-                    names.push((*start, format!("stub refill {}", cell.name().1)));
-                }
+        for (slot, stubs) in [refill, find].into_iter().enumerate() {
+            for (index, start) in stubs.as_flattened().iter().enumerate() {
+                let (kind, detail) = Cell::of_refill(index / 2, index % 2, slot).name();
+                names.push((*start, format!("stub {kind} {detail}")));
             }
         }
         names.sort();
@@ -82,6 +89,17 @@ pub(crate) mod answer {
     pub(crate) const RETURN: u64 = 0;
     /// Leave with [`super::exit::STOP`]. Any other value is host code to go on at.
     pub(crate) const LEAVE: u64 = 1;
+}
+
+/// Bytes of the jump that follows the call of a miss.
+const RETRY: i32 = 5;
+
+/// The offset of an entry is a page number shifted by this.
+pub(crate) const ENTRY_SHIFT: u8 = size_of::<Entry>().trailing_zeros() as u8;
+
+/// The bits of a shifted linear address that are the offset of its entry.
+pub(crate) fn entry_mask(view: usize) -> i32 {
+    (TLB_ENTRIES[view] as i32 - 1) << ENTRY_SHIFT
 }
 
 struct Writer<'a> {
@@ -146,35 +164,90 @@ impl Writer<'_> {
         self.asm.raw(&[0xc3]);
     }
 
-    /// Fetches a translation from the processor's own TLB; if it is not there, a Rust function looks further.
-    /// `stack` is for accesses relative to RSP, and what their slot holds that nothing hits.
-    fn refill(
-        &mut self,
-        tlb: Layout,
-        view: usize,
-        write: bool,
-        stack: Option<u64>,
-        miss: u64,
-    ) -> u64 {
+    /// Notes the number of the site that called: it lies `offset` bytes after the return address.
+    fn note_site(&mut self, offset: i32) {
+        self.asm.load(RCX, Mem::at(RSP, 0));
+        self.asm.load32(RCX, Mem::at(RCX, offset));
+        self.asm.store32(Mem::low(self.at.site()), RCX);
+    }
+
+    /// Counts a miss. From time to time Rust code looks at one.
+    fn lose_patience(&mut self, lesson: Lesson, miss: u64) {
+        let patience = Mem::low(self.at.patience(lesson));
+        self.asm.alu_memory_imm32(Alu::Sub, patience, 1);
+        self.asm.jump_if(condition::E, miss);
+    }
+
+    /// Fetches a translation into a slot, whose address is in RCX, from the table. [`ADDRESS`] is what the
+    /// linear address is more than the slot's page.
+    fn find(&mut self, view: usize, write: bool, refill: u64, miss: u64) -> u64 {
         let start = self.asm.here();
-        if stack.is_some() {
-            let patience = Mem::low(self.at.patience());
-            self.asm.alu_memory_imm32(Alu::Sub, patience, 1);
-            self.asm.jump_if(condition::E, miss);
+        let page = |write| Mem::at(RCX, page_offset(write) as i32);
+        self.asm.alu_load(Alu::Add, ADDRESS, page(write));
+        self.lose_patience(Lesson::Wanders, miss);
+        self.asm.push(RAX);
+        self.asm.push(RDX);
+        self.asm.rorx32(RAX, ADDRESS, 12 - ENTRY_SHIFT);
+        self.asm.alu_imm(false, Alu::And, RAX, entry_mask(view));
+        self.asm.mov(RDX, ADDRESS);
+        self.asm.alu_imm(true, Alu::And, RDX, -4096);
+        // It is there and was missed: the access crosses the page's end.
+        self.asm.compare_load(RDX, page(write));
+        self.asm.jump_if(condition::E, self.asm.here());
+        let crosses = self.asm.bytes.len() - 4;
+        let table = self.at.tlb(view);
+        let entry = |offset: u32| Mem::offset(table + offset, RAX);
+        self.asm.compare_load(RDX, entry(page_offset(write)));
+        self.asm.jump_if(condition::NE, self.asm.here());
+        let unknown = self.asm.bytes.len() - 4;
+        self.asm.store(page(write), RDX);
+        self.asm.compare_load(RDX, entry(page_offset(!write)));
+        let both = self.asm.short_if(condition::E);
+        self.asm.load(RDX, Mem::low(self.at.unmatched()));
+        self.asm.land(both);
+        self.asm.store(page(!write), RDX);
+        self.asm.load(RAX, entry(HOST_OFFSET));
+        self.asm.store(Mem::at(RCX, HOST_OFFSET as i32), RAX);
+        let count = self.at.refills(view, write, true);
+        self.asm.increment(Mem::low(count));
+        self.asm.pop(RDX);
+        self.asm.pop(RAX);
+        self.asm.raw(&[0xc3]);
+        for (jump, target) in [(crosses, miss), (unknown, refill)] {
+            self.asm.patch(jump, self.asm.here());
+            self.asm.pop(RDX);
+            self.asm.pop(RAX);
+            self.asm.jump(target);
         }
-        let saved = [RAX, RDX, RBX, RCX];
+        start
+    }
+
+    /// Fetches a translation into the table from the processor's own TLB; if it is not there, a Rust function
+    /// looks further. There are two ways in: at the first, RCX is the offset of the entry whose page was
+    /// subtracted from [`ADDRESS`].
+    fn refill(&mut self, tlb: Layout, view: usize, write: bool, miss: u64) -> (u64, u64) {
+        let subtracted = self.asm.here();
+        let table = self.at.tlb(view);
+        self.asm.alu_load(
+            Alu::Add,
+            ADDRESS,
+            Mem::offset(table + page_offset(write), RCX),
+        );
+        let start = self.asm.here();
+        self.lose_patience(Lesson::Crowded, miss);
+        let saved = [RAX, RDX, RBX];
         for register in saved {
             self.asm.push(register);
         }
-        // RDX: the entry. RBX: the tag.
+        // RDX: the entry of the processor's TLB. RBX: the tag.
         self.asm.mov(RAX, ADDRESS);
         self.asm.shr(RAX, 12);
         self.asm.mov32(RDX, RAX);
         self.asm
             .alu_imm(false, Alu::And, RDX, tlb.per_view as i32 - 1);
         self.asm.shl32(RDX, tlb.entry_bytes.trailing_zeros() as u8);
-        let table = tlb.entries + view as u64 * tlb.per_view * tlb.entry_bytes;
-        self.asm.mov_imm(RCX, table);
+        let entries = tlb.entries + view as u64 * tlb.per_view * tlb.entry_bytes;
+        self.asm.mov_imm(RCX, entries);
         self.asm.alu(true, Alu::Add, RDX, RCX);
         self.asm.mov(RBX, RAX);
         self.asm.mov(RCX, ADDRESS);
@@ -196,37 +269,26 @@ impl Writer<'_> {
             self.asm.bytes.len() - 4
         });
         let known = self.asm.here();
-        // RAX: the slot. RCX: the page.
-        self.asm
-            .alu_imm(false, Alu::And, RAX, TLB_ENTRIES[view] as i32 - 1);
+        // RAX: the entry of the table. RCX: the page.
+        self.asm.rorx32(RAX, ADDRESS, 12 - ENTRY_SHIFT);
+        self.asm.alu_imm(false, Alu::And, RAX, entry_mask(view));
         self.asm.mov(RCX, ADDRESS);
         self.asm.alu_imm(true, Alu::And, RCX, -4096);
-        let pages = |write| match stack {
-            None => Mem::array(self.at.tlb_pages(view, write), RAX),
-            Some(_) => Mem::low(self.at.stack_page(view, write)),
-        };
-        let host = match stack {
-            None => Mem::array(self.at.tlb_hosts(view), RAX),
-            Some(_) => Mem::low(self.at.stack_host(view)),
-        };
-        let (this_page, other_page) = (pages(write), pages(!write));
+        let pages = |write| Mem::offset(table + page_offset(write), RAX);
         // It is there and was missed: the access crosses the page's end.
-        self.asm.compare_load(RCX, this_page);
+        self.asm.compare_load(RCX, pages(write));
         self.asm.jump_if(condition::E, self.asm.here());
         let crosses = self.asm.bytes.len() - 4;
-        self.asm.store(this_page, RCX);
+        self.asm.store(pages(write), RCX);
         self.asm.compare_load(RBX, Mem::at(RDX, other));
         self.asm.mov(RBX, RCX);
         let both = self.asm.short_if(condition::E);
-        match stack {
-            None => self.asm.alu_imm(true, Alu::Xor, RBX, 0x1000),
-            Some(unmatched) => self.asm.mov_imm(RBX, unmatched),
-        }
+        self.asm.alu_imm(true, Alu::Xor, RBX, 0x1000);
         self.asm.land(both);
-        self.asm.store(other_page, RBX);
+        self.asm.store(pages(!write), RBX);
         self.asm.alu_load(Alu::Add, RCX, Mem::at(RDX, tlb.addend));
-        self.asm.store(host, RCX);
-        let count = self.at.refills(view, write, stack.is_some());
+        self.asm.store(Mem::offset(table + HOST_OFFSET, RAX), RCX);
+        let count = self.at.refills(view, write, false);
         self.asm.increment(Mem::low(count));
         for register in saved.into_iter().rev() {
             self.asm.pop(register);
@@ -258,7 +320,7 @@ impl Writer<'_> {
             self.asm.pop(register);
         }
         self.asm.jump(miss);
-        start
+        (subtracted, start)
     }
 
     fn leave_with(&mut self, reason: u32) -> u64 {
@@ -271,13 +333,7 @@ impl Writer<'_> {
 }
 
 /// Writes the stubs.
-pub(crate) fn write(
-    asm: &mut Asm,
-    at: Addresses,
-    wide: bool,
-    tlb: Layout,
-    unmatched: u64,
-) -> Stubs {
+pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> Stubs {
     let mut writer = Writer { asm, at, wide };
     let enter = writer.asm.here();
     for register in [RBX, RBP, R12, R13, R14, R15] {
@@ -306,9 +362,9 @@ pub(crate) fn write(
     writer.asm.jump_memory(Mem::low(at.target()));
 
     // Calls of Rust functions `extern "sysv64" fn(*mut Context) -> u64`.
-    let call = |writer: &mut Writer<'_>, function: u32| {
+    let call = |writer: &mut Writer<'_>, function: u32, site: i32| {
         let start = writer.asm.here();
-        writer.asm.store(Mem::low(at.rcx()), RCX);
+        writer.note_site(site);
         writer.asm.store(Mem::low(at.linear()), ADDRESS);
         writer.save();
         writer.asm.alu_imm(true, Alu::Sub, RSP, 8);
@@ -318,40 +374,40 @@ pub(crate) fn write(
         writer.asm.alu(true, Alu::Or, RAX, RAX);
         writer.asm.jump_if(condition::NE, elsewhere);
         writer.restore();
-        writer.asm.load(RCX, Mem::low(at.rcx()));
         writer.asm.load(ADDRESS, Mem::low(at.linear()));
         writer.asm.raw(&[0xc3]);
         start
     };
-    let miss = call(&mut writer, at.miss());
-    let mut refill = [[[0; 2]; 2]; VIEWS];
-    for (view, stubs) in refill.iter_mut().enumerate() {
-        for (write, stubs) in stubs.iter_mut().enumerate() {
-            for (stack, stub) in stubs.iter_mut().enumerate() {
-                *stub = writer.refill(
-                    tlb,
-                    view,
-                    write != 0,
-                    (stack != 0).then_some(unmatched),
-                    miss,
-                );
-            }
+    let miss = call(&mut writer, at.miss(), RETRY);
+    let mut refill = [[0; 2]; VIEWS];
+    let mut find = [[0; 2]; VIEWS];
+    for view in 0..VIEWS {
+        for write in [false, true] {
+            let (subtracted, plain) = writer.refill(tlb, view, write, miss);
+            refill[view][usize::from(write)] = subtracted;
+            find[view][usize::from(write)] = writer.find(view, write, plain, miss);
         }
     }
-    let operate = call(&mut writer, at.operate());
+    let operate = call(&mut writer, at.operate(), 0);
 
     let link_host = writer.asm.here();
     writer.save_flags();
-    let link_memory = writer.leave_with(exit::LINK);
+    let link_memory = writer.asm.here();
+    writer.note_site(0);
+    writer.asm.alu_imm(true, Alu::Add, RSP, 8);
+    writer.leave_with(exit::LINK);
     let go_host = writer.asm.here();
     writer.save_flags();
     let go_memory = writer.leave_with(exit::GO);
     let indirect = writer.asm.here();
+    writer.note_site(0);
+    writer.asm.alu_imm(true, Alu::Add, RSP, 8);
     writer.asm.store(Mem::low(at.rip()), ADDRESS);
     writer.leave_with(exit::INDIRECT);
     Stubs {
         enter,
         refill,
+        find,
         operate,
         link_host,
         link_memory,

@@ -12,15 +12,19 @@ use trapgate_interp::Interpreter;
 use trapgate_interp::op::Op;
 use trapgate_x86::registers::sreg;
 
-use crate::context::{Addresses, TARGETS, TLB_ENTRIES};
+use crate::adapt::{Lesson, Noted};
+use crate::context::{Addresses, TARGETS};
 use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDI, RDX, RSI, Reg, condition};
 use crate::instruction::{COUNTER, Count, FLAGS, Guest, Kind, Plan, Text, classify, flag_use};
+use crate::memory::{Missed, Place};
 use crate::mode::Mode;
 use crate::registers::{ADDRESS, GUEST_RCX, GUEST_RSP, HOME, SPARE, is_high_byte, named, number};
 use crate::stubs::Stubs;
 
 /// Most instructions in a unit.
 const MOST: usize = 64;
+/// Most bytes of a loop whose accesses are taken to be few.
+const LOOP: u64 = 2048;
 /// Instructions that a look ahead for flags reads.
 const AHEAD: usize = 12;
 
@@ -38,8 +42,6 @@ pub(crate) struct Site {
     /// Bytes of its access.
     pub(crate) size: u8,
     pub(crate) write: bool,
-    /// The access is relative to RSP.
-    pub(crate) stack: bool,
     pub(crate) segment: u8,
     pub(crate) mode: Mode,
     /// What kind of instruction it is, for statistics.
@@ -82,9 +84,8 @@ pub(crate) struct Request<'a> {
     /// Numbers of the first site and exit.
     pub(crate) first_site: u32,
     pub(crate) first_exit: u32,
-    /// Offsets of instructions on this page whose accesses are not what they seem: not always to one page of
-    /// the stack.
-    pub(crate) wandering: &'a [u16],
+    /// What is known of the accesses of instructions on this page.
+    pub(crate) lessons: &'a [Noted],
     /// Flags are right wherever the guest could look.
     pub(crate) exact: bool,
     /// Instructions are counted as they run.
@@ -117,15 +118,14 @@ pub(crate) struct Where {
 }
 
 /// Host code that is written after the unit's, out of the way.
-enum Aside {
+pub(crate) enum Aside {
     Miss {
         jump: usize,
         retry: u64,
         site: u32,
         /// Address of the stub that fetches the translation.
-        refill: u64,
-        /// Array with the page address that was subtracted.
-        pages: Mem,
+        stub: u64,
+        missed: Missed,
     },
     Operate {
         jump: usize,
@@ -198,6 +198,7 @@ impl Translator {
             mode: request.mode,
             unit: &mut unit,
             asides: Vec::new(),
+            loops: loops(&guests),
             interp,
             ops,
         };
@@ -311,6 +312,19 @@ impl Translator {
     }
 }
 
+/// Loops that end in a unit: the targets of jumps that go back a little, and the jumps.
+fn loops(guests: &[Guest]) -> Vec<(u64, u64)> {
+    let jumps = guests.iter().filter_map(|guest| match guest.kind {
+        Kind::Jump(target) | Kind::JumpIf(_, target) | Kind::Count(_, target) => {
+            Some((target, guest.instruction.ip()))
+        }
+        _ => None,
+    });
+    jumps
+        .filter(|(target, jump)| target <= jump && jump - target <= LOOP)
+        .collect()
+}
+
 /// Flags that code at `target` may read before it overwrites them: all of them where that can't be seen.
 fn look_ahead(request: &Request<'_>, unit: &mut Unit, target: u64, depth: u32) -> u32 {
     let page = request.rip & !0xfff;
@@ -359,13 +373,15 @@ pub(crate) struct Writer<'a> {
     pub(crate) asm: &'a mut Asm,
     encoder: &'a mut Encoder,
     pub(crate) at: Addresses,
-    stubs: Stubs,
+    pub(crate) stubs: Stubs,
     request: Request<'a>,
     pub(crate) flags: Where,
     /// The mode at this point: STAC and CLAC change it.
     pub(crate) mode: Mode,
     unit: &'a mut Unit,
-    asides: Vec<Aside>,
+    pub(crate) asides: Vec<Aside>,
+    /// Loops in this unit, as addresses of their first and last instructions.
+    loops: Vec<(u64, u64)>,
     interp: &'a mut Interpreter,
     ops: &'a mut Vec<Op>,
 }
@@ -395,8 +411,10 @@ impl Writer<'_> {
                 site.next = next;
             }
         }
-        if let Some(last) = guests.last() {
-            if !last.kind.ends() {
+        if let Some(last) = guests.last()
+            && !last.kind.ends()
+        {
+            {
                 let next = self.request.rip.wrapping_add(self.unit.length);
                 self.leave_direct(next, last.live_out);
             }
@@ -491,7 +509,7 @@ impl Writer<'_> {
     // Addresses and memory.
 
     /// The guest's register, in its home or fetched to `spare`.
-    fn fetch(&mut self, guest: usize, spare: Reg) -> Reg {
+    pub(crate) fn fetch(&mut self, guest: usize, spare: Reg) -> Reg {
         match HOME[guest] {
             Some(home) => home,
             None => {
@@ -501,63 +519,24 @@ impl Writer<'_> {
         }
     }
 
-    /// The effective address to a register, without its segment's base. Only [`SPARE`] is used beside it.
-    fn effective_address(&mut self, instruction: &Instruction, to: Reg, wide: bool) {
-        let displacement = instruction.memory_displacement64();
-        let (base, index) = (instruction.memory_base(), instruction.memory_index());
-        if base == Register::RIP || (base == Register::None && index == Register::None) {
-            let address = if wide {
-                displacement
-            } else {
-                displacement & 0xffff_ffff
-            };
-            self.asm.mov_imm(to, address);
-            return;
-        }
-        let narrow = base.is_gpr32() || index.is_gpr32();
-        let base = (base != Register::None).then(|| self.fetch(number(base), to));
-        let index = (index != Register::None).then(|| {
-            let scale = instruction.memory_index_scale().trailing_zeros() as u8;
-            (self.fetch(number(index), SPARE), scale)
-        });
-        let memory = Mem {
-            base,
-            index,
-            displacement: displacement as i32,
-        };
-        match memory {
-            Mem {
-                base: Some(base),
-                index: None,
-                displacement: 0,
-            } if wide && !narrow => {
-                if base != to {
-                    self.asm.mov(to, base);
-                }
-            }
-            _ => self.asm.lea(wide && !narrow, to, memory),
-        }
+    /// What is known of an instruction's accesses.
+    pub(crate) fn lesson(&self, guest: &Guest) -> Option<Lesson> {
+        let offset = (guest.instruction.ip() & 0xfff) as u16;
+        let mut noted = self.request.lessons.iter();
+        noted
+            .find(|(other, _)| *other == offset)
+            .map(|noted| noted.1)
     }
 
-    /// The linear address of an instruction's memory operand to [`ADDRESS`].
-    fn linear_address(&mut self, instruction: &Instruction) {
-        self.effective_address(instruction, ADDRESS, true);
-        let segment = match instruction.memory_segment() {
-            Register::FS => sreg::FS,
-            Register::GS => sreg::GS,
-            _ => return,
-        };
-        self.asm
-            .load(SPARE, Mem::low(self.at.segment_base(segment)));
-        let sum = Mem {
-            base: Some(ADDRESS),
-            index: Some((SPARE, 0)),
-            displacement: 0,
-        };
-        self.asm.lea(true, ADDRESS, sum);
+    /// Whether an instruction is in a loop that ends in this unit.
+    pub(crate) fn is_in_loop(&self, guest: &Guest) -> bool {
+        let ip = guest.instruction.ip();
+        self.loops
+            .iter()
+            .any(|&(first, last)| first <= ip && ip <= last)
     }
 
-    fn site(&mut self, guest: &Guest) -> Site {
+    pub(crate) fn site(&mut self, guest: &Guest) -> Site {
         Site {
             rip: guest.instruction.ip(),
             next: 0,
@@ -565,7 +544,6 @@ impl Writer<'_> {
             length: guest.instruction.len() as u8,
             size: 0,
             write: false,
-            stack: false,
             segment: sreg::DS as u8,
             mode: self.mode,
             code: guest.instruction.code(),
@@ -573,51 +551,9 @@ impl Writer<'_> {
         }
     }
 
-    fn add_site(&mut self, site: Site) -> u32 {
+    pub(crate) fn add_site(&mut self, site: Site) -> u32 {
         self.unit.sites.push(site);
         self.request.first_site + self.unit.sites.len() as u32 - 1
-    }
-
-    /// [`ADDRESS`] from linear to host address, or else a call. The flags and [`SPARE`] are lost.
-    fn translate(&mut self, guest: &Guest, size: usize, write: bool, stack: bool, segment: usize) {
-        let view = self.mode.view();
-        let site = Site {
-            size: size as u8,
-            write,
-            stack,
-            segment: segment as u8,
-            ..self.site(guest)
-        };
-        let site = self.add_site(site);
-        let retry = self.asm.here();
-        let (pages, hosts) = if stack {
-            (
-                Mem::low(self.at.stack_page(view, write)),
-                Mem::low(self.at.stack_host(view)),
-            )
-        } else {
-            self.asm.rorx32(SPARE, ADDRESS, 12);
-            self.asm
-                .alu_imm(false, Alu::And, SPARE, TLB_ENTRIES[view] as i32 - 1);
-            (
-                Mem::array(self.at.tlb_pages(view, write), SPARE),
-                Mem::array(self.at.tlb_hosts(view), SPARE),
-            )
-        };
-        self.asm.alu_load(Alu::Sub, ADDRESS, pages);
-        self.asm
-            .alu_imm(true, Alu::Cmp, ADDRESS, 4096 - size as i32);
-        self.asm.jump_if(condition::A, retry);
-        let jump = self.asm.bytes.len() - 4;
-        self.asm.alu_load(Alu::Add, ADDRESS, hosts);
-        let refill = self.stubs.refill[view][usize::from(write)][usize::from(stack)];
-        self.asides.push(Aside::Miss {
-            jump,
-            retry,
-            site,
-            refill,
-            pages,
-        });
     }
 
     /// The interpreter does the instruction if a condition holds.
@@ -627,45 +563,6 @@ impl Writer<'_> {
         let site = self.site(guest);
         let site = self.add_site(site);
         self.asides.push(Aside::Operate { jump, site });
-    }
-
-    /// The address of the word at the top of the stack, to be pushed or popped.
-    pub(crate) fn stack_access(&mut self, guest: &Guest, write: bool) {
-        if write {
-            self.asm.lea(true, ADDRESS, Mem::at(GUEST_RSP, -8));
-        } else {
-            self.asm.mov(ADDRESS, GUEST_RSP);
-        }
-        let one_page = !self.wanders(guest);
-        self.translate(guest, 8, write, one_page, sreg::SS);
-    }
-
-    /// Whether an instruction's accesses relative to RSP go to several pages, by experience.
-    fn wanders(&self, guest: &Guest) -> bool {
-        let offset = (guest.instruction.ip() & 0xfff) as u16;
-        self.request.wandering.contains(&offset)
-    }
-
-    /// The memory operand of an instruction: its host address to [`ADDRESS`]. The interpreter does an access
-    /// that is not aligned to `alignment` bytes.
-    fn operand(&mut self, guest: &Guest, size: usize, write: bool, alignment: usize) {
-        let instruction = &guest.instruction;
-        let (base, index) = (instruction.memory_base(), instruction.memory_index());
-        let stack = base == Register::RSP
-            && index == Register::None
-            && !matches!(instruction.memory_segment(), Register::FS | Register::GS)
-            && !self.wanders(guest);
-        let segment = if matches!(base, Register::RSP | Register::RBP) {
-            sreg::SS
-        } else {
-            sreg::DS
-        };
-        self.linear_address(instruction);
-        if alignment > 1 {
-            self.asm.test_byte(ADDRESS, alignment as u8 - 1);
-            self.operate_if(guest, condition::NE);
-        }
-        self.translate(guest, size, write, stack, segment);
     }
 
     // Instructions.
@@ -708,8 +605,8 @@ impl Writer<'_> {
             Kind::Leave => {
                 self.give_up_flags(guest.live_in);
                 self.asm.mov(ADDRESS, crate::emit::RBP);
-                let one_page = !self.wanders(guest);
-                self.translate(guest, 8, false, one_page, sreg::SS);
+                let place = self.stack_place(guest);
+                self.translate(guest, 8, false, place, sreg::SS);
                 self.asm.lea(true, GUEST_RSP, Mem::at(crate::emit::RBP, 8));
                 self.asm.load(crate::emit::RBP, Mem::at(ADDRESS, 0));
             }
@@ -859,11 +756,11 @@ impl Writer<'_> {
         }
         if moves {
             self.asm.mov(ADDRESS, RSI);
-            self.translate(guest, 1, false, false, sreg::DS);
+            self.translate(guest, 1, false, Place::Table, sreg::DS);
             self.asm.store(Mem::low(self.at.stash()), ADDRESS);
         }
         self.asm.mov(ADDRESS, RDI);
-        self.translate(guest, 1, true, false, sreg::ES);
+        self.translate(guest, 1, true, Place::Table, sreg::ES);
         // From here on nothing can go wrong. The host's own instruction does it, on host addresses.
         self.asm.push(RDI);
         self.asm.mov(RDI, ADDRESS);
@@ -938,7 +835,7 @@ impl Writer<'_> {
             self.asm.test_byte(ADDRESS, size as u8 - 1);
             self.operate_if(guest, condition::NE);
         }
-        self.translate(guest, size, plan.writes_memory, false, sreg::DS);
+        self.translate(guest, size, plan.writes_memory, Place::Table, sreg::DS);
         let offset = self.fetch(number(register), SPARE);
         if offset != SPARE {
             self.asm.mov32(SPARE, offset);
@@ -980,8 +877,8 @@ impl Writer<'_> {
         site.length = op.length;
         let site = self.add_site(site);
         self.give_up_flags(FLAGS);
-        self.asm.store_imm32(Mem::low(self.at.site()), site);
         self.asm.call(self.stubs.operate);
+        self.asm.word(site);
         true
     }
 
@@ -1301,21 +1198,17 @@ impl Writer<'_> {
                     jump,
                     retry,
                     site,
-                    refill,
-                    pages,
+                    stub,
+                    missed,
                 } => {
                     self.asm.patch(jump, here);
-                    self.asm.alu_load(Alu::Add, ADDRESS, pages);
-                    self.asm.store_imm32(Mem::low(self.at.site()), site);
-                    self.asm.call(refill);
-                    self.asm.jump(retry);
+                    self.missed(missed, stub, retry, site);
                 }
                 Aside::Operate { jump, site } => {
                     self.asm.patch(jump, here);
-                    self.asm.store_imm32(Mem::low(self.at.site()), site);
-                    self.asm.call(self.stubs.operate);
                     // It does not return here: it goes on at the next instruction.
-                    self.asm.raw(&[0x0f, 0x0b]);
+                    self.asm.call(self.stubs.operate);
+                    self.asm.word(site);
                 }
                 Aside::Link { exit } => {
                     let number = self.request.first_exit + exit as u32;
@@ -1328,8 +1221,8 @@ impl Writer<'_> {
                     let base = self.asm.here() - self.asm.bytes.len() as u64;
                     self.asm.patch((patch - base) as usize, here);
                     self.unit.exits[exit].stub = here;
-                    self.asm.store_imm32(Mem::low(self.at.site()), number);
-                    self.asm.jump(to);
+                    self.asm.call(to);
+                    self.asm.word(number);
                 }
                 Aside::Go {
                     jump,
@@ -1350,8 +1243,8 @@ impl Writer<'_> {
                     for jump in jumps {
                         self.asm.patch(jump, here);
                     }
-                    self.asm.store_imm32(Mem::low(self.at.site()), site);
-                    self.asm.jump(self.stubs.indirect);
+                    self.asm.call(self.stubs.indirect);
+                    self.asm.word(site);
                 }
             }
         }
