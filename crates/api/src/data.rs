@@ -186,6 +186,25 @@ pub struct Counter {
     pub cpus: Vec<u64>,
 }
 
+/// Something that a machine's engine spends host time on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Cost {
+    /// What it is, of a few kinds: lower case with underscores. Which there are depends on engine and version.
+    pub kind: String,
+    /// Which of this kind, such as the guest's instruction; empty if there is but one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub detail: String,
+    /// How often it happened since the machine's start.
+    pub count: u64,
+    /// Host time that it took, in nanoseconds, without that of other costs within it. Only of a machine that was asked to
+    /// measure (`trapgate run --stats`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nanoseconds: Option<u64>,
+    /// The time is an estimate: the count times what one is known to take. It lies within that of `translated_code`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub estimated: bool,
+}
+
 /// All counters of a machine, at about the same moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Counters {
@@ -193,6 +212,10 @@ pub struct Counters {
     pub clock_ns: u64,
     /// The counters, machine-wide ones first.
     pub counters: Vec<Counter>,
+    /// What the engine spends host time on, summed over the virtual processors, the most expensive first; empty if it
+    /// does not know.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub costs: Vec<Cost>,
 }
 
 impl Counters {

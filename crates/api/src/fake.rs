@@ -117,6 +117,7 @@ impl Control for FakeMachine {
                 value: asked,
                 cpus: vec![asked, 0],
             }],
+            costs: Vec::new(),
         })
     }
 

@@ -36,7 +36,7 @@ Examples:
   trapgate run -- uname -a       runs one command in a fresh Linux, and prints what it prints
   trapgate run builtin           boots a tiny guest that needs no download
   trapgate run --detach          boots Linux in the background; trapgate console attaches to it
-  trapgate ps                    lists the machines that run
+  trapgate ps                    lists the machines that run; trapgate top shows what they do
   trapgate snapshot NAME DIR     saves one while it runs; trapgate restore DIR goes on from there
   trapgate doctor                says what this host offers, and what it lacks
 
@@ -56,6 +56,30 @@ Attach this terminal to a machine's; Ctrl-] detaches, and the machine goes on.
 
 First you see what the guest wrote last (up to 16 KiB), then what it writes, and your keys go to it. Several may be \
 attached at once. Without a terminal, standard input goes to the guest, and this ends with the machine.";
+
+const TOP: &str = "\
+Show what machines do, second by second; q or Ctrl-C leaves.
+
+Of each machine: the host's processor time that it takes, millions of guest instructions a second where they are counted, \
+how often translated code or the guest was left (EXITS), misses of the engine's translation cache that were looked up \
+(MISSES) and that translated code filled itself (REFILLS), instructions done by the interpreter for translated code \
+(CALLOUTS), code translated or decoded, halts, and how often others called a processor. Below: what the engine spends its \
+time on, by instruction. Times and instructions of the translator are known of machines started with \
+`trapgate run --stats`, others are ranked by count. With a NAME also all counters of that machine.
+
+If standard input or output is no terminal it prints what one second showed.";
+
+const STATS: &str = "\
+When the machine has ended, say on standard error where the host's time went: what the engine did, ranked by the time it \
+took, and all counters. Of the translator: translated code, instructions done by the interpreter, misses, translation, \
+and so on. It is time by the clock, so what the host gave to others counts. Measuring, and counting every guest instruction, \
+slows the translator down by about a tenth.";
+
+const PERF: &str = "\
+Tell `perf` which guest code translated code belongs to, in /tmp/perf-PID.map, so that `perf report` shows blocks of the \
+guest by address: `kernel ffffffff81000000`, or `user 401000 @9f000` with the guest-physical address, since user programs \
+share addresses. The file stays there for `perf report`. Only for the translator. Example: \
+`perf record -o data trapgate run --engine jit --perf -- COMMAND; perf report -i data`.";
 
 const RUN: &str = "Boots a machine and connects this terminal to it.\n\n\
         With no IMAGE it boots your distribution's own Linux kernel, fetched once with your package manager, \
@@ -79,6 +103,9 @@ pub(crate) enum Action {
     /// List the machines that run
     #[command(after_help = status::CLIENT_HELP)]
     Ps(PsArguments),
+    /// Show what machines do, second by second
+    #[command(long_about = TOP, after_help = status::CLIENT_HELP)]
+    Top(TopArguments),
     /// Stand a machine still, its clock too
     #[command(after_help = status::CLIENT_HELP)]
     Pause(MachineArguments),
@@ -206,6 +233,14 @@ pub(crate) struct RunArguments {
     #[arg(long, short, conflicts_with = "quiet")]
     pub(crate) verbose: bool,
 
+    /// When the machine has ended, say where the host's time went
+    #[arg(long, long_help = STATS)]
+    pub(crate) stats: bool,
+
+    /// Tell `perf` which guest code translated code belongs to
+    #[arg(long, long_help = PERF)]
+    pub(crate) perf: bool,
+
     /// Run this in the guest in place of a shell
     #[arg(
         last = true,
@@ -236,6 +271,21 @@ Examples:
 #[derive(Args, Debug)]
 pub(crate) struct PsArguments {
     /// Print JSON, for programs
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Arguments of `trapgate top`.
+#[derive(Args, Debug)]
+pub(crate) struct TopArguments {
+    /// Show this machine alone, and all that it counts
+    pub(crate) name: Option<Name>,
+
+    /// Look for one second, print what it showed, and end
+    #[arg(long)]
+    pub(crate) once: bool,
+
+    /// The same as JSON, for programs
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -298,6 +348,14 @@ pub(crate) struct RestoreArguments {
     /// Read all of the saved memory first, and compare it with its checksums
     #[arg(long)]
     pub(crate) check: bool,
+
+    /// When the machine has ended, say where the host's time went
+    #[arg(long, long_help = STATS)]
+    pub(crate) stats: bool,
+
+    /// Tell `perf` which guest code translated code belongs to
+    #[arg(long, long_help = PERF)]
+    pub(crate) perf: bool,
 
     /// Name of the machine, for `trapgate ps` and the like
     #[arg(long, value_name = "NAME")]

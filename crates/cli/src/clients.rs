@@ -129,7 +129,7 @@ fn table(machines: &[Listed]) -> String {
 }
 
 /// A kernel's version is whatever its file says: nothing in it is to act on a terminal.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     let shown = |c: char| if c.is_control() { '\u{b7}' } else { c };
     text.chars().map(shown).collect()
 }
@@ -239,7 +239,7 @@ fn absolute(directory: &Path) -> Result<String, Failure> {
     })
 }
 
-fn open() -> Result<RuntimeDirectory, Failure> {
+pub(crate) fn open() -> Result<RuntimeDirectory, Failure> {
     RuntimeDirectory::open().map_err(|error| Failure::directory(&error))
 }
 
@@ -284,7 +284,7 @@ impl Failure {
 }
 
 /// Writes to standard output, and gives the exit status.
-fn print(text: &str) -> Result<u8, Failure> {
+pub(crate) fn print(text: &str) -> Result<u8, Failure> {
     let mut rest = text.as_bytes();
     while !rest.is_empty() {
         match rustix::io::write(rustix::stdio::stdout(), rest) {

@@ -19,9 +19,11 @@ mod serial_log;
 mod signals;
 mod size;
 mod socket;
+mod stats;
 mod status;
 mod stock;
 mod terminal;
+mod top;
 
 use std::process::ExitCode;
 
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
     let result = match &arguments.action {
         Action::Run(run) => run::run(run),
         Action::Ps(ps) => clients::ps(ps),
+        Action::Top(top) => top::top(top),
         Action::Pause(machine) => clients::pause(&machine.name),
         Action::Resume(machine) => clients::resume(&machine.name),
         Action::Stop(stop) => clients::stop(stop),

@@ -11,7 +11,7 @@ use crate::curtain::Curtain;
 use crate::failure::Failure;
 use crate::keyboard::Keyboard;
 use crate::progress::Progress;
-use crate::run::{Console, NOTE_COMMAND, NOTE_GUEST, Origin, Scene};
+use crate::run::{Console, NOTE_COMMAND, NOTE_GUEST, Origin, Scene, observe};
 use crate::socket::{self, Socket};
 use crate::{detach, signals, status, terminal};
 
@@ -24,6 +24,8 @@ pub(crate) fn restore(arguments: &RestoreArguments) -> Result<u8, Failure> {
         directory,
         engine,
         check,
+        stats,
+        perf,
         name,
         detach,
         quiet,
@@ -44,6 +46,7 @@ pub(crate) fn restore(arguments: &RestoreArguments) -> Result<u8, Failure> {
     let choice = snapshot
         .choose_engine(&Host::probe())
         .map_err(|error| Failure::machine("the guest", &error))?;
+    snapshot.set_observe(observe(*stats, *perf, &choice)?);
     let console = console_of(&snapshot)?;
     let claim = socket::claim(name.as_ref(), *detach, *quiet)?;
     if !quiet {
@@ -75,6 +78,7 @@ pub(crate) fn restore(arguments: &RestoreArguments) -> Result<u8, Failure> {
         has_command: config.notes.contains_key(NOTE_COMMAND),
         quiet: *quiet,
         verbose: *verbose,
+        stats: *stats,
         name: guest,
         choice,
         events,

@@ -12,8 +12,8 @@ use trapgate_api::terminal::Terminal;
 use trapgate_image::{STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session, session_archive};
 use trapgate_virtio::Disk;
 use trapgate_vmm::{
-    Choice, DiskConfig, Hooks, Host, Identity, Machine, MachineConfig, OnReset, Outcome, Port,
-    PortOutput, Snapshot, choose,
+    Choice, DiskConfig, EngineKind, Hooks, Host, Identity, Machine, MachineConfig, Observe,
+    OnReset, Outcome, Port, PortOutput, Snapshot, choose,
 };
 
 use crate::arguments::RunArguments;
@@ -26,7 +26,7 @@ use crate::progress::Progress;
 use crate::serial_log::SerialLog;
 use crate::socket::{self, Socket};
 use crate::stock::{Fetched, Stock, fetch};
-use crate::{detach, signals, status, terminal};
+use crate::{detach, signals, stats, status, terminal};
 
 /// In a snapshot: what to call the guest.
 pub(crate) const NOTE_GUEST: &str = "guest";
@@ -109,12 +109,14 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     let source = Source::of(arguments)?;
     let choice = choose(arguments.engine.choice(), &Host::probe())
         .map_err(|error| Failure::machine("the guest", &error))?;
+    let observe = observe(arguments.stats, arguments.perf, &choice)?;
     let mut config = MachineConfig {
         cpus: arguments.cpus,
         memory_bytes: arguments.memory,
         disks: arguments.disks.clone(),
         engine: arguments.engine.choice(),
         on_reset: OnReset::End,
+        observe,
         ..MachineConfig::default()
     };
     config
@@ -165,6 +167,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         has_command: !arguments.command.is_empty(),
         quiet: arguments.quiet,
         verbose: arguments.verbose,
+        stats: arguments.stats,
         name: guest.name,
         choice,
         events,
@@ -176,6 +179,27 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         origin: Origin::Kernel,
     };
     scene.perform(&config, &inbox, socket)
+}
+
+/// What the engine is to find out.
+///
+/// # Errors
+/// It has nothing to tell.
+pub(crate) fn observe(stats: bool, perf: bool, choice: &Choice) -> Result<Observe, Failure> {
+    if perf && choice.kind != EngineKind::Jit {
+        return Err(Failure::new(
+            status::USAGE,
+            format!(
+                "there is no translated code on the engine `{}`",
+                choice.kind
+            ),
+        )
+        .fix("leave `--perf` out, or add `--engine jit`"));
+    }
+    Ok(Observe {
+        costs: stats,
+        perf_map: perf,
+    })
 }
 
 /// What remains of a machine in the background: nothing if all was well.
@@ -289,6 +313,8 @@ pub(crate) struct Scene {
     pub(crate) has_command: bool,
     pub(crate) quiet: bool,
     pub(crate) verbose: bool,
+    /// It is to be said at the end where the time went.
+    pub(crate) stats: bool,
     pub(crate) name: String,
     pub(crate) choice: Choice,
     pub(crate) events: Sender<Event>,
@@ -414,6 +440,13 @@ impl Scene {
                 counters.instructions() / 1_000_000,
                 started.elapsed().as_secs_f64()
             ));
+        }
+        if self.stats {
+            self.progress.clear();
+            terminal::restore();
+            let engine = machine.engine().kind.name();
+            let report = stats::report(&machine.account(), engine, started.elapsed());
+            terminal::say(&report);
         }
         match verdict? {
             Verdict::Status(status) => Ok(Next::End(status)),

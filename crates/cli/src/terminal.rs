@@ -6,10 +6,26 @@ use std::io;
 use std::sync::{Mutex, PoisonError};
 
 use rustix::stdio::{stderr, stdin, stdout};
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
+use rustix::termios::{
+    LocalModes, OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr,
+};
 
-/// The terminal's settings from before it was made raw.
-static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
+/// Who has the terminal.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum User {
+    /// The guest: it is raw.
+    Guest,
+    /// A page of ours: a screen of its own, without echo; Ctrl-C and Ctrl-Z stay signals.
+    Page,
+}
+
+/// The terminal's settings from before it was taken, and by whom.
+static SAVED: Mutex<Option<(Termios, User)>> = Mutex::new(None);
+
+/// Another screen, without cursor.
+const TAKE_SCREEN: &[u8] = b"\x1b[?1049h\x1b[?25l";
+/// The one that there was before.
+const GIVE_SCREEN: &[u8] = b"\x1b[?1049l";
 
 /// Shows the cursor, ends colours: what a guest that was cut off may have left.
 const CALM: &[u8] = b"\x1b[?25h\x1b[m";
@@ -42,59 +58,78 @@ pub(crate) fn size() -> Option<(u16, u16)> {
 /// # Errors
 /// That standard input is no terminal.
 pub(crate) fn make_raw() -> io::Result<()> {
+    take(User::Guest)
+}
+
+/// Takes a screen for a page of ours; keys come one by one, and are not shown.
+///
+/// # Errors
+/// That standard input is no terminal.
+pub(crate) fn take_screen() -> io::Result<()> {
+    take(User::Page)
+}
+
+fn take(user: User) -> io::Result<()> {
     let mut saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner);
     let cooked = match saved.as_ref() {
-        Some(cooked) => cooked.clone(),
+        Some((cooked, _)) => cooked.clone(),
         None => tcgetattr(stdin())?,
     };
     let mut raw = cooked.clone();
-    raw.make_raw();
+    match user {
+        User::Guest => raw.make_raw(),
+        User::Page => raw.local_modes -= LocalModes::ICANON | LocalModes::ECHO,
+    }
     // Keys that were typed during the boot stay, and reach the guest.
     tcsetattr(stdin(), OptionalActions::Drain, &raw)?;
-    *saved = Some(cooked);
+    *saved = Some((cooked, user));
+    if user == User::Page {
+        rustix::io::write(stdout(), TAKE_SCREEN)?;
+    }
     Ok(())
 }
 
 /// Makes the terminal raw again after we were stopped, if it was.
 pub(crate) fn make_raw_again() {
-    let was_raw = SAVED
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .is_some();
-    if was_raw {
+    if let Some(user) = user() {
         // The terminal may be gone; then there is nothing to set.
-        let _ = make_raw();
+        let _ = take(user);
     }
 }
 
 /// Whether the guest has the keyboard.
 pub(crate) fn is_raw() -> bool {
-    SAVED
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .is_some()
+    user() == Some(User::Guest)
+}
+
+fn user() -> Option<User> {
+    let saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner);
+    saved.as_ref().map(|(_, user)| *user)
 }
 
 /// Gives the terminal back as it was. May be called at any time, any number of times.
 pub(crate) fn restore() {
     let mut saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(cooked) = saved.take() {
-        set(&cooked);
+    if let Some((cooked, user)) = saved.take() {
+        set(&cooked, user);
     }
 }
 
 /// Like [`restore`], until [`make_raw_again`].
 pub(crate) fn restore_for_a_while() {
     let saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(cooked) = saved.as_ref() {
-        set(cooked);
+    if let Some((cooked, user)) = saved.as_ref() {
+        set(cooked, *user);
     }
 }
 
-fn set(cooked: &Termios) {
+fn set(cooked: &Termios, user: User) {
     // No error can be helped here: the terminal may be gone.
     let _ = tcsetattr(stdin(), OptionalActions::Now, cooked);
     if isatty(stdout()) {
+        if user == User::Page {
+            let _ = rustix::io::write(stdout(), GIVE_SCREEN);
+        }
         let _ = rustix::io::write(stdout(), CALM);
     }
 }

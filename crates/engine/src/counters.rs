@@ -70,6 +70,36 @@ impl Counter {
     }
 }
 
+/// What an engine is to find out beside its counters. Both cost time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Observe {
+    /// Measure where host time goes, for [`Cost::nanoseconds`], and count every guest instruction.
+    pub costs: bool,
+    /// Tell `perf` what translated code belongs to, in `/tmp/perf-PID.map`.
+    pub perf_map: bool,
+}
+
+/// Something that a processor's engine spends host time on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cost {
+    /// What it is, of a few kinds; in lower case with underscores.
+    pub kind: &'static str,
+    /// Which of this kind, such as an instruction; empty if there is but one.
+    pub detail: String,
+    /// How often it happened.
+    pub count: u64,
+    /// Host time that it took, without that of other costs within it; `None` if [`Observe::costs`] was not asked for.
+    pub nanoseconds: Option<u64>,
+    /// The time is not measured but its count times what one is known to take.
+    pub estimated: bool,
+}
+
+/// The costs of one virtual processor, which other threads read at any time.
+pub trait Costs: Send + Sync {
+    /// All that happened at least once, in any order.
+    fn costs(&self) -> Vec<Cost>;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,7 +12,7 @@ mod signals;
 
 use std::sync::Arc;
 
-pub use counters::{Counter, Measure};
+pub use counters::{Cost, Costs, Counter, Measure, Observe};
 pub use signals::{Signal, Signals};
 use trapgate_x86::CpuState;
 
@@ -127,6 +127,11 @@ pub trait Vcpu: Send {
     }
     /// After [`Exit::Failed`]: what there is to say beyond one line, given once.
     fn explain(&mut self) -> Option<String> {
+        None
+    }
+
+    /// What the engine spends host time on, if it knows. Asked for once, before it runs.
+    fn costs(&self) -> Option<Arc<dyn Costs>> {
         None
     }
 }

@@ -86,6 +86,8 @@ pub(crate) struct Blocks {
     pages: HashMap<u64, Vec<Key>>,
     page: Option<FetchPage>,
     pub(crate) dropped: Dropped,
+    /// How many were decoded.
+    pub(crate) decoded: u64,
 }
 
 /// Which decoded code was thrown away: for an engine that made its own code of the same bytes.
@@ -122,6 +124,7 @@ impl Blocks {
             pages: HashMap::new(),
             page: None,
             dropped: Dropped::default(),
+            decoded: 0,
         }
     }
 
@@ -351,6 +354,7 @@ impl Blocks {
         gpa: u64,
         second: Option<(HostAddress, u64)>,
     ) -> Place {
+        self.decoded += 1;
         let in_first = (PAGE_SIZE - gpa % PAGE_SIZE).min(decoded.length as u64);
         cpu.code.add(gpa, in_first);
         self.pages.entry(gpa / PAGE_SIZE).or_default().push(key);

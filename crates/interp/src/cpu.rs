@@ -112,6 +112,8 @@ pub struct Cpu {
     pub(crate) apart: Option<Box<Apart>>,
     /// Instructions executed.
     pub instructions: u64,
+    /// Walks of page tables: misses of the TLB.
+    pub walks: u64,
 }
 
 impl Cpu {
@@ -156,6 +158,7 @@ impl Cpu {
             thunks: ThunkTable::default(),
             apart: None,
             instructions: 0,
+            walks: 0,
         };
         cpu.set_rflags(reset.rflags);
         cpu.update_mode();

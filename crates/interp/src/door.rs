@@ -163,6 +163,14 @@ impl Cpu {
         }))
     }
 
+    /// Whether the translation of an address for reading, by plain loads, is cached. After [`Self::resolve`] gave
+    /// `None` this tells memory whose writes are traced from a device.
+    pub fn has_readable(&self, linear: u64) -> bool {
+        self.tlb
+            .find(self.plain_view, Access::Read, linear, 1)
+            .is_some()
+    }
+
     /// Wants to hear of writes to code at guest-physical `gpa`, in one page. Mark first, then read: a
     /// write in between is then seen.
     pub fn watch_code(&mut self, gpa: u64, length: u64) {

@@ -46,7 +46,7 @@ mod xsave;
 
 use std::sync::Arc;
 
-use trapgate_engine::{Exit, Signals, StateError, Vcpu, World};
+use trapgate_engine::{Counter, Exit, Measure, Signals, StateError, Vcpu, World};
 use trapgate_memory::{GuestMemory, TraceFlags};
 use trapgate_x86::{CpuProfile, CpuState};
 
@@ -62,6 +62,8 @@ pub struct Interpreter {
     /// The processor.
     pub cpu: Cpu,
     blocks: Blocks,
+    /// What others read, brought up to date when it stops.
+    counters: [Counter; 2],
     /// The traces' epoch when this processor last ran.
     traces: u64,
 }
@@ -90,9 +92,26 @@ impl Interpreter {
         let cpu = Cpu::new(memory, world, profile, index, count, signals);
         let listener = Arc::clone(&cpu.code);
         cpu.memory.traces().listen(TraceFlags::CODE, listener);
+        Self::of(cpu)
+    }
+
+    /// Around a processor that listens to writes to code already, if it has to.
+    fn of(cpu: Cpu) -> Self {
         Self {
             cpu,
             blocks: Blocks::new(),
+            counters: [
+                Counter::new(
+                    "page_walks",
+                    Measure::Events,
+                    "Misses of the TLB, for which page tables were walked",
+                ),
+                Counter::new(
+                    "blocks_decoded",
+                    Measure::Events,
+                    "Blocks of guest code that were decoded",
+                ),
+            ],
             traces: 0,
         }
     }
@@ -114,7 +133,11 @@ impl Interpreter {
 impl Vcpu for Interpreter {
     fn run(&mut self) -> Exit {
         self.notice_traces();
-        self.run_until_exit()
+        let exit = self.run_until_exit();
+        let [walks, decoded] = &self.counters;
+        walks.set(self.cpu.walks);
+        decoded.set(self.blocks.decoded);
+        exit
     }
 
     fn step(&mut self) -> Exit {
@@ -136,6 +159,10 @@ impl Vcpu for Interpreter {
 
     fn instructions(&self) -> u64 {
         self.cpu.instructions
+    }
+
+    fn counters(&self) -> Vec<Counter> {
+        self.counters.to_vec()
     }
 }
 

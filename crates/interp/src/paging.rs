@@ -73,6 +73,7 @@ impl Cpu {
                 global: false,
             });
         }
+        self.walks += 1;
         loop {
             let walk = if self.sys.efer & efer::LMA != 0 {
                 self.walk_four_level(linear)

@@ -1,10 +1,12 @@
-//! Memory for host code: two views of one memfd, so that no mapping is writable and executable.
+//! Memory for host code: two views of the same memory, so that no mapping is writable and executable.
 #![allow(unsafe_code)]
 
 use std::io;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{
+    MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mprotect, mremap, munmap,
+};
 
 /// Host code of one vCPU, filled from its start.
 #[derive(Debug)]
@@ -13,6 +15,8 @@ pub(crate) struct CodeMemory {
     executable: *mut u8,
     size: usize,
     used: usize,
+    /// Memory is not used again as long as there is other.
+    once: bool,
 }
 
 // SAFETY: both views belong to this value alone.
@@ -50,6 +54,44 @@ impl CodeMemory {
             executable: executable.cast(),
             size,
             used: 0,
+            once: false,
+        })
+    }
+
+    /// As [`Self::new`], in memory whose code `perf` looks up in a map ([`crate::perf_map`]): shared memory of no
+    /// file, which is called `/dev/zero`, and not the memfd. An address means one thing as long as `size` allows.
+    pub(crate) fn named_by_map(size: usize) -> io::Result<Self> {
+        // SAFETY: a new mapping at an address of the kernel's choice aliases nothing of Rust's.
+        let writable = unsafe {
+            mmap_anonymous(
+                core::ptr::null_mut(),
+                size,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE,
+            )
+        }?;
+        // SAFETY: an old size of 0 makes a second view of the shared memory (mremap(2)), at an address of the
+        // kernel's choice, and leaves the first one be. Nobody knows of either yet.
+        let executable = unsafe {
+            mremap(writable, 0, size, MremapFlags::MAYMOVE).and_then(|view| {
+                let protection = MprotectFlags::READ | MprotectFlags::EXEC;
+                mprotect(view, size, protection)
+                    .map(|()| view)
+                    .inspect_err(|_| {
+                        let _ = munmap(view, size);
+                    })
+            })
+        };
+        let executable = executable.inspect_err(|_| {
+            // SAFETY: just mapped, and nobody else knows of it.
+            let _ = unsafe { munmap(writable, size) };
+        })?;
+        Ok(Self {
+            writable: writable.cast(),
+            executable: executable.cast(),
+            size,
+            used: 0,
+            once: true,
         })
     }
 
@@ -107,8 +149,11 @@ impl CodeMemory {
         unsafe { core::slice::from_raw_parts(self.writable.add(start), end - start) }
     }
 
-    /// Forgets all code from `used` bytes on.
-    pub(crate) fn rewind(&mut self, used: usize) {
+    /// Forgets all code from `used` bytes on. If there is room for `more`, memory that is not to be used again is not.
+    pub(crate) fn rewind(&mut self, used: usize, more: usize) {
+        if self.once && self.left() >= more {
+            return;
+        }
         self.used = used.min(self.used);
     }
 }
@@ -120,5 +165,42 @@ impl Drop for CodeMemory {
             let _ = munmap(self.writable.cast(), self.size);
             let _ = munmap(self.executable.cast(), self.size);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both kinds have two views of the same bytes, of which none can be written and executed.
+    #[test]
+    fn code_is_seen_in_a_view_that_cannot_be_written() {
+        for make in [CodeMemory::new, CodeMemory::named_by_map] {
+            let mut memory = make(1 << 16).unwrap();
+            memory.append(&[0x90; 20]);
+            assert_eq!(memory.used(), 32);
+            // SAFETY: both views are mapped, and nobody writes meanwhile.
+            let seen = unsafe { std::slice::from_raw_parts(memory.executable, 21) };
+            assert_eq!((seen[19], seen[20]), (0x90, 0));
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+            let rights = |address: *mut u8| {
+                let start = format!("{:x}-", address as usize);
+                let line = maps.lines().find(|line| line.starts_with(&start));
+                line.and_then(|line| line.split(' ').nth(1))
+                    .map(str::to_owned)
+            };
+            assert_eq!(rights(memory.writable).as_deref(), Some("rw-s"));
+            assert_eq!(rights(memory.executable).as_deref(), Some("r-xs"));
+        }
+    }
+
+    #[test]
+    fn memory_that_a_map_names_is_used_again_only_when_there_is_no_other() {
+        let mut memory = CodeMemory::named_by_map(4096).unwrap();
+        memory.append(&[0x90; 1024]);
+        memory.rewind(64, 1024);
+        assert_eq!(memory.used(), 1024);
+        memory.rewind(64, 4096);
+        assert_eq!(memory.used(), 64);
     }
 }

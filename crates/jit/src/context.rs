@@ -259,6 +259,8 @@ pub(crate) struct Context {
     /// Rust functions that host code calls.
     pub(crate) miss: u64,
     pub(crate) operate: u64,
+    /// Translations that host code fetched into tables and slots.
+    pub(crate) refills: crate::statistics::Refills,
     /// What [`crate::context::Slots`] holds that nothing hits.
     pub(crate) unmatched: u64,
     pub(crate) tlbs: [[Entry; TLB]; VIEWS],
@@ -337,6 +339,12 @@ impl Addresses {
 
     pub(crate) fn operate(self) -> u32 {
         self.field(offset_of!(Context, operate))
+    }
+
+    /// The count of refills of a table, or of its slots.
+    pub(crate) fn refills(self, view: usize, write: bool, slot: bool) -> u32 {
+        let index = view * 4 + usize::from(write) * 2 + usize::from(slot);
+        self.field(offset_of!(Context, refills)) + (index * 8) as u32
     }
 
     /// The first entry of a view's table.
@@ -419,6 +427,10 @@ impl Addresses {
 
     pub(crate) fn rip(self) -> u32 {
         self.cpu(offset_of!(Cpu, rip))
+    }
+
+    pub(crate) fn instructions(self) -> u32 {
+        self.cpu(offset_of!(Cpu, instructions))
     }
 
     pub(crate) fn system_flags(self) -> u32 {

@@ -322,6 +322,11 @@ impl Asm {
         }
     }
 
+    /// `inc qword [m]`
+    pub(crate) fn increment(&mut self, operand: Mem) {
+        self.memory(true, &[0xff], 0, operand);
+    }
+
     /// `op dword [m], imm`
     pub(crate) fn alu_memory_imm32(&mut self, op: Alu, to: Mem, value: i32) {
         if let Ok(value) = i8::try_from(value) {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use iced_x86::Code;
 use rustc_hash::FxHashMap;
-use trapgate_engine::{Exit as RunExit, Signals, StateError, Vcpu, World};
+use trapgate_engine::{Costs, Counter, Exit as RunExit, Observe, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
 use trapgate_interp::op::Op;
 use trapgate_interp::{Access, Interpreter, View};
@@ -29,7 +29,9 @@ use crate::context::{
 use crate::emit::Asm;
 use crate::low::Low;
 use crate::mode::Mode;
+use crate::perf_map::{self, PerfMap};
 use crate::spaces::{Parts, Spaces};
+use crate::statistics::{Cell, Slow, Statistics};
 use crate::stubs::{self, Stubs, answer, exit};
 use crate::unit::{Exit, Request, Site, Translator};
 
@@ -37,6 +39,8 @@ use lockstep::Watch;
 
 /// Bytes of host code before all of it is thrown away.
 const CODE: usize = 32 << 20;
+/// The same if `perf` is to know it: an address has one meaning then.
+const NAMED_CODE: usize = 256 << 20;
 /// Room that a unit certainly needs no more than.
 const UNIT: usize = 64 << 10;
 
@@ -51,6 +55,14 @@ pub enum JitError {
     Memory {
         /// What it is for.
         what: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// No file for `perf`.
+    #[error("cannot make `{}`, where perf looks for the names of translated code", path.display())]
+    PerfMap {
+        /// The file.
+        path: std::path::PathBuf,
         /// Why.
         source: std::io::Error,
     },
@@ -103,38 +115,6 @@ enum Ended {
     Look,
 }
 
-/// Counts, for those who want to know where the time goes.
-#[derive(Clone, Debug, Default)]
-pub struct Statistics {
-    /// Units translated.
-    pub units: u64,
-    /// Guest instructions in them.
-    pub instructions: u64,
-    /// Bytes of host code of them.
-    pub host_bytes: u64,
-    /// Times that host code was entered.
-    pub entries: u64,
-    /// Direct jumps that were linked.
-    pub links: u64,
-    /// Indirect jumps whose target was looked up.
-    pub indirect: u64,
-    /// Translations fetched into the inline TLB.
-    pub misses: u64,
-    /// Accesses that the interpreter did: devices, traced pages, page crossings.
-    pub slow_accesses: u64,
-    /// Instructions that the interpreter did for host code.
-    pub operations: u64,
-    /// Blocks that the interpreter did because they could not be translated.
-    pub interpreted: u64,
-    /// Units thrown away because their code was written over.
-    pub dropped: u64,
-    /// Times that all code was thrown away.
-    pub flushes: u64,
-    /// Instructions that the interpreter did for host code, by kind: those always left to it, and those
-    /// whose access was slow.
-    pub by_mnemonic: std::collections::HashMap<(iced_x86::Code, bool), u64>,
-}
-
 /// What only Rust code uses of a vCPU.
 pub(crate) struct Inner {
     code: CodeMemory,
@@ -169,6 +149,7 @@ pub(crate) struct Inner {
     pub(crate) statistics: Statistics,
     /// In lockstep: every unit is run alone, and watched.
     watch: Option<Box<Watch>>,
+    perf: Option<PerfMap>,
 }
 
 /// A vCPU that translates.
@@ -213,12 +194,12 @@ impl Doorbell {
 extern "sysv64" fn miss(context: *mut Context) -> u64 {
     // SAFETY: host code calls this with the context that it was made for, while the run loop, which entered
     // it, holds no references into it.
-    unsafe { &mut *context }.miss()
+    unsafe { &mut *context }.charged(Context::miss)
 }
 
 extern "sysv64" fn operate(context: *mut Context) -> u64 {
     // SAFETY: as for `miss`.
-    unsafe { &mut *context }.operate()
+    unsafe { &mut *context }.charged(Context::operate)
 }
 
 impl Translating {
@@ -233,7 +214,27 @@ impl Translating {
         index: u32,
         count: u32,
     ) -> Result<Self, JitError> {
+        Self::observed(memory, world, profile, index, count, Observe::default())
+    }
+
+    /// As [`Self::new`], with somebody who wants to know more of what it does.
+    ///
+    /// # Errors
+    /// As [`Self::new`]; or the file for `perf` can't be made.
+    pub fn observed(
+        memory: Arc<GuestMemory>,
+        world: Box<dyn World>,
+        profile: CpuProfile,
+        index: u32,
+        count: u32,
+        observe: Observe,
+    ) -> Result<Self, JitError> {
         usable()?;
+        let perf = observe.perf_map.then(PerfMap::open).transpose();
+        let perf = perf.map_err(|source| JitError::PerfMap {
+            path: PerfMap::path(),
+            source,
+        })?;
         let doorbell = Arc::new(Doorbell {
             word: std::sync::Mutex::new(None),
         });
@@ -244,7 +245,11 @@ impl Translating {
         let mut interp =
             Interpreter::with_signals(memory, world, profile, index, count, Arc::clone(&signals));
         interp.note_changes();
-        let mut code = CodeMemory::new(CODE).map_err(|source| JitError::Memory {
+        let memory_for_code = match perf {
+            None => CodeMemory::new(CODE),
+            Some(_) => CodeMemory::named_by_map(NAMED_CODE),
+        };
+        let mut code = memory_for_code.map_err(|source| JitError::Memory {
             what: "translated code",
             source,
         })?;
@@ -289,8 +294,9 @@ impl Translating {
                     page: Box::new([0; 4096 + 16]),
                     lessons: Lessons::default(),
                     rate: Rate::new(),
-                    statistics: Statistics::default(),
                     watch: None,
+                    statistics: Statistics::new(observe.costs),
+                    perf,
                 });
             })
         }
@@ -302,6 +308,7 @@ impl Translating {
         let whole = unsafe { &mut *context.pointer() };
         whole.forget_all_code();
         whole.clear_translations();
+        whole.name_stubs();
         *doorbell
             .word
             .lock()
@@ -317,11 +324,6 @@ impl Translating {
     /// From now on the flags are right at every instruction that could show them, which costs time.
     pub fn be_exact(&mut self) {
         self.whole().rust.exact = true;
-    }
-
-    /// What was counted.
-    pub fn statistics(&mut self) -> Statistics {
-        self.whole().rust.statistics.clone()
     }
 
     fn whole(&mut self) -> &mut Context {
@@ -345,7 +347,11 @@ impl Translating {
             let context = self.whole();
             let interp = &mut context.interp;
             if interp.cpu.signals.any() || interp.cpu.attention {
-                if let Some(exit) = interp.events() {
+                let span = context.rust.statistics.start();
+                context.rust.statistics.count(Cell::EVENT);
+                let exit = context.interp.events();
+                context.rust.statistics.stop(span);
+                if let Some(exit) = exit {
                     return exit;
                 }
                 context.see_dropped();
@@ -375,6 +381,7 @@ impl Translating {
     /// Runs host code from RIP, or one block on the interpreter.
     fn advance(&mut self) -> Option<RunExit> {
         let context = self.whole();
+        context.rust.statistics.count(Cell::LOOP);
         if context.interp.has_dropped() {
             context.see_dropped();
         }
@@ -385,7 +392,10 @@ impl Translating {
             Ok(Some(target)) => target,
             Ok(None) => {
                 context.rust.statistics.interpreted += 1;
+                let span = context.rust.statistics.start();
+                context.rust.statistics.count(Cell::INTERPRETED);
                 let step = context.interp.block();
+                context.rust.statistics.stop(span);
                 return context.outcome(step);
             }
             Err(stop) => return context.interp.after(stop),
@@ -398,8 +408,12 @@ impl Translating {
         context.target = target;
         context.flags = to_ax(context.interp.cpu.flags.get());
         context.rust.statistics.entries += 1;
+        let span = context.rust.statistics.start();
+        context.rust.statistics.count(Cell::CODE);
         let reason = self.enter();
         let context = self.whole();
+        context.rust.statistics.stop(span);
+        context.rust.statistics.left[reason as usize & 3] += 1;
         context.settle();
         context.interp.cpu.end_block = false;
         if reason == exit::STOP {
@@ -410,9 +424,9 @@ impl Translating {
         }
         context.take_flags();
         match reason {
-            exit::LINK => context.link(),
+            exit::LINK => context.charged(Context::link),
             exit::INDIRECT => {
-                let stop = context.indirect();
+                let stop = context.charged(Context::indirect);
                 stop.and_then(|stop| context.outcome(Err(stop)))
             }
             _ => None,
@@ -440,6 +454,34 @@ fn from_ax(ax: u32) -> u64 {
 }
 
 impl Context {
+    /// Does something whose time is charged to what it counts.
+    fn charged<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
+        let span = self.rust.statistics.start();
+        let result = work(self);
+        self.rust.statistics.stop(span);
+        result
+    }
+
+    /// Makes known what was counted.
+    fn publish(&mut self) {
+        let used = self.rust.code.used();
+        self.rust.statistics.publish(used, &self.refills);
+    }
+
+    /// Tells `perf` of the stubs.
+    fn name_stubs(&self) {
+        let rust = &self.rust;
+        let Some(perf) = &rust.perf else {
+            return;
+        };
+        let names = rust.stubs.names();
+        // What is left to the code's start is the last one's.
+        let ends = names[1..].iter().map(|(start, _)| *start);
+        let ends = ends.chain([rust.code.next()]);
+        let pieces = names.iter().zip(ends);
+        perf.add(pieces.map(|((start, name), end)| (*start, end - start, name.clone())));
+    }
+
     fn outcome(&mut self, step: Result<(), Stop>) -> Option<RunExit> {
         match step {
             Ok(()) => None,
@@ -470,9 +512,11 @@ impl Context {
         self.settle();
         let (linear, size) = (self.linear, u64::from(site.size));
         if (linear & 0xfff) + size > PAGE_SIZE {
-            return self.slow_access(site);
+            return self.slow_access(site, Slow::Crossing);
         }
         self.rust.statistics.misses += 1;
+        let cell = Cell::miss(site.mode.view(), site.write);
+        self.rust.statistics.count(cell);
         for lesson in [Lesson::Wanders, Lesson::Crowded] {
             if self.patience[lesson as usize] == 0 {
                 self.patience[lesson as usize] = PATIENCE;
@@ -503,7 +547,15 @@ impl Context {
                 }
                 answer::RETURN
             }
-            Ok(_) => self.slow_access(site),
+            Ok(_) => {
+                // What is readable is memory, whose writes someone traces.
+                let reason = if cpu.has_readable(linear) {
+                    Slow::Traced
+                } else {
+                    Slow::Device
+                };
+                self.slow_access(site, reason)
+            }
             Err(stop) => {
                 cpu.rip = site.rip;
                 self.take_flags();
@@ -513,27 +565,16 @@ impl Context {
         }
     }
 
-    fn slow_access(&mut self, site: Site) -> u64 {
-        self.rust.statistics.slow_accesses += 1;
-        *self
-            .rust
-            .statistics
-            .by_mnemonic
-            .entry((site.code, true))
-            .or_default() += 1;
+    fn slow_access(&mut self, site: Site, reason: Slow) -> u64 {
+        self.rust.statistics.slow(reason, site.code);
         self.run_site(site)
     }
 
     /// The interpreter is to run a site's instruction.
     fn operate(&mut self) -> u64 {
-        self.rust.statistics.operations += 1;
         let site = self.rust.sites[self.site as usize];
-        *self
-            .rust
-            .statistics
-            .by_mnemonic
-            .entry((site.code, false))
-            .or_default() += 1;
+        self.rust.statistics.operations += 1;
+        self.rust.statistics.count(Cell::call_out(site.code));
         self.run_site(site)
     }
 
@@ -570,7 +611,8 @@ impl Context {
         let next = site.rip.wrapping_add(u64::from(op.length));
         cpu.rip = next;
         let step = (op.handler)(cpu, &op);
-        cpu.instructions += 1;
+        // Else host code counts it.
+        cpu.instructions += u64::from(!self.rust.statistics.timed());
         match site.code {
             Code::Rdtsc | Code::Rdtscp if step.is_ok() => self.read_time(),
             Code::Wrmsr => self.rust.rate.restart(&mut self.clock),
@@ -815,7 +857,10 @@ impl Context {
         {
             return Ok(Some(block));
         }
-        Ok(self.translate(rip, mode, memory, host, mapping))
+        Ok(self.charged(|context| {
+            context.rust.statistics.count(Cell::TRANSLATION);
+            context.translate(rip, mode, memory, host, mapping)
+        }))
     }
 
     /// The mapping of a code page, just fetched from, is in force.
@@ -944,6 +989,7 @@ impl Context {
             first_exit: rust.exits.len() as u32,
             lessons: rust.lessons.on_page(gpa),
             exact: rust.exact,
+            counting: rust.statistics.timed(),
         };
         let first_site = request.first_site;
         let place = rust.code.next();
@@ -958,6 +1004,11 @@ impl Context {
         rust.statistics.units += 1;
         rust.statistics.instructions += u64::from(unit.instructions);
         rust.statistics.host_bytes += bytes as u64;
+        rust.statistics.exits += unit.exits.len() as u64;
+        if let Some(perf) = &rust.perf {
+            let name = perf_map::unit(mode.is_user(), rip, gpa);
+            perf.add([(place, bytes as u64, name)]);
+        }
         rust.sites.extend_from_slice(&unit.sites);
         rust.exits.extend_from_slice(&unit.exits);
         let number = rust.blocks.len() as u32;
@@ -993,6 +1044,7 @@ impl Context {
     fn link(&mut self) -> Option<RunExit> {
         let number = self.site;
         let exit = self.rust.exits[number as usize];
+        self.rust.statistics.count(Cell::LINK);
         self.interp.cpu.rip = exit.target;
         // Whatever changed meanwhile is seen to first, and the link made another time.
         let cpu = &self.interp.cpu;
@@ -1023,6 +1075,8 @@ impl Context {
 
     /// Host code jumped through a register to what was not in the table.
     fn indirect(&mut self) -> Option<Stop> {
+        self.rust.statistics.indirect += 1;
+        self.rust.statistics.count(Cell::INDIRECT);
         let rip = self.interp.cpu.rip;
         if !is_canonical(rip) {
             // The transfer itself faults.
@@ -1037,7 +1091,6 @@ impl Context {
         if self.rust.watch.is_some() || cpu.signals.any() || cpu.attention {
             return None;
         }
-        self.rust.statistics.indirect += 1;
         let mode = Mode::of(cpu)?;
         if let Ok(Some(block)) = self.find(rip, mode, true) {
             self.know_target(rip, mode, block);
@@ -1065,15 +1118,21 @@ impl Context {
     /// Throws units away whose code the interpreter threw away.
     fn see_dropped(&mut self) {
         let dropped = self.interp.take_dropped();
-        if dropped.all {
-            self.forget_all_code();
+        if !dropped.all && dropped.pages.is_empty() {
             return;
         }
-        for page in dropped.pages {
-            for block in self.rust.on_page.remove(&page).unwrap_or_default() {
-                self.drop_block(block);
+        let span = self.rust.statistics.start();
+        self.rust.statistics.count(Cell::INVALIDATION);
+        if dropped.all {
+            self.forget_all_code();
+        } else {
+            for page in dropped.pages {
+                for block in self.rust.on_page.remove(&page).unwrap_or_default() {
+                    self.drop_block(block);
+                }
             }
         }
+        self.rust.statistics.stop(span);
     }
 
     fn drop_block(&mut self, number: u32) {
@@ -1108,7 +1167,7 @@ impl Context {
     fn forget_all_code(&mut self) {
         let rust = &mut self.rust;
         rust.statistics.flushes += 1;
-        rust.code.rewind(rust.stubs_end);
+        rust.code.rewind(rust.stubs_end, UNIT);
         rust.sites.clear();
         rust.ops.clear();
         // Number 0 means none.
@@ -1147,8 +1206,13 @@ impl Vcpu for Translating {
         // The machine's clock may have stood still.
         context.rust.rate.forget(&mut context.clock);
         context.interp.notice_traces();
+        let span = context.rust.statistics.start();
         context.see_dropped();
-        self.run_until_exit()
+        let exit = self.run_until_exit();
+        let context = self.whole();
+        context.rust.statistics.stop(span);
+        context.publish();
+        exit
     }
 
     fn step(&mut self) -> RunExit {
@@ -1176,5 +1240,17 @@ impl Vcpu for Translating {
     fn instructions(&self) -> u64 {
         // SAFETY: no host code runs while this is borrowed.
         unsafe { &*self.context.pointer() }.interp.cpu.instructions
+    }
+
+    fn counters(&self) -> Vec<Counter> {
+        // SAFETY: no host code runs while this is borrowed.
+        let context = unsafe { &*self.context.pointer() };
+        context.rust.statistics.counters()
+    }
+
+    fn costs(&self) -> Option<Arc<dyn Costs>> {
+        // SAFETY: no host code runs while this is borrowed.
+        let context = unsafe { &*self.context.pointer() };
+        Some(context.rust.statistics.costs())
     }
 }

@@ -8,6 +8,7 @@ use crate::emit::{
     Alu, Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSP, condition,
 };
 use crate::registers::{ADDRESS, HOME};
+use crate::statistics::Cell;
 
 /// Addresses of the stubs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -34,6 +35,40 @@ pub(crate) struct Stubs {
     /// Called, with the site's number after the call: leave with [`exit::INDIRECT`]; the target is in
     /// [`ADDRESS`], the flags are in memory.
     pub(crate) indirect: u64,
+}
+
+impl Stubs {
+    /// Their names and where they begin, for people.
+    pub(crate) fn names(&self) -> Vec<(u64, String)> {
+        let Self {
+            enter,
+            refill,
+            find,
+            operate,
+            link_host,
+            link_memory,
+            go_host,
+            go_memory,
+            indirect,
+        } = self;
+        let mut names = vec![
+            (*enter, "stub enter".to_owned()),
+            (*operate, "stub call-out".to_owned()),
+            (*link_host, "stub link, flags in the host's".to_owned()),
+            (*link_memory, "stub link".to_owned()),
+            (*go_host, "stub leave, flags in the host's".to_owned()),
+            (*go_memory, "stub leave".to_owned()),
+            (*indirect, "stub indirect".to_owned()),
+        ];
+        for (slot, stubs) in [refill, find].into_iter().enumerate() {
+            for (index, start) in stubs.as_flattened().iter().enumerate() {
+                let (kind, detail) = Cell::of_refill(index / 2, index % 2, slot).name();
+                names.push((*start, format!("stub {kind} {detail}")));
+            }
+        }
+        names.sort();
+        names
+    }
 }
 
 /// Why host code came back.
@@ -173,6 +208,8 @@ impl Writer<'_> {
         self.asm.store(page(!write), RDX);
         self.asm.load(RAX, entry(HOST_OFFSET));
         self.asm.store(Mem::at(RCX, HOST_OFFSET as i32), RAX);
+        let count = self.at.refills(view, write, true);
+        self.asm.increment(Mem::low(count));
         self.asm.pop(RDX);
         self.asm.pop(RAX);
         self.asm.raw(&[0xc3]);
@@ -251,6 +288,8 @@ impl Writer<'_> {
         self.asm.store(pages(!write), RBX);
         self.asm.alu_load(Alu::Add, RCX, Mem::at(RDX, tlb.addend));
         self.asm.store(Mem::offset(table + HOST_OFFSET, RAX), RCX);
+        let count = self.at.refills(view, write, false);
+        self.asm.increment(Mem::low(count));
         for register in saved.into_iter().rev() {
             self.asm.pop(register);
         }

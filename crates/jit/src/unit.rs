@@ -90,6 +90,8 @@ pub(crate) struct Request<'a> {
     pub(crate) lessons: &'a [Noted],
     /// Flags are right wherever the guest could look.
     pub(crate) exact: bool,
+    /// Instructions are counted as they run.
+    pub(crate) counting: bool,
 }
 
 /// A translated unit.
@@ -435,7 +437,11 @@ impl Writer<'_> {
         if let Some(second) = self.request.second {
             self.check_mapping((rip & !0xfff).wrapping_add(0x1000), second);
         }
-        for guest in guests {
+        for (index, guest) in guests.iter().enumerate() {
+            let after_jump = index == 0 || matches!(guests[index - 1].kind, Kind::JumpIf(..));
+            if self.request.counting && after_jump {
+                self.count_run(&guests[index..]);
+            }
             let first = self.unit.sites.len();
             if !self.guest(guest) {
                 return false;
@@ -456,6 +462,18 @@ impl Writer<'_> {
         }
         self.write_asides();
         true
+    }
+
+    /// Counts the instructions from here to the next conditional jump. Neither the flags nor a guest register change.
+    fn count_run(&mut self, guests: &[Guest]) {
+        let jump = guests
+            .iter()
+            .position(|guest| matches!(guest.kind, Kind::JumpIf(..)));
+        let run = jump.map_or(guests.len(), |jump| jump + 1);
+        let counter = Mem::low(self.at.instructions());
+        self.asm.load(RCX, counter);
+        self.asm.lea(true, RCX, Mem::at(RCX, run as i32));
+        self.asm.store(counter, RCX);
     }
 
     /// A page must still be mapped where this was translated from.

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use trapgate_engine::Observe;
 use trapgate_engine::probe::EngineKind;
 use trapgate_x86::profile::Level;
 
@@ -196,6 +197,8 @@ pub struct MachineConfig {
     pub on_reset: OnReset,
     /// What a triple fault does.
     pub on_triple_fault: OnTripleFault,
+    /// What its engine is to find out beside its counters; not part of a snapshot.
+    pub observe: Observe,
     /// What the machine's owner wants to find again in a snapshot of it; nothing here reads it.
     pub notes: BTreeMap<String, String>,
 }
@@ -218,6 +221,7 @@ impl Default for MachineConfig {
             entropy: true,
             on_reset: OnReset::Restart,
             on_triple_fault: OnTripleFault::Report,
+            observe: Observe::default(),
             notes: BTreeMap::new(),
         }
     }

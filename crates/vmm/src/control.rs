@@ -6,6 +6,8 @@
 //! Locks are taken in the order paused → machine, and keep those who must not wait apart from those who may: a pause waits
 //! for processors, a snapshot for a disk, and neither holds up a stop or the counters.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
 use std::path::Path;
@@ -15,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use trapgate_api::control::{Control, States};
 use trapgate_api::data::{
-    Counter, Counters, Engine, Info, Kind, SnapshotAnswer, State, StateAnswer, Unit,
+    Cost, Counter, Counters, Engine, Info, Kind, SnapshotAnswer, State, StateAnswer, Unit,
 };
 use trapgate_api::problem::{Problem, ProblemKind};
 use trapgate_api::terminal::{Keyboard, Terminal};
@@ -306,7 +308,7 @@ fn cause_chain(error: &dyn Error) -> String {
 }
 
 /// All that a machine counts. `earlier` machines were reset.
-fn counters(machine: &Machine, earlier: u64) -> Counters {
+pub(crate) fn counters(machine: &Machine, earlier: u64) -> Counters {
     let own = machine.counters();
     let alone = |name: &str, unit, kind, value, help: &str| Counter {
         name: name.to_owned(),
@@ -360,6 +362,7 @@ fn counters(machine: &Machine, earlier: u64) -> Counters {
     Counters {
         clock_ns: own.clock,
         counters: all,
+        costs: costs(machine.costs()),
     }
 }
 
@@ -387,6 +390,35 @@ fn engine_counters(processors: &[Vec<trapgate_engine::Counter>]) -> Vec<Counter>
             }
         })
         .collect()
+}
+
+/// What the engine spends time on, summed over the processors; what takes most comes first.
+fn costs(processors: Vec<Vec<trapgate_engine::Cost>>) -> Vec<Cost> {
+    let mut sums = BTreeMap::<_, Cost>::new();
+    for cost in processors.into_iter().flatten() {
+        let trapgate_engine::Cost {
+            kind,
+            detail,
+            count,
+            nanoseconds,
+            estimated,
+        } = cost;
+        let sum = sums.entry((kind, detail.clone())).or_insert(Cost {
+            kind: kind.to_owned(),
+            detail,
+            count: 0,
+            nanoseconds: None,
+            estimated,
+        });
+        sum.count += count;
+        sum.nanoseconds = match (sum.nanoseconds, nanoseconds) {
+            (Some(sum), Some(more)) => Some(sum + more),
+            (sum, more) => sum.or(more),
+        };
+    }
+    let mut costs: Vec<_> = sums.into_values().collect();
+    costs.sort_by_key(|cost| Reverse((cost.nanoseconds, cost.count)));
+    costs
 }
 
 /// Nanoseconds of processor time that this process has taken.

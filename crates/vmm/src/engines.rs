@@ -5,7 +5,7 @@ use std::error::Error;
 use std::sync::Arc;
 
 use trapgate_engine::probe::{EngineKind, Host};
-use trapgate_engine::{Vcpu, World};
+use trapgate_engine::{Observe, Vcpu, World};
 use trapgate_interp::Interpreter;
 use trapgate_jit::{Lockstep, Translating};
 use trapgate_kvm::{Facts, Interrupts, KvmError, KvmMachine, Lacks};
@@ -179,7 +179,11 @@ impl Constructor for OnKvm {
 }
 
 /// How processors of an engine are made.
-fn constructor(kind: EngineKind, host: &Host) -> Result<Box<dyn Constructor>, MachineError> {
+fn constructor(
+    kind: EngineKind,
+    host: &Host,
+    observe: Observe,
+) -> Result<Box<dyn Constructor>, MachineError> {
     Ok(match kind {
         EngineKind::Kvm => {
             // The chipset's are slower and exact. Where guests are slow anyhow, exact is better: the local
@@ -191,8 +195,8 @@ fn constructor(kind: EngineKind, host: &Host) -> Result<Box<dyn Constructor>, Ma
             };
             Box::new(OnKvm::new(host, interrupts))
         }
-        EngineKind::Jit => Box::new(By(|memory, world, profile, index, count| {
-            let vcpu = Translating::new(memory, world, profile, index, count)?;
+        EngineKind::Jit => Box::new(By(move |memory, world, profile, index, count| {
+            let vcpu = Translating::observed(memory, world, profile, index, count, observe)?;
             Ok(Box::new(vcpu) as Box<dyn Vcpu>)
         })),
         EngineKind::Interp => Box::new(By(|memory, world, profile, index, count| {
@@ -212,7 +216,7 @@ pub(crate) fn take(
     host: &Host,
 ) -> Result<(Choice, Box<dyn Constructor>), MachineError> {
     let choice = choose_for(config.engine, config.level, host)?;
-    let make = constructor(choice.kind, host)?;
+    let make = constructor(choice.kind, host, config.observe)?;
     Ok((choice, make))
 }
 

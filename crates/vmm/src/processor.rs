@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use trapgate_engine::{Counter, Exit, Signal, Signals, Vcpu};
+use trapgate_engine::{Costs, Counter, Exit, Signal, Signals, Vcpu};
 use trapgate_x86::{Activity, CpuState};
 
 use crate::board::Board;
@@ -13,7 +13,7 @@ use crate::supervisor::Event;
 use crate::turns::Turns;
 
 /// What a processor did, for others to read. Brought up to date at every exit.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Tally {
     instructions: AtomicU64,
     halts: AtomicU64,
@@ -23,12 +23,15 @@ pub(crate) struct Tally {
     exits: AtomicU64,
     /// What the engine keeps.
     pub(crate) engine: Vec<Counter>,
+    /// What the engine spends time on.
+    pub(crate) costs: Option<Arc<dyn Costs>>,
 }
 
 impl Tally {
-    pub(crate) fn new(engine: Vec<Counter>) -> Self {
+    pub(crate) fn of(vcpu: &dyn Vcpu) -> Self {
         Self {
-            engine,
+            engine: vcpu.counters(),
+            costs: vcpu.costs(),
             ..Self::default()
         }
     }

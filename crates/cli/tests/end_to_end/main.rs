@@ -13,5 +13,6 @@ mod linux_command;
 mod linux_machines;
 mod linux_terminal;
 mod machines;
+mod observation;
 mod snapshots;
 mod terminal;

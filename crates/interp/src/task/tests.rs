@@ -4,7 +4,6 @@ use trapgate_x86::registers::{cr0, dr, rflags, sreg};
 use trapgate_x86::{Exception, Segment, Vector};
 
 use crate::Interpreter;
-use crate::block::Blocks;
 use crate::cpu::{CodeSize, Stop};
 use crate::events::EventKind;
 use crate::system_testing::*;
@@ -262,11 +261,7 @@ fn exception_of_a_task_that_an_event_leads_to_comes_before_its_first_instruction
         // when #GP is delivered,
         bench.cpu.pending = Some(gp(0));
         bench.cpu.update_attention();
-        let mut interpreter = Interpreter {
-            cpu: bench.cpu,
-            blocks: Blocks::new(),
-            traces: 0,
-        };
+        let mut interpreter = Interpreter::of(bench.cpu);
         assert_eq!(go(&mut interpreter), Exit::Halted);
         // then #DB finds the task at its start.
         let bench = Bench {

@@ -279,3 +279,27 @@ fn every_counter_is_explained_and_has_a_name_of_its_own() {
         assert_eq!(same.count(), 1, "{}", counter.name);
     }
 }
+
+#[test]
+fn costs_of_processors_are_summed_and_ranked() {
+    let cost = |detail: &str, count, nanoseconds| trapgate_engine::Cost {
+        kind: "call_out",
+        detail: detail.to_owned(),
+        count,
+        nanoseconds,
+        estimated: false,
+    };
+    let timed = costs(vec![
+        vec![cost("rdtsc", 9, Some(1)), cost("hlt", 1, Some(5))],
+        vec![cost("hlt", 2, Some(7))],
+    ]);
+    let lines: Vec<_> = timed
+        .iter()
+        .map(|cost| (&*cost.detail, cost.count, cost.nanoseconds))
+        .collect();
+    assert_eq!(lines, [("hlt", 3, Some(12)), ("rdtsc", 9, Some(1))]);
+
+    let untimed = costs(vec![vec![cost("hlt", 1, None), cost("rdtsc", 9, None)]]);
+    assert_eq!(untimed[0].detail, "rdtsc");
+    assert_eq!(untimed[0].nanoseconds, None);
+}

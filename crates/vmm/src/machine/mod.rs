@@ -323,7 +323,7 @@ impl Machine {
             (count > 1 && engine.kind.takes_turns()).then(|| Arc::new(Turns::new(signals.clone())));
         let tallies: Vec<_> = vcpus
             .iter()
-            .map(|vcpu| Arc::new(Tally::new(vcpu.counters())))
+            .map(|vcpu| Arc::new(Tally::of(&**vcpu)))
             .collect();
 
         // From here on threads must be ended if one does not start.
@@ -524,6 +524,17 @@ impl Machine {
             }
             thread::sleep(Duration::from_micros(250));
         }
+    }
+
+    /// What the engine spends host time on, by processor.
+    pub(crate) fn costs(&self) -> Vec<Vec<trapgate_engine::Cost>> {
+        let costs = self.tallies.iter().filter_map(|tally| tally.costs.as_ref());
+        costs.map(|costs| costs.costs()).collect()
+    }
+
+    /// All that it counts, as clients get it.
+    pub fn account(&self) -> trapgate_api::data::Counters {
+        crate::control::counters(self, 0)
     }
 
     /// What the engine counts, by processor.

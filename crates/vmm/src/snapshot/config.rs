@@ -70,6 +70,8 @@ impl SavedConfig {
             entropy,
             on_reset,
             on_triple_fault,
+            // Of the one who started it.
+            observe: _,
             notes,
         } = config;
         let command_line_of = |module: &ModuleConfig| module.command_line.clone();
@@ -137,6 +139,7 @@ impl SavedConfig {
             entropy: *entropy,
             on_reset: *on_reset,
             on_triple_fault: *on_triple_fault,
+            observe: trapgate_engine::Observe::default(),
             notes: notes.clone(),
         }
     }

@@ -137,7 +137,7 @@ impl Snapshot {
         &self.header
     }
 
-    /// The machine's configuration. Only the engine is the caller's to change.
+    /// The machine's configuration. Only the engine and what it observes are the caller's to change.
     pub fn config(&self) -> &MachineConfig {
         &self.config
     }
@@ -145,6 +145,11 @@ impl Snapshot {
     /// The engine to go on with; the best there is unless this is called.
     pub fn set_engine(&mut self, engine: crate::EngineChoice) {
         self.config.engine = engine;
+    }
+
+    /// What the engine is to find out beside its counters; nothing unless this is called.
+    pub fn set_observe(&mut self, observe: crate::Observe) {
+        self.config.observe = observe;
     }
 
     /// Whether the machine has a terminal, for which [`Hooks::terminal`] must be there.
