@@ -46,7 +46,7 @@ pub(crate) fn load() -> Option<f64> {
         .ok()
 }
 
-/// KiB that are resident of a process apart from the guest's RAM: the mappings of that name, or one that is as large as the
+/// KiB of memory that a process takes (`Pss`: what is mapped twice counts once), apart from the guest's RAM: the mappings of that name, or one that is as large as the
 /// RAM and holds no code.
 pub(crate) fn beyond_guest_ram(process: u32, ram_kib: u64) -> Option<u64> {
     let smaps = read_to_string(format!("/proc/{process}/smaps")).ok()?;
@@ -68,7 +68,7 @@ fn resident(smaps: &str, ram_kib: u64) -> Option<u64> {
         let kib = || value.parse::<u64>().ok();
         match name {
             "Size:" => is_guest |= !is_code && kib()? >= ram_kib,
-            "Rss:" if !is_guest => sum = Some(sum.unwrap_or(0) + kib()?),
+            "Pss:" if !is_guest => sum = Some(sum.unwrap_or(0) + kib()?),
             _ => {}
         }
     }
@@ -84,17 +84,17 @@ mod tests {
         let smaps = "\
 10000-20000 r-xp 00000000 00:01 7 /bin/monitor
 Size:                 64 kB
-Rss:                  50 kB
+Pss:                  50 kB
 VmFlags: rd ex mr mw
 20000-30000 rw-s 00000000 00:01 9 /memfd:guest-memory (deleted)
 Size:                512 kB
-Rss:                 300 kB
+Pss:                 300 kB
 30000-40000 rw-p 00000000 00:00 0
 Size:               1024 kB
-Rss:                 700 kB
+Pss:                 700 kB
 40000-50000 rwxp 00000000 00:00 0
 Size:               2048 kB
-Rss:                   7 kB
+Pss:                   7 kB
 ";
         assert_eq!(resident(smaps, 1024), Some(57));
         assert_eq!(resident(smaps, 4096), Some(757));

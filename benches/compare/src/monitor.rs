@@ -46,11 +46,12 @@ pub(crate) fn main(words: Vec<OsString>) -> Result<ExitCode, Failure> {
         entropy: false,
         ..MachineConfig::default()
     };
+    let host = Host::probe();
     match &text(level)[..] {
         "v2" => config.level = Level::V2,
         "v3" => config.level = Level::V3,
-        // What trapgate chooses.
-        _ => {}
+        // What `trapgate run` chooses.
+        _ => config.level = host.level(),
     }
     let hooks = Hooks {
         serial: Box::new(|bytes| {
@@ -60,7 +61,7 @@ pub(crate) fn main(words: Vec<OsString>) -> Result<ExitCode, Failure> {
         }),
         ..Hooks::default()
     };
-    let engine = choose(config.engine, &Host::probe())?;
+    let engine = choose(config.engine, config.level, &host)?;
     println!("@engine {}", engine.kind.name());
     let machine = Machine::start(config, hooks)?;
     match machine.wait() {

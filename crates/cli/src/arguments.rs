@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use trapgate_api::directory::Name;
-use trapgate_vmm::{DiskConfig, EngineChoice, EngineKind};
+use trapgate_vmm::{DiskConfig, EngineChoice, EngineKind, Level};
 
 use crate::{disk_argument, size, status};
 
@@ -202,6 +202,17 @@ pub(crate) struct RunArguments {
     /// What runs the guest's instructions
     #[arg(long, value_enum, value_name = "ENGINE", default_value_t = Engine::Auto)]
     pub(crate) engine: Engine,
+
+    /// Instructions of the guest's processors; without it the most that the host has
+    #[arg(
+        long,
+        value_enum,
+        value_name = "LEVEL",
+        long_help = "Instructions of the guest's processors: a level of the x86-64 psABI. Without it they have the highest \
+            that the host has. A machine that is to go on from its snapshot on another host must not have more than that \
+            host."
+    )]
+    pub(crate) cpu: Option<Cpu>,
 
     /// Give the machine a name; without one it is called vm1, vm2, and so on
     #[arg(
@@ -424,6 +435,25 @@ impl Engine {
             Self::Kvm => EngineChoice::Only(EngineKind::Kvm),
             Self::Jit => EngineChoice::Only(EngineKind::Jit),
             Self::Lockstep => EngineChoice::Only(EngineKind::Lockstep),
+        }
+    }
+}
+
+/// Instructions of the guest's processors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Cpu {
+    /// Up to SSE4.2, POPCNT, CMPXCHG16B
+    V2,
+    /// v2 with AVX2, BMI, FMA, F16C, LZCNT, MOVBE
+    V3,
+}
+
+impl Cpu {
+    /// In the words of the machine's configuration.
+    pub(crate) fn level(self) -> Level {
+        match self {
+            Self::V2 => Level::V2,
+            Self::V3 => Level::V3,
         }
     }
 }

@@ -7,17 +7,12 @@ use rustix::fs::{Access, MemfdFlags, access, memfd_create, statvfs};
 use serde_json::{Value, json};
 use trapgate_image::{CacheDir, StockImage, cached};
 use trapgate_vmm::probe::Kvm;
-use trapgate_vmm::{EngineChoice, EngineKind, EngineReport, Host, choose, engines};
+use trapgate_vmm::{EngineChoice, EngineKind, EngineReport, Host, Level, choose, engines};
 
 use crate::arguments::DoctorArguments;
 use crate::failure::Failure;
 use crate::{size, status, terminal};
 
-/// Instructions of x86-64-v2 and, in addition, of v3 (System V psABI 1.0, 3.1.1), under the probe's names.
-const V2: &[&str] = &["sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "cmpxchg16b"];
-const V3: &[&str] = &[
-    "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "lzcnt", "movbe",
-];
 /// Space that the first run takes in the cache, bytes, with some to spare.
 const CACHE_SPACE: u64 = 96 << 20;
 /// With less memory to spare a guest of the default size may not find it.
@@ -122,7 +117,7 @@ pub(crate) fn doctor(arguments: &DoctorArguments) -> Result<u8, Failure> {
 impl Report {
     fn new() -> Self {
         let host = Host::probe();
-        let choice = choose(EngineChoice::Auto, &host)
+        let choice = choose(EngineChoice::Auto, host.level(), &host)
             .map(|choice| (choice.kind.to_string(), choice.reason))
             .map_err(|error| error.to_string());
         let cache = CacheDir::from_env();
@@ -247,14 +242,7 @@ fn processor(host: &Host) -> Vec<Finding> {
     if let Some(hypervisor) = &host.hypervisor {
         what += &format!("; itself a guest of {}", named(hypervisor));
     }
-    let lacks = |names: &[&'static str]| -> Vec<&'static str> {
-        names
-            .iter()
-            .copied()
-            .filter(|name| !host.has(name))
-            .collect()
-    };
-    let (v2, v3) = (lacks(V2), lacks(V3));
+    let (v2, v3) = (host.lacks(Level::V2), host.lacks(Level::V3));
     let level = if !v2.is_empty() {
         Finding::fatal(
             "level",
@@ -265,10 +253,10 @@ fn processor(host: &Host) -> Vec<Finding> {
         Finding::lacking(
             "level",
             format!("x86-64-v2; for v3 there is no {}", v3.join(", ")),
-            "none for guests of this version, which have x86-64-v2",
+            "none: guests have x86-64-v2 here",
         )
     } else {
-        Finding::good("level", "x86-64-v3 (guests of this version have x86-64-v2)")
+        Finding::good("level", "x86-64-v3")
     };
     vec![Finding::good("processor", what), level]
 }

@@ -16,7 +16,7 @@ use trapgate_vmm::{
     OnReset, Outcome, Port, PortOutput, Snapshot, choose,
 };
 
-use crate::arguments::RunArguments;
+use crate::arguments::{Cpu, RunArguments};
 use crate::curtain::Curtain;
 use crate::failure::Failure;
 use crate::guest::{Guest, Source, read_initrd};
@@ -107,7 +107,9 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
 
     // Whatever can be found wrong is found before a kernel is fetched or a terminal is changed.
     let source = Source::of(arguments)?;
-    let choice = choose(arguments.engine.choice(), &Host::probe())
+    let host = Host::probe();
+    let level = arguments.cpu.map_or_else(|| host.level(), Cpu::level);
+    let choice = choose(arguments.engine.choice(), level, &host)
         .map_err(|error| Failure::machine("the guest", &error))?;
     let observe = observe(arguments.stats, arguments.perf, &choice)?;
     let mut config = MachineConfig {
@@ -115,6 +117,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         memory_bytes: arguments.memory,
         disks: arguments.disks.clone(),
         engine: arguments.engine.choice(),
+        level,
         on_reset: OnReset::End,
         observe,
         ..MachineConfig::default()

@@ -7,6 +7,7 @@
 //! [`CpuState`] forward.
 
 mod counters;
+mod level;
 pub mod probe;
 mod signals;
 

@@ -40,7 +40,7 @@ pub fn engines(host: &Host) -> Vec<EngineReport> {
         .into_iter()
         .map(|kind| EngineReport {
             kind,
-            usable: usable(kind, MachineConfig::default().level, host),
+            usable: usable(kind, host.level(), host),
         })
         .collect()
 }
@@ -215,7 +215,7 @@ pub(crate) fn take(
     config: &MachineConfig,
     host: &Host,
 ) -> Result<(Choice, Box<dyn Constructor>), MachineError> {
-    let choice = choose_for(config.engine, config.level, host)?;
+    let choice = choose(config.engine, config.level, host)?;
     let make = constructor(choice.kind, host, config.observe)?;
     Ok((choice, make))
 }
@@ -268,12 +268,13 @@ pub(crate) fn tsc_hz(kind: EngineKind, wanted: u64) -> Result<u64, MachineError>
 /// unmodified kernels.
 ///
 /// # Errors
-/// [`MachineError::Engine`] if the one that was asked for cannot be used.
-pub fn choose(choice: EngineChoice, host: &Host) -> Result<Choice, MachineError> {
-    choose_for(choice, MachineConfig::default().level, host)
-}
-
-fn choose_for(choice: EngineChoice, level: Level, host: &Host) -> Result<Choice, MachineError> {
+/// [`MachineError::Engine`] if the one that was asked for cannot be used, [`MachineError::Level`] if the host's
+/// processor is less than what the guest's is to be.
+pub fn choose(choice: EngineChoice, level: Level, host: &Host) -> Result<Choice, MachineError> {
+    let lacks = host.lacks(level);
+    if !lacks.is_empty() {
+        return Err(MachineError::Level { level, lacks });
+    }
     match choice {
         EngineChoice::Only(engine) => match usable(engine, level, host) {
             Ok(_) => Ok(Choice {
@@ -321,7 +322,7 @@ mod tests {
     #[test]
     fn automatic_choice_is_usable_and_says_why() {
         let host = Host::probe();
-        let choice = choose(EngineChoice::Auto, &host).unwrap();
+        let choice = choose(EngineChoice::Auto, Level::V2, &host).unwrap();
         let report = engines(&host)
             .into_iter()
             .find(|report| report.kind == choice.kind)
@@ -333,7 +334,7 @@ mod tests {
     #[test]
     fn engine_that_cannot_be_used_is_refused_by_name() {
         let host = host(Kvm::NoDevice { hardware: None });
-        let error = choose(EngineChoice::Only(EngineKind::Kvm), &host).unwrap_err();
+        let error = choose(EngineChoice::Only(EngineKind::Kvm), Level::V2, &host).unwrap_err();
         assert!(error.to_string().contains("`kvm`"), "{error}");
         assert!(error.fix().is_some());
     }

@@ -8,7 +8,7 @@ use trapgate_memory::MemoryError;
 use trapgate_pci::PciError;
 use trapgate_virtio::DiskError;
 
-use crate::SnapshotError;
+use crate::{Level, SnapshotError};
 
 const MIB: u64 = 1 << 20;
 
@@ -67,6 +67,14 @@ pub enum MachineError {
         engine: EngineKind,
         /// Why not.
         reason: String,
+    },
+    /// The host's processor is less than the guest's.
+    #[error("this host's processor cannot run {}: it lacks {}", level.name(), lacks.join(", "))]
+    Level {
+        /// The guest's level.
+        level: Level,
+        /// Instructions that are not there.
+        lacks: Vec<&'static str>,
     },
     /// KVM cannot run the machine.
     #[error("KVM cannot run this machine")]
@@ -139,6 +147,13 @@ impl MachineError {
                 let names = EngineKind::ALL.map(EngineKind::name).join("`, `");
                 Some(format!("pass `--engine` with `auto`, `{names}`"))
             }
+            Self::Level {
+                level: Level::V3, ..
+            } => Some(
+                "give a new machine `--cpu v2`; one that was saved with v3 needs a host with it"
+                    .to_owned(),
+            ),
+            Self::Level { .. } => Some("use a host with it".to_owned()),
             Self::Engine { .. } | Self::Kvm(_) | Self::Jit(_) => Some(
                 "leave `--engine` out, and see `trapgate doctor` for what this host offers"
                     .to_owned(),

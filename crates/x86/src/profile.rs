@@ -47,6 +47,16 @@ pub enum Level {
     V3,
 }
 
+impl Level {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V2 => "x86-64-v2",
+            Self::V3 => "x86-64-v3",
+        }
+    }
+}
+
 /// A named CPU profile.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuProfile {
