@@ -507,7 +507,7 @@ mod tests {
     fn json_says_the_same() {
         let json = report(vec![Finding::lacking("a", "b", "c")]).json();
         assert_eq!(json["can_run"], true);
-        assert_eq!(json["engines"].as_array().unwrap().len(), 3);
+        assert_eq!(json["engines"].as_array().unwrap().len(), 4);
         assert_eq!(json["host"][0]["state"], "lacking");
         assert_eq!(json["host"][0]["cost"], "c");
         assert_eq!(json["chosen_engine"], "interp");

@@ -32,8 +32,8 @@ pub(crate) const USER_PAGES: usize = 512;
 pub(crate) const KERNEL_PAGES: usize = 8192;
 /// Entries of a table of jump targets.
 pub(crate) const TARGETS: usize = 1 << 16;
-/// Tables of jump targets: user, supervisor, supervisor with EFLAGS.AC.
-pub(crate) const CLASSES: usize = 3;
+/// Tables of jump targets: user, supervisor, supervisor with EFLAGS.AC, user in compatibility mode.
+pub(crate) const CLASSES: usize = 4;
 
 /// A page of linear addresses that no access can hit: not canonical. Its index in the tables is 0.
 const NEVER: u64 = 0x8000_0000_0000_0000;
@@ -226,8 +226,8 @@ pub(crate) struct Targets {
     pub(crate) mapping: [u32; TARGETS],
 }
 
-/// What is no mode.
-pub(crate) const NO_MODE: u8 = 0xff;
+/// What is no mode: a user without access to user pages.
+pub(crate) const NO_MODE: u8 = 1;
 /// A linear address that is no jump target.
 pub(crate) const NO_TARGET: u64 = 0x8000_0000_0000_0000;
 

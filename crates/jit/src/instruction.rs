@@ -227,7 +227,7 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Sfence => return Kind::Verbatim,
         Mnemonic::Lea => {
             let size = instruction.op0_register().size();
-            return if size == 4 || size == 8 {
+            return if (size == 4 || size == 8) && can_address(instruction) {
                 Kind::Lea
             } else {
                 Kind::Operate
@@ -236,6 +236,20 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         _ => {}
     }
     match instruction.code() {
+        Code::Push_r32 => return Kind::PushRegister(number(instruction.op0_register())),
+        Code::Pushd_imm8 | Code::Pushd_imm32 => {
+            return Kind::PushImmediate(instruction.immediate(0) as i32);
+        }
+        Code::Push_rm32 if instruction.op0_kind() == OpKind::Memory => {
+            return if can_address(instruction) {
+                Kind::PushMemory
+            } else {
+                Kind::Operate
+            };
+        }
+        Code::Push_rm32 => return Kind::PushRegister(number(instruction.op0_register())),
+        Code::Pop_r32 => return Kind::Pop(number(instruction.op0_register())),
+        Code::Leaved => return Kind::Leave,
         Code::Push_r64 => return Kind::PushRegister(number(instruction.op0_register())),
         Code::Pushq_imm8 | Code::Pushq_imm32 => {
             return Kind::PushImmediate(instruction.immediate(0) as i32);
@@ -252,7 +266,7 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         Code::Popfq => return Kind::PopFlags,
         Code::Cli if !mode.is_user() => return Kind::Interrupts(false),
         Code::Sti if !mode.is_user() => return Kind::Interrupts(true),
-        Code::Syscall if mode.is_user() => return Kind::SystemCall,
+        Code::Syscall if mode.is_user() && !mode.is_compatibility() => return Kind::SystemCall,
         Code::Sysretq if !mode.is_user() => return Kind::SystemReturn,
         Code::Rdtsc => return Kind::ReadTime { processor: false },
         Code::Rdtscp => return Kind::ReadTime { processor: true },
@@ -284,7 +298,9 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         return Kind::String(string);
     }
     if let Some(plan) = plan(instruction, mode) {
-        return if plan.harmless.bit_offset {
+        return if plan.harmless.bit_offset && mode.is_compatibility() {
+            Kind::Operate
+        } else if plan.harmless.bit_offset {
             Kind::BitOfMemory(plan)
         } else {
             Kind::Same(plan)
@@ -331,17 +347,23 @@ fn divide(signed: bool, wide: bool) -> Kind {
 fn transfer(instruction: &Instruction) -> Option<Kind> {
     let target = || instruction.near_branch_target();
     Some(match instruction.code() {
-        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => Kind::Jump(target()),
-        Code::Call_rel32_64 => Kind::Call(target()),
-        Code::Jmp_rm64 => Kind::JumpIndirect,
-        Code::Call_rm64 => Kind::CallIndirect,
-        Code::Retnq => Kind::Return(0),
-        Code::Retnq_imm16 => Kind::Return(instruction.immediate16()),
+        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 | Code::Jmp_rel8_32 | Code::Jmp_rel32_32 => {
+            Kind::Jump(target())
+        }
+        Code::Call_rel32_64 | Code::Call_rel32_32 => Kind::Call(target()),
+        Code::Jmp_rm32 | Code::Call_rm32
+            if instruction.op0_kind() == OpKind::Memory && !can_address(instruction) =>
+        {
+            Kind::OperateLast
+        }
+        Code::Jmp_rm64 | Code::Jmp_rm32 => Kind::JumpIndirect,
+        Code::Call_rm64 | Code::Call_rm32 => Kind::CallIndirect,
+        Code::Retnq | Code::Retnd => Kind::Return(0),
+        Code::Retnq_imm16 | Code::Retnd_imm16 => Kind::Return(instruction.immediate16()),
         Code::Jrcxz_rel8_64 => Kind::Count(Count::Zero, target()),
         Code::Loop_rel8_64_RCX => Kind::Count(Count::Loop, target()),
         code if code.is_jcc_short_or_near() => {
-            let wide = matches!(instruction.op0_kind(), OpKind::NearBranch64);
-            if !wide {
+            if instruction.op0_kind() == OpKind::NearBranch16 {
                 return Some(Kind::OperateLast);
             }
             if target() == instruction.next_ip() {
@@ -406,6 +428,14 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
             Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Rdrand | Mnemonic::Rdseed | Mnemonic::Xlatb
         )
     {
+        return None;
+    }
+    // These change the registers that only 64-bit mode has.
+    let all = matches!(
+        instruction.mnemonic(),
+        Mnemonic::Vzeroall | Mnemonic::Vzeroupper
+    );
+    if all && mode.is_compatibility() {
         return None;
     }
     let op_code = harmless.code.op_code();

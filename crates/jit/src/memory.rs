@@ -1,6 +1,7 @@
 //! Memory operands: from the guest's registers to an address in the host's memory.
 
 use iced_x86::{Instruction, Register};
+use trapgate_x86::descriptor::access;
 use trapgate_x86::registers::sreg;
 
 use crate::adapt::Lesson;
@@ -80,13 +81,28 @@ impl Writer<'_> {
     }
 
     /// The linear address of an instruction's memory operand to [`ADDRESS`].
-    pub(crate) fn linear_address(&mut self, instruction: &Instruction) {
-        self.effective_address(instruction, ADDRESS, true);
+    pub(crate) fn linear_address(&mut self, guest: &Guest) {
+        let instruction = &guest.instruction;
+        let wide = !self.mode.is_compatibility();
+        self.effective_address(instruction, ADDRESS, wide);
         let segment = match instruction.memory_segment() {
             Register::FS => sreg::FS,
             Register::GS => sreg::GS,
             _ => return,
         };
+        if !wide {
+            // A segment that checks nothing; the interpreter does the checks of others.
+            let rights = access::P | access::S | access::CODE | access::WRITABLE;
+            let limit = Mem::low(self.at.segment_limit(segment));
+            self.asm.alu_memory_imm32(Alu::Cmp, limit, -1);
+            self.operate_if(guest, condition::NE);
+            self.asm
+                .load32(SPARE, Mem::low(self.at.segment_access(segment)));
+            self.asm.alu_imm(false, Alu::And, SPARE, rights as i32);
+            let wanted = rights & !access::CODE;
+            self.asm.alu_imm(false, Alu::Cmp, SPARE, wanted as i32);
+            self.operate_if(guest, condition::NE);
+        }
         self.asm
             .load(SPARE, Mem::low(self.at.segment_base(segment)));
         let sum = Mem {
@@ -94,7 +110,7 @@ impl Writer<'_> {
             index: Some((SPARE, 0)),
             displacement: 0,
         };
-        self.asm.lea(true, ADDRESS, sum);
+        self.asm.lea(wide, ADDRESS, sum);
     }
 
     /// Where an access to a memory operand finds its translation. An access that goes to one page most of the time
@@ -111,7 +127,10 @@ impl Writer<'_> {
         let fixed = base == Register::RIP || base == Register::None;
         let lesson = self.lesson(guest);
         if lesson.is_none() && segment.is_none() && fixed && index == Register::None {
-            let linear = instruction.memory_displacement64();
+            let mut linear = instruction.memory_displacement64();
+            if self.mode.is_compatibility() {
+                linear &= 0xffff_ffff;
+            }
             return Place::Entry(Addresses::tlb_entry(self.mode.view(), linear));
         }
         if lesson == Some(Lesson::Wanders) {
@@ -210,6 +229,39 @@ impl Writer<'_> {
         self.asm.word(site);
     }
 
+    // Words of the stack, and pointers: 4 bytes in compatibility mode, else 8.
+
+    pub(crate) fn mov_word(&mut self, to: Reg, from: Reg) {
+        if self.mode.is_compatibility() {
+            self.asm.mov32(to, from);
+        } else {
+            self.asm.mov(to, from);
+        }
+    }
+
+    pub(crate) fn load_word(&mut self, to: Reg, from: Mem) {
+        if self.mode.is_compatibility() {
+            self.asm.load32(to, from);
+        } else {
+            self.asm.load(to, from);
+        }
+    }
+
+    pub(crate) fn store_word(&mut self, to: Mem, from: Reg) {
+        if self.mode.is_compatibility() {
+            self.asm.store32(to, from);
+        } else {
+            self.asm.store(to, from);
+        }
+    }
+
+    /// RSP moves by so many words.
+    pub(crate) fn move_stack(&mut self, words: i32) {
+        let word = self.mode.word();
+        let moved = Mem::at(GUEST_RSP, words * word as i32);
+        self.asm.lea(word == 8, GUEST_RSP, moved);
+    }
+
     /// Where the word at the top of the stack finds its translation.
     pub(crate) fn stack_place(&self, guest: &Guest) -> Place {
         if self.lesson(guest) == Some(Lesson::Wanders) {
@@ -221,13 +273,15 @@ impl Writer<'_> {
 
     /// The address of the word at the top of the stack, to be pushed or popped.
     pub(crate) fn stack_access(&mut self, guest: &Guest, write: bool) {
+        let word = self.mode.word();
         if write {
-            self.asm.lea(true, ADDRESS, Mem::at(GUEST_RSP, -8));
+            let top = Mem::at(GUEST_RSP, -(word as i32));
+            self.asm.lea(word == 8, ADDRESS, top);
         } else {
-            self.asm.mov(ADDRESS, GUEST_RSP);
+            self.mov_word(ADDRESS, GUEST_RSP);
         }
         let place = self.stack_place(guest);
-        self.translate(guest, 8, write, place, sreg::SS);
+        self.translate(guest, word, write, place, sreg::SS);
     }
 
     /// The memory operand of an instruction: its host address to [`ADDRESS`]. The interpreter does an access
@@ -235,7 +289,7 @@ impl Writer<'_> {
     pub(crate) fn operand(&mut self, guest: &Guest, size: usize, write: bool, alignment: usize) {
         let instruction = &guest.instruction;
         let segment = fault_segment(instruction);
-        self.linear_address(instruction);
+        self.linear_address(guest);
         if alignment > 1 {
             self.asm.test_byte(ADDRESS, alignment as u8 - 1);
             self.operate_if(guest, condition::NE);

@@ -1,8 +1,26 @@
 //! What code was translated for: the parts of the processor's state that decide what an instruction means.
 
 use trapgate_interp::View;
-use trapgate_interp::cpu::Cpu;
-use trapgate_x86::registers::{cr0, cr4, xcr0};
+use trapgate_interp::cpu::{CodeSize, Cpu};
+use trapgate_x86::descriptor::access;
+use trapgate_x86::registers::{cr0, cr4, sreg, xcr0};
+
+/// Whether a processor runs 32-bit code of user level in long mode, with segments that check nothing.
+fn is_flat(cpu: &Cpu) -> bool {
+    let segments = &cpu.sys.segments;
+    let data = access::P | access::S | access::WRITABLE;
+    let flat = |segment: usize| segments[segment].base == 0 && segments[segment].limit == u32::MAX;
+    cpu.is_long()
+        && cpu.cpl == 3
+        && cpu.code_size == CodeSize::Bits32
+        && segments[sreg::SS].has(access::DB)
+        && [sreg::CS, sreg::DS, sreg::ES, sreg::SS]
+            .into_iter()
+            .all(flat)
+        && [sreg::DS, sreg::ES, sreg::SS]
+            .into_iter()
+            .all(|segment| segments[segment].has(data) && !segments[segment].has(access::CODE))
+}
 
 /// A set of facts; code runs only while they hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,12 +41,18 @@ impl Mode {
     const SMAP: u8 = 1 << 5;
     /// CR4.FSGSBASE.
     const BASES: u8 = 1 << 6;
+    /// Compatibility mode at CPL 3 with flat segments; else 64-bit mode.
+    const COMPATIBILITY: u8 = 1 << 7;
     /// Bits used.
-    pub(crate) const BITS: u32 = 7;
+    pub(crate) const BITS: u32 = 8;
 
     /// The processor's; `None` if code can't be translated in it.
     pub(crate) fn of(cpu: &Cpu) -> Option<Self> {
-        if !cpu.is_64bit() || cpu.view() == View::Checked || !matches!(cpu.cpl, 0 | 3) {
+        let compatibility = !cpu.is_64bit();
+        if (compatibility && !is_flat(cpu))
+            || cpu.view() == View::Checked
+            || !matches!(cpu.cpl, 0 | 3)
+        {
             return None;
         }
         let mut mode = match cpu.view() {
@@ -36,6 +60,9 @@ impl Mode {
             View::SupervisorUser => Self::USER_PAGES,
             _ => 0,
         };
+        if compatibility {
+            mode |= Self::COMPATIBILITY;
+        }
         let sys = &cpu.sys;
         if sys.cr4 & cr4::SMAP != 0 {
             mode |= Self::SMAP;
@@ -54,6 +81,20 @@ impl Mode {
             mode |= Self::MASKED;
         }
         Some(Self(mode))
+    }
+
+    pub(crate) fn is_compatibility(self) -> bool {
+        self.0 & Self::COMPATIBILITY != 0
+    }
+
+    /// Bits of addresses: what the decoder calls the mode by.
+    pub(crate) fn bits(self) -> u32 {
+        if self.is_compatibility() { 32 } else { 64 }
+    }
+
+    /// Bytes of a word on the stack.
+    pub(crate) fn word(self) -> usize {
+        if self.is_compatibility() { 4 } else { 8 }
     }
 
     pub(crate) fn is_user(self) -> bool {

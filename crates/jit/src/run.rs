@@ -81,7 +81,11 @@ pub fn usable() -> Result<String, JitError> {
 
 /// Which table of jump targets code of a mode uses.
 pub(crate) fn class(mode: Mode) -> usize {
-    if mode.is_user() { 0 } else { 1 + mode.view() }
+    match (mode.is_user(), mode.is_compatibility()) {
+        (true, false) => 0,
+        (true, true) => 3,
+        (false, _) => 1 + mode.view(),
+    }
 }
 
 /// A page of linear addresses on which code lies, and the page in memory behind it.
@@ -861,6 +865,12 @@ impl Context {
             context.rust.statistics.count(Cell::TRANSLATION);
             context.translate(rip, mode, memory, host, mapping)
         }))
+    }
+
+    /// Bits of the mode that a block is for.
+    fn bits_of(&self, block: u32) -> u32 {
+        let key = self.rust.blocks[block as usize].keys[0];
+        Mode((key >> 1) as u8).bits()
     }
 
     /// The mapping of a code page, just fetched from, is in force.

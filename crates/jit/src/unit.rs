@@ -6,7 +6,7 @@
 //! when the code is written.
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, OpKind, Register,
+    Code, CodeSize, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, OpKind, Register,
 };
 use trapgate_interp::Interpreter;
 use trapgate_interp::op::Op;
@@ -225,7 +225,12 @@ impl Translator {
         self.guests.clear();
         let offset = (request.rip & 0xfff) as usize;
         let bytes = &request.page[offset..];
-        let mut decoder = Decoder::with_ip(64, bytes, request.rip, DecoderOptions::NO_WBNOINVD);
+        let mut decoder = Decoder::with_ip(
+            request.mode.bits(),
+            bytes,
+            request.rip,
+            DecoderOptions::NO_WBNOINVD,
+        );
         let mut instruction = Instruction::default();
         let mut mode = request.mode;
         let most = if request.second.is_some() {
@@ -259,6 +264,7 @@ impl Translator {
             if let Some(fault) = self.fault {
                 fault(&mut instruction);
             }
+            plain_offset(&mut instruction);
             let mut kind = classify(&instruction, mode);
             if self.repeats && matches!(kind, Kind::ReadTime { .. }) {
                 kind = Kind::Operate;
@@ -343,6 +349,22 @@ impl Translator {
     }
 }
 
+/// MOV between the accumulator and an address in the instruction, as one with any memory operand.
+fn plain_offset(instruction: &mut Instruction) {
+    let code = match instruction.code() {
+        Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
+        Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
+        Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,
+        Code::Mov_RAX_moffs64 => Code::Mov_r64_rm64,
+        Code::Mov_moffs8_AL => Code::Mov_rm8_r8,
+        Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
+        Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
+        Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
+        _ => return,
+    };
+    instruction.set_code(code);
+}
+
 /// Loops that end in a unit: the targets of jumps that go back a little, and the jumps.
 fn loops(guests: &[Guest]) -> Vec<(u64, u64)> {
     let jumps = guests.iter().filter_map(|guest| match guest.kind {
@@ -369,7 +391,8 @@ fn look_ahead(request: &Request<'_>, unit: &mut Unit, target: u64, depth: u32) -
         let offset = (at & 0xfff) as usize;
         let bytes = &request.page[offset..];
         let bytes = &bytes[..bytes.len().min(15)];
-        let mut decoder = Decoder::with_ip(64, bytes, at, DecoderOptions::NO_WBNOINVD);
+        let bits = request.mode.bits();
+        let mut decoder = Decoder::with_ip(bits, bytes, at, DecoderOptions::NO_WBNOINVD);
         decoder.decode_out(&mut instruction);
         if instruction.is_invalid() {
             break;
@@ -619,24 +642,24 @@ impl Writer<'_> {
                 self.give_up_flags(guest.live_in);
                 self.stack_access(guest, true);
                 let from = self.fetch(register, SPARE);
-                self.asm.store(Mem::at(ADDRESS, 0), from);
-                self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
+                self.store_word(Mem::at(ADDRESS, 0), from);
+                self.move_stack(-1);
             }
             Kind::PushImmediate(value) => {
                 self.give_up_flags(guest.live_in);
                 self.stack_access(guest, true);
-                self.asm.store_imm(Mem::at(ADDRESS, 0), value);
-                self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
+                self.store_immediate(value);
+                self.move_stack(-1);
             }
             Kind::PushMemory => {
                 self.give_up_flags(guest.live_in);
-                self.operand(guest, 8, false, 1);
-                self.asm.load(SPARE, Mem::at(ADDRESS, 0));
+                self.operand(guest, self.mode.word(), false, 1);
+                self.load_word(SPARE, Mem::at(ADDRESS, 0));
                 self.asm.store(Mem::low(self.at.stash()), SPARE);
                 self.stack_access(guest, true);
                 self.asm.load(SPARE, Mem::low(self.at.stash()));
-                self.asm.store(Mem::at(ADDRESS, 0), SPARE);
-                self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
+                self.store_word(Mem::at(ADDRESS, 0), SPARE);
+                self.move_stack(-1);
             }
             Kind::Pop(register) => {
                 self.give_up_flags(guest.live_in);
@@ -645,11 +668,13 @@ impl Writer<'_> {
             }
             Kind::Leave => {
                 self.give_up_flags(guest.live_in);
-                self.asm.mov(ADDRESS, crate::emit::RBP);
+                let word = self.mode.word();
+                self.mov_word(ADDRESS, crate::emit::RBP);
                 let place = self.stack_place(guest);
-                self.translate(guest, 8, false, place, sreg::SS);
-                self.asm.lea(true, GUEST_RSP, Mem::at(crate::emit::RBP, 8));
-                self.asm.load(crate::emit::RBP, Mem::at(ADDRESS, 0));
+                self.translate(guest, word, false, place, sreg::SS);
+                let above = Mem::at(crate::emit::RBP, word as i32);
+                self.asm.lea(word == 8, GUEST_RSP, above);
+                self.load_word(crate::emit::RBP, Mem::at(ADDRESS, 0));
             }
             Kind::Divide { signed, wide } => self.divide(guest, signed, wide),
             Kind::Jump(target) => self.jump(instruction, target, guest.live_out),
@@ -671,14 +696,16 @@ impl Writer<'_> {
                 self.asm.store(Mem::low(self.at.stash()), ADDRESS);
                 self.push_return(guest);
                 self.asm.load(ADDRESS, Mem::low(self.at.stash()));
-                self.indirect(guest, -8);
+                self.indirect(guest, -(self.mode.word() as i32));
             }
             Kind::Return(extra) => {
                 self.give_up_flags(guest.live_in);
                 self.stack_access(guest, false);
-                self.asm.load(ADDRESS, Mem::at(ADDRESS, 0));
-                let popped = 8 + i32::from(extra);
-                self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, popped));
+                self.load_word(ADDRESS, Mem::at(ADDRESS, 0));
+                let word = self.mode.word();
+                let popped = word as i32 + i32::from(extra);
+                self.asm
+                    .lea(word == 8, GUEST_RSP, Mem::at(GUEST_RSP, popped));
                 self.indirect(guest, popped);
             }
             Kind::PushFlags => self.push_flags(guest),
@@ -854,7 +881,7 @@ impl Writer<'_> {
         let size = instruction.memory_size().size();
         let register = instruction.op1_register();
         self.give_up_flags(guest.live_in);
-        self.linear_address(&guest.instruction);
+        self.linear_address(guest);
         let offset = self.fetch(number(register), SPARE);
         // The offset is signed; its lowest bits choose in the operand.
         if size == 8 {
@@ -928,6 +955,7 @@ impl Writer<'_> {
     fn same(&mut self, guest: &Guest, plan: &Plan) {
         let mut instruction = guest.instruction;
         instruction.set_code(plan.harmless.code);
+        instruction.set_code_size(CodeSize::Code64);
         let count = instruction.op_count();
         let memory = (0..count).any(|index| instruction.op_kind(index) == OpKind::Memory);
         let mut base = ADDRESS;
@@ -1044,15 +1072,24 @@ impl Writer<'_> {
             Some(home) => {
                 // POP RSP: the value popped stays.
                 if home != GUEST_RSP {
-                    self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, 8));
+                    self.move_stack(1);
                 }
-                self.asm.load(home, Mem::at(ADDRESS, 0));
+                self.load_word(home, Mem::at(ADDRESS, 0));
             }
             None => {
                 self.asm.load(SPARE, Mem::at(ADDRESS, 0));
                 self.asm.store(Mem::low(self.at.gpr(register)), SPARE);
-                self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, 8));
+                self.move_stack(1);
             }
+        }
+    }
+
+    /// A sign-extended value to the word at [`ADDRESS`].
+    fn store_immediate(&mut self, value: i32) {
+        if self.mode.is_compatibility() {
+            self.asm.store_imm32(Mem::at(ADDRESS, 0), value as u32);
+        } else {
+            self.asm.store_imm(Mem::at(ADDRESS, 0), value);
         }
     }
 
@@ -1105,27 +1142,31 @@ impl Writer<'_> {
     fn push_return(&mut self, guest: &Guest) {
         self.stack_access(guest, true);
         let address = guest.instruction.next_ip();
-        match i32::try_from(address as i64) {
-            Ok(value) => self.asm.store_imm(Mem::at(ADDRESS, 0), value),
-            Err(_) => {
-                self.asm.mov_imm(SPARE, address);
-                self.asm.store(Mem::at(ADDRESS, 0), SPARE);
+        if self.mode.is_compatibility() {
+            self.asm.store_imm32(Mem::at(ADDRESS, 0), address as u32);
+        } else {
+            match i32::try_from(address as i64) {
+                Ok(value) => self.asm.store_imm(Mem::at(ADDRESS, 0), value),
+                Err(_) => {
+                    self.asm.mov_imm(SPARE, address);
+                    self.asm.store(Mem::at(ADDRESS, 0), SPARE);
+                }
             }
         }
-        self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, -8));
+        self.move_stack(-1);
     }
 
     /// The target of an indirect jump to [`ADDRESS`].
     fn indirect_target(&mut self, guest: &Guest) {
         let instruction = &guest.instruction;
         if instruction.op0_kind() == OpKind::Memory {
-            self.operand(guest, 8, false, 1);
-            self.asm.load(ADDRESS, Mem::at(ADDRESS, 0));
+            self.operand(guest, self.mode.word(), false, 1);
+            self.load_word(ADDRESS, Mem::at(ADDRESS, 0));
         } else {
             let register = number(instruction.op0_register());
             let from = self.fetch(register, ADDRESS);
             if from != ADDRESS {
-                self.asm.mov(ADDRESS, from);
+                self.mov_word(ADDRESS, from);
             }
         }
     }

@@ -27,13 +27,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let mut value = || arguments.next().ok_or("an option needs a value");
         match &argument[..] {
             "--cmdline" => config.command_line = value()?,
-            "--engine" => {
-                config.engine = trapgate_vmm::EngineChoice::Only(match &value()?[..] {
-                    "jit" => trapgate_vmm::EngineKind::Jit,
-                    "kvm" => trapgate_vmm::EngineKind::Kvm,
-                    _ => trapgate_vmm::EngineKind::Interp,
-                });
-            }
+            "--engine" => config.engine = value()?.parse()?,
             "--extra" => extra.push(std::fs::read(value()?)?),
             "--level" => {
                 config.level = match &value()?[..] {

@@ -680,7 +680,8 @@ impl Lockstep {
                 let ip = step.map_or(guide.rip, |step| step.ip);
                 let code = &guide.code[(ip - guide.rip) as usize..];
                 let mut line = String::new();
-                disassemble(&mut line, code, ip, 1);
+                let bits = self.jit.whole().bits_of(block);
+                disassemble(&mut line, bits, code, ip, 1);
                 return format!("the instruction at fault:\n{line}");
             }
         }
@@ -789,11 +790,12 @@ impl Lockstep {
             return String::new();
         };
         let mut text = "guest code:\n".to_owned();
-        disassemble(&mut text, &guide.code, guide.rip, usize::MAX);
+        let bits = self.jit.whole().bits_of(block);
+        disassemble(&mut text, bits, &guide.code, guide.rip, usize::MAX);
         text.push_str("host code:\n");
         let (from, to) = guide.host;
         let code = &self.jit.whole().rust.code;
-        disassemble(&mut text, code.bytes(from, to), from, usize::MAX);
+        disassemble(&mut text, 64, code.bytes(from, to), from, usize::MAX);
         text
     }
 }
@@ -868,9 +870,9 @@ fn interpret(cpu: &mut Cpu, steps: &[Step], most: usize) -> (usize, End) {
 }
 
 /// Appends at most `most` lines.
-fn disassemble(text: &mut String, code: &[u8], start: u64, most: usize) {
+fn disassemble(text: &mut String, bits: u32, code: &[u8], start: u64, most: usize) {
     let mut formatter = FastFormatter::new();
-    let mut decoder = Decoder::with_ip(64, code, start, DecoderOptions::NO_WBNOINVD);
+    let mut decoder = Decoder::with_ip(bits, code, start, DecoderOptions::NO_WBNOINVD);
     let mut instruction = Instruction::default();
     let mut lines = 0;
     while decoder.can_decode() && lines < most {

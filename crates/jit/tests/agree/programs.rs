@@ -351,7 +351,7 @@ fn bounded<T>(vcpu: &mut dyn Vcpu, go: impl FnOnce(&mut dyn Vcpu) -> T) -> T {
 fn programs_do_the_same_in_lockstep_and_with_linked_blocks() {
     let compiled = instructions();
     let seed = setting("TRAPGATE_TEST_SEED", 0x005e_ed0f_9806_0a15);
-    let cases = setting("TRAPGATE_TEST_CASES", 400);
+    let cases = setting("TRAPGATE_TEST_CASES", 150);
     let mut random = Random(seed | 1);
     let profile = CpuProfile::new(Level::V3, 1_000_000_000);
     let (left, right) = (memory(), memory());
