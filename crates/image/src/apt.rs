@@ -12,7 +12,7 @@ use crate::cache::{need_space, publish, write_file};
 use crate::{CacheDir, ImageError, Origin, Parts, Phase, Progress, deb, host};
 
 /// Packages that depend on the distribution's newest kernel, the leanest first; a distribution has one or two of them.
-const KERNELS: &[&str] = &[
+pub(crate) const KERNELS: &[&str] = &[
     "linux-image-cloud-amd64",
     "linux-image-virtual",
     "linux-image-amd64",
@@ -79,8 +79,10 @@ fn read_kept(directory: &Path) -> Option<(Origin, Vec<PathBuf>)> {
     Some((origin?, files))
 }
 
-/// Fetches the packages, makes the parts from them, and keeps the packages.
+/// Fetches the packages, makes the parts from them, and keeps the packages. The kernel is that which the first
+/// known package of `kernels` depends on.
 pub(crate) fn fetch(
+    kernels: &[&str],
     cache: &CacheDir,
     work: &Path,
     progress: &mut dyn Progress,
@@ -97,6 +99,7 @@ pub(crate) fn fetch(
     let apt = Apt {
         get,
         query,
+        kernels,
         options: Vec::new(),
         work: work.into(),
     };
@@ -110,7 +113,7 @@ pub(crate) fn fetch(
 }
 
 fn fetch_with(
-    mut apt: Apt,
+    mut apt: Apt<'_>,
     root: bool,
     cache: &CacheDir,
     work: &Path,
@@ -156,7 +159,7 @@ fn worth_an_update<T>(attempt: &Result<T, ImageError>) -> bool {
 /// Another attempt with newer lists. An update that couldn't reach a mirror is no error to apt, but then it is the
 /// reason why packages are unknown.
 fn update_and_get(
-    apt: &Apt,
+    apt: &Apt<'_>,
     target: &Path,
     progress: &mut dyn Progress,
 ) -> Result<(Package, Vec<PathBuf>), ImageError> {
@@ -263,11 +266,11 @@ impl Package {
 
 /// Resolves, then downloads into `target`. Returns the kernel's package and all files.
 fn get_packages(
-    apt: &Apt,
+    apt: &Apt<'_>,
     target: &Path,
     progress: &mut dyn Progress,
 ) -> Result<(Package, Vec<PathBuf>), ImageError> {
-    let packages = resolve(&|names| apt.show(names))?;
+    let packages = resolve(apt.kernels, &|names| apt.show(names))?;
     let _ = fs::remove_dir_all(target);
     fs::create_dir_all(target).map_err(|e| ImageError::cache("cannot create", target, e))?;
     let total = packages.iter().map(|p| p.size).sum::<u64>();
@@ -307,21 +310,24 @@ fn get_packages(
 
 /// The packages to fetch, the one with the kernel first. `show` asks the lists for packages, and leaves out those that
 /// they don't know; it takes about a second, whatever the number.
-fn resolve(show: &dyn Fn(&[&str]) -> Vec<Package>) -> Result<Vec<Package>, ImageError> {
+fn resolve(
+    kernels: &[&str],
+    show: &dyn Fn(&[&str]) -> Vec<Package>,
+) -> Result<Vec<Package>, ImageError> {
     let unknown = |names: &[&str]| ImageError::NoSuchPackage {
         names: names.join(", "),
     };
-    let mut known = show(&[KERNELS, &[BUSYBOX]].concat());
+    let mut known = show(&[kernels, &[BUSYBOX]].concat());
     let mut take = |name: &str| {
         known
             .iter()
             .position(|p| p.name == name)
             .map(|at| known.swap_remove(at))
     };
-    let meta = KERNELS
+    let meta = kernels
         .iter()
         .find_map(|name| take(name))
-        .ok_or_else(|| unknown(KERNELS))?;
+        .ok_or_else(|| unknown(kernels))?;
     let busybox = take(BUSYBOX).ok_or_else(|| unknown(&[BUSYBOX]))?;
 
     let mut packages: Vec<Package> = Vec::new();
@@ -372,14 +378,16 @@ fn bytes_in(directory: &Path) -> u64 {
 }
 
 /// apt's two programs and how to call them.
-struct Apt {
+struct Apt<'a> {
     get: PathBuf,
     query: PathBuf,
+    /// Packages that depend on a kernel, the best first.
+    kernels: &'a [&'a str],
     options: Vec<String>,
     work: PathBuf,
 }
 
-impl Apt {
+impl Apt<'_> {
     fn option(&mut self, option: impl Into<String>) {
         self.options.push(option.into());
     }
@@ -594,7 +602,7 @@ mod tests {
         ]);
 
         assert_eq!(
-            names(&resolve(&show).unwrap()),
+            names(&resolve(KERNELS, &show).unwrap()),
             ["linux-image-6.1.0-56-cloud-amd64", "busybox-static"]
         );
     }
@@ -616,7 +624,7 @@ mod tests {
         ]);
 
         assert_eq!(
-            names(&resolve(&show).unwrap()),
+            names(&resolve(KERNELS, &show).unwrap()),
             [
                 "linux-image-6.8.0-31-generic",
                 "linux-modules-6.8.0-31-generic",
@@ -649,7 +657,7 @@ mod tests {
                 "linux-image-amd64",
             ),
         ] {
-            let error = resolve(&world(&packages)).unwrap_err();
+            let error = resolve(KERNELS, &world(&packages)).unwrap_err();
             assert!(
                 matches!(&error, ImageError::NoSuchPackage { names } if names.contains(named)),
                 "{error}"
@@ -720,6 +728,7 @@ mod tests {
             let apt = Apt {
                 get: at.join("apt-get"),
                 query: at.join("apt-cache"),
+                kernels: KERNELS,
                 options: Vec::new(),
                 work: at.join("work"),
             };

@@ -141,6 +141,27 @@ pub fn stock(cache: &CacheDir, progress: &mut dyn Progress) -> Result<StockImage
     cache::open_or_make(cache, progress, &mut acquire)
 }
 
+/// Like [`stock`], with the kernel that this package depends on, such as `linux-image-rt-amd64`, and no other.
+/// `cache` must hold images of this package only, since what is in it is not asked which package it is of:
+/// a directory of its own, say below the one for [`stock`].
+///
+/// # Errors
+/// Any [`ImageError`]; [`ImageError::fix`] says what to do about it.
+pub fn stock_of(
+    package: &str,
+    cache: &CacheDir,
+    progress: &mut dyn Progress,
+) -> Result<StockImage, ImageError> {
+    cache::open_or_make(
+        cache,
+        progress,
+        &mut |cache, work, progress| match apt::kept(cache, progress)? {
+            Some(parts) => Ok(parts),
+            None => apt::fetch(&[package], cache, work, progress),
+        },
+    )
+}
+
 /// The image that [`stock`] would give without making one, if the cache holds an intact one.
 pub fn cached(cache: &CacheDir) -> Option<StockImage> {
     cache::find(cache)
@@ -156,7 +177,7 @@ fn acquire(
     if let Some(parts) = apt::kept(cache, progress)? {
         return Ok(parts);
     }
-    match apt::fetch(cache, work, progress) {
+    match apt::fetch(apt::KERNELS, cache, work, progress) {
         Err(why @ (ImageError::NoPackageManager | ImageError::NoSuchPackage { .. })) => {
             host::parts(progress, why)
         }

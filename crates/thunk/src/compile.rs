@@ -133,7 +133,8 @@ impl Compiler {
         let waiting = touches_x87 && !select::is_x87_no_wait(mnemonic);
         let simd_float = select::is_simd_float(mnemonic);
         let uses_vector = plan.vector_load.iter().any(|&bytes| bytes != 0)
-            || plan.vector_store.iter().any(|&stored| stored);
+            || plan.vector_store.iter().any(|&stored| stored)
+            || simd_float;
         let reads = renamed.rflags_read() & ARITHMETIC != 0;
         let modified = renamed.rflags_modified() & ARITHMETIC;
         let defined = renamed.rflags_written() | renamed.rflags_cleared() | renamed.rflags_set();

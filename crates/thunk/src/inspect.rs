@@ -39,6 +39,8 @@ pub fn inspect(instruction: &Instruction) -> Option<Harmless> {
         vector |= register.is_vector_register();
     }
     vector |= matches!(mnemonic, Mnemonic::Vzeroupper | Mnemonic::Vzeroall);
+    // CVTTSS2SI of memory names no vector register.
+    vector |= select::is_simd_float(mnemonic);
     let memory =
         (0..instruction.op_count()).any(|index| instruction.op_kind(index) == OpKind::Memory);
     let size = if memory {
@@ -103,6 +105,19 @@ mod tests {
         assert_eq!(of(&[0xf3, 0x0f, 0x6f, 0x00]).unwrap().alignment, 1);
         let vex = of(&[0xc5, 0xf9, 0xfe, 0x00]).unwrap();
         assert_eq!((vex.alignment, vex.class), (1, Class::Avx));
+    }
+
+    #[test]
+    fn conversions_of_memory_to_integers_are_sse_without_naming_its_registers() {
+        // cvttss2si r8d, [rbp]; cvtsd2si rax, [rax]; vcvttss2si eax, [rax]
+        for (bytes, class) in [
+            (&[0xf3, 0x44, 0x0f, 0x2c, 0x45, 0x00][..], Class::Sse),
+            (&[0xf2, 0x48, 0x0f, 0x2d, 0x00], Class::Sse),
+            (&[0xc5, 0xfa, 0x2c, 0x00], Class::Avx),
+        ] {
+            let found = of(bytes).unwrap();
+            assert_eq!((found.class, found.simd_float), (class, true), "{bytes:x?}");
+        }
     }
 
     #[test]

@@ -94,6 +94,8 @@ fn refuse(instruction: &Instruction, code: Code) -> Option<Unsupported> {
         || is_x87(mnemonic)
         || code.encoding() == EncodingKind::VEX
         || uses_simd_registers(instruction)
+        // CVTTSS2SI of memory has a general register and no other.
+        || is_simd_float(mnemonic)
         || matches!(mnemonic, M::Emms);
     if !computing {
         return Some(Unsupported::NotComputing);

@@ -56,7 +56,7 @@ fn memory_operands_are_described() {
         locked: true,
         ..operand
     };
-    let table: [(&[u8], Class, MemoryOperand); 16] = [
+    let table: [(&[u8], Class, MemoryOperand); 18] = [
         // paddd xmm1, [rax]; movups xmm1, [rax]; movaps [rax], xmm1; movsd xmm1, [rax]
         (
             &[0x66, 0x0f, 0xfe, 0x08],
@@ -72,6 +72,17 @@ fn memory_operands_are_described() {
         (
             &[0xf2, 0x0f, 0x10, 0x08],
             Class::Sse,
+            plain(8, Access::Read, 1),
+        ),
+        // cvttss2si r8d, [rbp + 0]; vcvttsd2si eax, [rax]
+        (
+            &[0xf3, 0x44, 0x0f, 0x2c, 0x45, 0],
+            Class::Sse,
+            plain(4, Access::Read, 1),
+        ),
+        (
+            &[0xc5, 0xfb, 0x2c, 0x00],
+            Class::Avx,
             plain(8, Access::Read, 1),
         ),
         // pcmpestri xmm1, [rax], 0

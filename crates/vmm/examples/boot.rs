@@ -1,7 +1,7 @@
 //! Boots a kernel with its serial port on standard output, and says what it did.
 //!
 //! `cargo run --release -p trapgate-vmm --example boot -- KERNEL [INITRD…] [--cmdline S] [--cpus N]
-//! [--memory MIB] [--limit SECONDS] [--disk FILE] [--button SECONDS] [--level v2|v3]
+//! [--memory MIB] [--limit SECONDS] [--disk FILE] [--button SECONDS] [--level v2|v3] [--engine ENGINE]
 //! [--extra INITRD] [--stock [COMMAND…]]`
 //!
 //! `--stock` boots the distribution's kernel with the init of `trapgate_image`, which runs the command;

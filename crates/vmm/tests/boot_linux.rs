@@ -61,6 +61,38 @@ fn lockstep_finds_no_difference_from_start_to_power_off() {
     assert_eq!(linux.status.text(), "init\n0\n");
 }
 
+/// The distribution's other kernels: everyone's, and the one with PREEMPT_RT. Their packages are 70 MB each, so fetching
+/// them must be asked for; what an earlier run fetched is used.
+#[test]
+fn kernels_for_hardware_and_for_real_time_run_a_command_on_the_translator() {
+    let Some(_) = linux::image() else { return };
+    let _turn = linux::ONE_AT_A_TIME
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    for (package, preemption) in [
+        ("linux-image-amd64", "PREEMPT_DYNAMIC"),
+        ("linux-image-rt-amd64", "PREEMPT_RT"),
+    ] {
+        let Some(image) = linux::image_of(package) else {
+            continue;
+        };
+        let script =
+            "uname -v; seq 3000 | sort -r | md5sum; lsmod | grep -c ^virtio_console; exit 5";
+        let linux = Linux::boot(&image, &["sh", "-c", script], |config| {
+            config.engine = EngineChoice::Only(EngineKind::Jit);
+        });
+        linux.powers_off();
+        let text = linux.stdout.text();
+        let (version, rest) = text.split_once('\n').unwrap_or_default();
+        assert!(version.contains(preemption), "{package}: {text}");
+        assert_eq!(
+            rest, "58a411f0f5089590c17ee74d6b228992  -\n1\n",
+            "{package}"
+        );
+        assert_eq!(linux.status.text(), "init\n5\n", "{package}");
+    }
+}
+
 #[test]
 fn terminal_session_survives_a_reboot() {
     let (image, _turn) = image_or_skip!();

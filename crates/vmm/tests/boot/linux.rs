@@ -6,7 +6,7 @@ use std::sync::{Mutex, OnceLock};
 
 use trapgate_image::{
     CacheDir, Phase, STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session, StockImage,
-    session_archive, stock,
+    cached, session_archive, stock, stock_of,
 };
 use trapgate_vmm::{Content, Hooks, Machine, MachineConfig, Outcome, Port};
 
@@ -28,6 +28,24 @@ pub(crate) fn image() -> Option<&'static StockImage> {
             None
         }
     }
+}
+
+/// The kernel that this package depends on, with its initramfs, if it is in the cache or may be fetched.
+pub(crate) fn image_of(package: &str) -> Option<StockImage> {
+    let cache = CacheDir::from_env().ok()?;
+    let cache = CacheDir::at(cache.path().join("other").join(package));
+    let image = if std::env::var_os("TRAPGATE_OTHER_KERNELS").is_some() {
+        stock_of(package, &cache, &mut |_: Phase, _: u64, _: Option<u64>| {})
+            .map_err(|error| error.to_string())
+    } else {
+        cached(&cache).ok_or_else(|| "TRAPGATE_OTHER_KERNELS=1 fetches it".to_owned())
+    };
+    image
+        .map_err(|why| {
+            // Not through `eprintln!`, which the test harness swallows.
+            let _ = writeln!(std::io::stderr(), "SKIPPED: {package}: {why}");
+        })
+        .ok()
 }
 
 pub(crate) struct Linux {
