@@ -443,8 +443,8 @@ fn unmatched() -> u64 {
     let mut bytes = [0; 8];
     // Without randomness the page is merely unlikely.
     let _ = rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty());
-    let page = u64::from_le_bytes(bytes) & 0x0000_ffff_ffff_f000;
-    0x4000_0000_0000_0000 | page << 8 & !0xfff
+    // Bit 62 differs from bit 63; the 50 others are more than a guest can try.
+    0x4000_0000_0000_0000 | u64::from_le_bytes(bytes) & 0x3fff_ffff_ffff_f000
 }
 
 /// The arithmetic flags as LAHF and SETO leave them in AX.
