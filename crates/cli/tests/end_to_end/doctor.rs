@@ -17,7 +17,7 @@ fn doctor_speaks_json() {
     let run = finish(trapgate(&["doctor", "--json"]));
     let json: serde_json::Value = serde_json::from_slice(&run.stdout).unwrap();
     assert_eq!(json["can_run"], true);
-    assert_eq!(json["engines"].as_array().unwrap().len(), 3);
+    assert_eq!(json["engines"].as_array().unwrap().len(), 4);
 }
 
 #[test]

@@ -41,6 +41,10 @@ impl Saved {
 fn built_in_guest_goes_on_from_a_snapshot_as_often_as_one_likes_and_as_if_nothing_had_been() {
     let (place, saved) = (Place::new(), Saved::new());
     place.done("run --detach --quiet --name a builtin");
+    let mut console = place.on_terminal("console a");
+    console.screen.expect("> ");
+    console.press("\u{1d}");
+    assert_eq!(console.end(), Some(0));
 
     let snapshot = place.done(&format!("snapshot a {}", saved.name()));
 
