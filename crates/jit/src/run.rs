@@ -41,6 +41,8 @@ use lockstep::Watch;
 const CODE: usize = 32 << 20;
 /// The same if `perf` is to know it: an address has one meaning then.
 const NAMED_CODE: usize = 256 << 20;
+/// Mappings of code pages that are remembered before all code is thrown away.
+const MOST_MAPPINGS: usize = 1 << 18;
 /// Room that a unit certainly needs no more than.
 const UNIT: usize = 64 << 10;
 
@@ -848,6 +850,10 @@ impl Context {
         let Some(host) = cpu.fetch(rip)? else {
             return Ok(None);
         };
+        if self.rust.mapped.len() >= MOST_MAPPINGS {
+            // Some are of pages where nothing could be translated, so the code's limit does not bound them.
+            self.forget_all_code();
+        }
         let mapping = self.mapping(rip, host, mode)?;
         let half = (rip >> 63) as usize;
         if self.rust.page_users[half] != mode.is_user() {
