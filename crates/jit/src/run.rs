@@ -732,16 +732,21 @@ impl Context {
     // Translations of addresses.
 
     fn clear_translations(&mut self) {
-        for (tlb, entries) in self.tlbs.iter_mut().zip(TLB_ENTRIES) {
-            Table(&mut tlb[..entries]).clear();
-        }
-        self.clear_slots();
+        self.clear_tables();
         for local in &mut self.local {
             local.count = 0;
         }
         self.pages.clear();
         self.rust.spaces.clear();
         self.rust.local_code.clear();
+    }
+
+    /// Forgets the translations in tables and slots.
+    fn clear_tables(&mut self) {
+        for (tlb, entries) in self.tlbs.iter_mut().zip(TLB_ENTRIES) {
+            Table(&mut tlb[..entries]).clear();
+        }
+        self.clear_slots();
     }
 
     fn clear_slots(&mut self) {

@@ -43,28 +43,15 @@ impl Writer<'_> {
         self.asm
             .alu_load(Alu::Xor, ADDRESS, Mem::low(self.at.system_flags()));
         let may = if self.mode.is_user() { 0 } else { rflags::IF };
-        let system = rflags::DEFINED & !rflags::ARITHMETIC;
-        self.asm.test_imm32(ADDRESS, (system & !may) as u32);
+        self.asm.test_imm32(ADDRESS, (SYSTEM & !may) as u32);
         self.operate_if(guest, condition::NE);
         if may != 0 {
             // An interrupt that waits for IF comes by way of the run loop.
             self.unless_interrupt_waits(guest);
-            self.asm.mov32(ADDRESS, SPARE);
-            self.asm.alu_imm(false, Alu::And, ADDRESS, system as i32);
-            self.asm.store(Mem::low(self.at.system_flags()), ADDRESS);
         }
-        let flags = self.at.flags();
-        self.asm
-            .alu_imm(false, Alu::And, SPARE, rflags::ARITHMETIC as i32);
-        self.asm.alu_imm(false, Alu::Or, SPARE, rflags::ONE as i32);
-        self.asm.store8(Mem::low(flags + 1), SPARE);
-        self.asm.shr32(SPARE, 11);
-        self.asm.store8(Mem::low(flags), SPARE);
+        // At CPL 3 the system's flags are stored as they were.
+        self.store_flags();
         self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, 8));
-        self.flags = Where {
-            host: false,
-            memory: true,
-        };
     }
 
     /// CLI and STI at CPL 0. The instruction that STI holds interrupts off for is not heeded: none waits, and

@@ -28,7 +28,7 @@ use trapgate_x86::registers::{gpr, rflags};
 use trapgate_x86::{Activity, CpuProfile, CpuState, InterruptShadow};
 
 use super::{Ended, JitError, Translating, class, to_ax};
-use crate::context::{Context, TLB_ENTRIES, Table};
+use crate::context::Context;
 use crate::instruction::{Kind, Undefined};
 use crate::mode::Mode;
 use crate::stubs::{answer, exit};
@@ -522,10 +522,7 @@ impl Lockstep {
         });
         if strict {
             context.interp.cpu.forget_write_rights();
-            for (tlb, entries) in context.tlbs.iter_mut().zip(TLB_ENTRIES) {
-                Table(&mut tlb[..entries]).clear();
-            }
-            context.clear_slots();
+            context.clear_tables();
         }
         if let Some(watch) = &mut context.rust.watch {
             watch.before = before;
