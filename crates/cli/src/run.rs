@@ -632,6 +632,13 @@ impl Scene {
                 Err(Failure::new(status::HOST, failure.to_string())
                     .fix("run it on another engine, for example with `--engine interp`"))
             }
+            Outcome::Failed(failure @ trapgate_vmm::Failure::MemoryGone) => Err(Failure::new(
+                status::HOST,
+                failure.to_string(),
+            )
+            .fix(
+                "restore it again from a whole snapshot, whose files nobody changes while it runs",
+            )),
             Outcome::Failed(failure) => Err(Failure::defect(failure.to_string())),
         }
     }
