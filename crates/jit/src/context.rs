@@ -256,6 +256,8 @@ pub(crate) struct Context {
     pub(crate) patience: [u32; 2],
     /// The host's MXCSR.
     pub(crate) host_mxcsr: u32,
+    /// Where the guest's x87 registers are: see [`crate::x87`].
+    pub(crate) x87: u32,
     /// Rust functions that host code calls.
     pub(crate) miss: u64,
     pub(crate) operate: u64,
@@ -465,9 +467,18 @@ impl Addresses {
         self.segment(segment) + offset_of!(Segment, selector) as u32
     }
 
-    /// The x87 control word.
-    pub(crate) fn x87_control(self) -> u32 {
+    pub(crate) fn x87(self) -> u32 {
+        self.field(offset_of!(Context, x87))
+    }
+
+    /// The image of the x87's state, as FXSAVE64 gives it.
+    pub(crate) fn x87_image(self) -> u32 {
         self.cpu(offset_of!(Cpu, regs) + offset_of!(RegisterFile, x87))
+    }
+
+    /// XSTATE_BV of the XSAVE area whose legacy region the image is.
+    pub(crate) fn x87_header(self) -> u32 {
+        self.cpu(offset_of!(Cpu, regs) + offset_of!(RegisterFile, x87_header))
     }
 
     fn system(self, offset: usize) -> u32 {

@@ -22,6 +22,7 @@ mod statistics;
 mod stubs;
 mod system;
 mod unit;
+mod x87;
 
 pub use run::lockstep::{Compared, Lockstep};
 pub use run::{JitError, Translating, usable};

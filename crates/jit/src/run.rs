@@ -34,6 +34,7 @@ use crate::spaces::{Parts, Spaces};
 use crate::statistics::{Cell, Slow, Statistics};
 use crate::stubs::{self, Stubs, answer, exit};
 use crate::unit::{Exit, Request, Site, Translator};
+use crate::x87;
 
 use lockstep::Watch;
 
@@ -77,6 +78,9 @@ pub enum JitError {
 pub fn usable() -> Result<String, JitError> {
     if !std::is_x86_feature_detected!("bmi2") {
         return Err(JitError::Host("BMI2"));
+    }
+    if !std::is_x86_feature_detected!("xsave") {
+        return Err(JitError::Host("XSAVE"));
     }
     Ok("translates x86-64 code to host code".to_owned())
 }
@@ -273,6 +277,7 @@ impl Translating {
                 let stubs_end = code.used();
                 addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
                 addr_of_mut!((*context).unmatched).write(unmatched());
+                addr_of_mut!((*context).x87).write(x87::IMAGE);
                 addr_of_mut!((*context).patience).write([PATIENCE; 2]);
                 addr_of_mut!((*context).poll).write(AtomicU32::new(1));
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
@@ -515,6 +520,7 @@ impl Context {
     /// An access missed the inline TLB.
     fn miss(&mut self) -> u64 {
         let site = self.rust.sites[self.site as usize];
+        self.take_x87_pointer(&site);
         self.settle();
         let (linear, size) = (self.linear, u64::from(site.size));
         if (linear & 0xfff) + size > PAGE_SIZE {
@@ -551,6 +557,7 @@ impl Context {
                 if cpu.changes().any {
                     self.apply_changes();
                 }
+                self.give_x87(&site);
                 answer::RETURN
             }
             Ok(_) => {
@@ -579,6 +586,7 @@ impl Context {
     /// The interpreter is to run a site's instruction.
     fn operate(&mut self) -> u64 {
         let site = self.rust.sites[self.site as usize];
+        self.take_x87_pointer(&site);
         self.rust.statistics.operations += 1;
         self.rust.statistics.count(Cell::call_out(site.code));
         self.run_site(site)
@@ -637,6 +645,7 @@ impl Context {
             && !cpu.end_block
             && !cpu.attention
             && !cpu.has_stale_code()
+            && (!site.x87 || cpu.regs.x87.masks_all())
             && Mode::of(cpu) == Some(site.mode);
         let same_space = !cpu.changes().space && !cpu.changes().all;
         if cpu.changes().any {
@@ -651,6 +660,7 @@ impl Context {
             return answer::LEAVE;
         }
         self.flags = to_ax(self.interp.cpu.flags.get());
+        self.give_x87(&site);
         site.next
     }
 

@@ -35,6 +35,9 @@ pub(crate) struct Stubs {
     /// Called, with the site's number after the call: leave with [`exit::INDIRECT`]; the target is in
     /// [`ADDRESS`], the flags are in memory.
     pub(crate) indirect: u64,
+    /// Called to load the guest's x87 registers: see [`crate::x87`]. The flags and RCX are lost; ZF is set if it was
+    /// possible.
+    pub(crate) load_x87: u64,
 }
 
 impl Stubs {
@@ -50,6 +53,7 @@ impl Stubs {
             go_host,
             go_memory,
             indirect,
+            load_x87,
         } = self;
         let mut names = vec![
             (*enter, "stub enter".to_owned()),
@@ -59,6 +63,7 @@ impl Stubs {
             (*go_host, "stub leave, flags in the host's".to_owned()),
             (*go_memory, "stub leave".to_owned()),
             (*indirect, "stub indirect".to_owned()),
+            (*load_x87, "stub load x87".to_owned()),
         ];
         for (slot, stubs) in [refill, find].into_iter().enumerate() {
             for (index, start) in stubs.as_flattened().iter().enumerate() {
@@ -102,9 +107,9 @@ pub(crate) fn entry_mask(view: usize) -> i32 {
     (TLB_ENTRIES[view] as i32 - 1) << ENTRY_SHIFT
 }
 
-struct Writer<'a> {
-    asm: &'a mut Asm,
-    at: Addresses,
+pub(crate) struct Writer<'a> {
+    pub(crate) asm: &'a mut Asm,
+    pub(crate) at: Addresses,
     /// The guest may use AVX: registers are 256 bits wide.
     wide: bool,
 }
@@ -125,6 +130,7 @@ impl Writer<'_> {
             self.asm.raw(&[0xc5, 0xf8, 0x77]); // vzeroupper
         }
         self.asm.mxcsr(true, self.at.mxcsr());
+        self.save_x87();
     }
 
     fn restore(&mut self) {
@@ -335,6 +341,7 @@ impl Writer<'_> {
 /// Writes the stubs.
 pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> Stubs {
     let mut writer = Writer { asm, at, wide };
+    let load_x87 = writer.load_x87();
     let enter = writer.asm.here();
     for register in [RBX, RBP, R12, R13, R14, R15] {
         writer.asm.push(register);
@@ -357,6 +364,7 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
     writer.leave();
     writer.asm.land(going);
     writer.asm.store(Mem::low(at.target()), RAX);
+    writer.load_x87_if_wanted(load_x87);
     writer.restore_flags();
     writer.restore();
     writer.asm.jump_memory(Mem::low(at.target()));
@@ -373,6 +381,7 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
         writer.asm.alu_imm(true, Alu::Add, RSP, 8);
         writer.asm.alu(true, Alu::Or, RAX, RAX);
         writer.asm.jump_if(condition::NE, elsewhere);
+        writer.load_x87_if_wanted(load_x87);
         writer.restore();
         writer.asm.load(ADDRESS, Mem::low(at.linear()));
         writer.asm.raw(&[0xc3]);
@@ -414,5 +423,6 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
         go_host,
         go_memory,
         indirect,
+        load_x87,
     }
 }

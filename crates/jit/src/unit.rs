@@ -10,6 +10,7 @@ use iced_x86::{
 };
 use trapgate_interp::Interpreter;
 use trapgate_interp::op::Op;
+use trapgate_thunk::Class;
 use trapgate_x86::registers::sreg;
 
 use crate::adapt::{Lesson, Noted};
@@ -22,6 +23,7 @@ use crate::memory::{Missed, Place};
 use crate::mode::Mode;
 use crate::registers::{ADDRESS, GUEST_RCX, GUEST_RSP, HOME, SPARE, is_high_byte, named, number};
 use crate::stubs::Stubs;
+use crate::x87;
 
 /// Most instructions in a unit.
 pub(crate) const MOST: usize = 64;
@@ -50,6 +52,10 @@ pub(crate) struct Site {
     pub(crate) code: Code,
     /// What an indirect jump has added to RSP already.
     pub(crate) popped: i32,
+    /// Host code after it takes the guest's x87 registers to be in the host's.
+    pub(crate) x87: bool,
+    /// So many bytes ahead of it lies the x87 instruction whose address is to be FIP; 0 if that is known already.
+    pub(crate) x87_behind: u16,
 }
 
 /// A direct jump out of a unit.
@@ -145,6 +151,12 @@ pub(crate) enum Aside {
         jumps: [usize; 2],
         site: u32,
     },
+    /// The x87's registers must be loaded, or the interpreter does the instruction.
+    LoadX87 {
+        jump: usize,
+        retry: u64,
+        site: u32,
+    },
 }
 
 /// Translates units, one after the other.
@@ -212,6 +224,8 @@ impl Translator {
             mode: request.mode,
             unit: &mut unit,
             asides: Vec::new(),
+            x87: false,
+            last_x87: None,
             loops: loops(&guests),
             interp,
             ops,
@@ -301,6 +315,8 @@ impl Translator {
             | Kind::ReadBase(_)
             | Kind::WriteBase(_)
             | Kind::ControlWord
+            | Kind::LoadControlWord
+            | Kind::Wait
             | Kind::String(_) => (0, 0, 0),
             _ => flag_use(&instruction),
         };
@@ -444,6 +460,10 @@ pub(crate) struct Writer<'a> {
     pub(crate) mode: Mode,
     unit: &'a mut Unit,
     pub(crate) asides: Vec<Aside>,
+    /// The guest's x87 registers are in the host's.
+    pub(crate) x87: bool,
+    /// Address of the last x87 instruction, while it is not FIP yet.
+    pub(crate) last_x87: Option<u64>,
     /// Loops in this unit, as addresses of their first and last instructions.
     loops: Vec<(u64, u64)>,
     interp: &'a mut Interpreter,
@@ -478,10 +498,9 @@ impl Writer<'_> {
         if let Some(last) = guests.last()
             && !last.kind.ends()
         {
-            {
-                let next = self.request.rip.wrapping_add(self.unit.length);
-                self.leave_direct(next, last.live_out);
-            }
+            self.store_x87_pointer();
+            let next = self.request.rip.wrapping_add(self.unit.length);
+            self.leave_direct(next, last.live_out);
         }
         self.write_asides();
         true
@@ -612,6 +631,10 @@ impl Writer<'_> {
             mode: self.mode,
             code: guest.instruction.code(),
             popped: 0,
+            x87: self.x87,
+            x87_behind: self
+                .last_x87
+                .map_or(0, |last| (guest.instruction.ip() - last) as u16),
         }
     }
 
@@ -633,6 +656,9 @@ impl Writer<'_> {
 
     fn guest(&mut self, guest: &Guest) -> bool {
         let instruction = &guest.instruction;
+        if guest.kind.ends() || matches!(guest.kind, Kind::JumpIf(..)) {
+            self.store_x87_pointer();
+        }
         match guest.kind {
             Kind::Same(plan) => self.same(guest, &plan),
             Kind::Lea => self.load_address(instruction),
@@ -720,9 +746,11 @@ impl Writer<'_> {
             Kind::ControlWord => {
                 self.give_up_flags(guest.live_in);
                 self.operand(guest, 2, true, 1);
-                self.asm.load16(SPARE, Mem::low(self.at.x87_control()));
+                self.asm.load16(SPARE, Mem::low(self.at.x87_image()));
                 self.asm.store16(Mem::at(ADDRESS, 0), SPARE);
             }
+            Kind::LoadControlWord => self.load_control_word(guest),
+            Kind::Wait => self.want_x87(guest),
             Kind::ReadBase(segment) => {
                 let to = instruction.op0_register();
                 let wide = to.size() == 8;
@@ -941,10 +969,12 @@ impl Writer<'_> {
             return false;
         };
         self.ops.push(op);
+        self.x87 = false;
         let mut site = self.site(guest);
         site.op = self.ops.len() as u32 - 1;
         site.length = op.length;
         let site = self.add_site(site);
+        self.last_x87 = None;
         self.give_up_flags(FLAGS);
         self.asm.call(self.stubs.operate);
         self.asm.word(site);
@@ -959,6 +989,9 @@ impl Writer<'_> {
         let count = instruction.op_count();
         let memory = (0..count).any(|index| instruction.op_kind(index) == OpKind::Memory);
         let mut base = ADDRESS;
+        if guest.kind.uses_x87() {
+            self.want_x87(guest);
+        }
         if memory {
             let size = instruction.memory_size().size();
             self.give_up_flags(guest.live_in);
@@ -1032,6 +1065,9 @@ impl Writer<'_> {
             self.asm.store(Mem::low(self.at.gpr(*register)), *place);
         }
         self.after(guest);
+        if plan.harmless.class == Class::X87 && x87::is_recorded(guest.instruction.mnemonic()) {
+            self.last_x87 = Some(guest.instruction.ip());
+        }
     }
 
     fn load_address(&mut self, instruction: &Instruction) {
@@ -1327,6 +1363,13 @@ impl Writer<'_> {
                         self.asm.patch(jump, here);
                     }
                     self.asm.call(self.stubs.indirect);
+                    self.asm.word(site);
+                }
+                Aside::LoadX87 { jump, retry, site } => {
+                    self.asm.patch(jump, here);
+                    self.asm.call(self.stubs.load_x87);
+                    self.asm.jump_if(condition::E, retry);
+                    self.asm.call(self.stubs.operate);
                     self.asm.word(site);
                 }
             }

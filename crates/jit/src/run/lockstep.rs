@@ -86,6 +86,7 @@ struct Step {
     /// Done once, outside of the comparison.
     once: bool,
     pops_flags: bool,
+    uses_x87: bool,
     /// Flags that are undefined after it.
     undefined: u64,
 }
@@ -361,6 +362,7 @@ impl Lockstep {
                 op,
                 once: matches!(guest.kind, Kind::Operate | Kind::OperateLast),
                 pops_flags: matches!(guest.kind, Kind::PopFlags),
+                uses_x87: guest.kind.uses_x87(),
                 undefined: undefined.bits(),
             });
         }
@@ -859,7 +861,11 @@ fn interpret(cpu: &mut Cpu, steps: &[Step], most: usize) -> (usize, End) {
             return (index, end);
         }
         // The translator leaves the unit then, too.
-        if cpu.rip != next || cpu.attention || mode.is_some_and(|mode| mode != Mode::of(cpu)) {
+        if cpu.rip != next
+            || cpu.attention
+            || mode.is_some_and(|mode| mode != Mode::of(cpu))
+            || (step.uses_x87 && !cpu.regs.x87.masks_all())
+        {
             return (index + 1, End::After);
         }
     }

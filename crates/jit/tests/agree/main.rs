@@ -5,3 +5,4 @@ mod costs;
 mod guest;
 mod programs;
 mod straight;
+mod x87;
