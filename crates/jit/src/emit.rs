@@ -531,7 +531,7 @@ impl Asm {
     }
 
     /// `ldmxcsr [m]` or `stmxcsr [m]`
-    pub(crate) fn mxcsr(&mut self, store: bool, address: u32) {
-        self.memory(false, &[0x0f, 0xae], 2 + u8::from(store), Mem::low(address));
+    pub(crate) fn mxcsr(&mut self, store: bool, operand: Mem) {
+        self.memory(false, &[0x0f, 0xae], 2 + u8::from(store), operand);
     }
 }

@@ -72,6 +72,10 @@ pub(crate) enum Kind {
     LoadControlWord,
     /// FWAIT.
     Wait,
+    /// STMXCSR.
+    StoreMxcsr,
+    /// LDMXCSR.
+    LoadMxcsr,
     String(Text),
     /// BT and its like of memory with an offset in a register.
     BitOfMemory(Plan),
@@ -302,6 +306,15 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
             return Kind::LoadControlWord;
         }
         Code::Wait if mode.has_sse() => return Kind::Wait,
+        Code::Stmxcsr_m32 if mode.has_sse() && can_address(instruction) => {
+            return Kind::StoreMxcsr;
+        }
+        Code::VEX_Vstmxcsr_m32 if mode.has_avx() && can_address(instruction) => {
+            return Kind::StoreMxcsr;
+        }
+        Code::Ldmxcsr_m32 if mode.has_sse() && mode.masks_float() && can_address(instruction) => {
+            return Kind::LoadMxcsr;
+        }
         Code::Mov_rm16_Sreg if instruction.op0_kind() == OpKind::Register => {
             return Kind::SelectorWord(instruction.op1_register().number());
         }

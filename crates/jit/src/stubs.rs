@@ -129,12 +129,12 @@ impl Writer<'_> {
         if self.wide {
             self.asm.raw(&[0xc5, 0xf8, 0x77]); // vzeroupper
         }
-        self.asm.mxcsr(true, self.at.mxcsr());
+        self.asm.mxcsr(true, Mem::low(self.at.mxcsr()));
         self.save_x87();
     }
 
     fn restore(&mut self) {
-        self.asm.mxcsr(false, self.at.mxcsr());
+        self.asm.mxcsr(false, Mem::low(self.at.mxcsr()));
         for index in 0..16 {
             let address = self.at.vector(usize::from(index));
             self.asm.vector(self.wide, false, index, address);
@@ -162,7 +162,7 @@ impl Writer<'_> {
 
     /// Back to whoever called `enter`; EAX is the answer.
     fn leave(&mut self) {
-        self.asm.mxcsr(false, self.at.host_mxcsr());
+        self.asm.mxcsr(false, Mem::low(self.at.host_mxcsr()));
         self.asm.alu_imm(true, Alu::Add, RSP, 8);
         for register in [R15, R14, R13, R12, RBP, RBX] {
             self.asm.pop(register);
@@ -347,7 +347,7 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
         writer.asm.push(register);
     }
     writer.asm.alu_imm(true, Alu::Sub, RSP, 8);
-    writer.asm.mxcsr(true, at.host_mxcsr());
+    writer.asm.mxcsr(true, Mem::low(at.host_mxcsr()));
     writer.restore_flags();
     writer.restore();
     writer.asm.jump_memory(Mem::low(at.target()));

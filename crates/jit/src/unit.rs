@@ -317,6 +317,8 @@ impl Translator {
             | Kind::ControlWord
             | Kind::LoadControlWord
             | Kind::Wait
+            | Kind::StoreMxcsr
+            | Kind::LoadMxcsr
             | Kind::String(_) => (0, 0, 0),
             _ => flag_use(&instruction),
         };
@@ -751,6 +753,8 @@ impl Writer<'_> {
             }
             Kind::LoadControlWord => self.load_control_word(guest),
             Kind::Wait => self.want_x87(guest),
+            Kind::StoreMxcsr => self.store_mxcsr(guest),
+            Kind::LoadMxcsr => self.load_mxcsr(guest),
             Kind::ReadBase(segment) => {
                 let to = instruction.op0_register();
                 let wide = to.size() == 8;

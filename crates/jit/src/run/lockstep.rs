@@ -85,7 +85,8 @@ struct Step {
     op: Op,
     /// Done once, outside of the comparison.
     once: bool,
-    pops_flags: bool,
+    /// It may change the mode without ending the unit.
+    changes_mode: bool,
     uses_x87: bool,
     /// Flags that are undefined after it.
     undefined: u64,
@@ -361,7 +362,7 @@ impl Lockstep {
                 ip: instruction.ip(),
                 op,
                 once: matches!(guest.kind, Kind::Operate | Kind::OperateLast),
-                pops_flags: matches!(guest.kind, Kind::PopFlags),
+                changes_mode: matches!(guest.kind, Kind::PopFlags | Kind::LoadMxcsr),
                 uses_x87: guest.kind.uses_x87(),
                 undefined: undefined.bits(),
             });
@@ -843,7 +844,7 @@ fn interpret(cpu: &mut Cpu, steps: &[Step], most: usize) -> (usize, End) {
             return (index, End::Before);
         }
         let next = step.ip.wrapping_add(u64::from(step.op.length));
-        let mode = step.pops_flags.then(|| Mode::of(cpu));
+        let mode = step.changes_mode.then(|| Mode::of(cpu));
         cpu.rip = next;
         cpu.end_block = false;
         let done = (step.op.handler)(cpu, &step.op);

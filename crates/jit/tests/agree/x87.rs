@@ -76,7 +76,7 @@ pub(crate) fn part(random: &mut Random, at: u64, code: &mut Vec<u8>) {
     let here = at + code.len() as u64;
     let register = random.below(8) as u8;
     let data = place(random);
-    match random.below(40) {
+    match random.below(44) {
         // Between registers, or without operand.
         0..=12 => loop {
             let bytes = [0xd8 + random.below(8) as u8, 0xc0 | random.below(64) as u8];
@@ -131,6 +131,27 @@ pub(crate) fn part(random: &mut Random, at: u64, code: &mut Vec<u8>) {
         }
         // fcomi; cmovbe eax, edx; adc ebx, ecx
         34 => code.extend([0xdb, 0xf0 | register, 0x0f, 0x46, 0xc2, 0x11, 0xcb]),
+        // mov dword [data], imm32; ldmxcsr [data], mostly of a value that masks all
+        35 => {
+            let value = match random.below(6) {
+                0 => random.next() as u32 & 0x1_ffff,
+                _ => 0x1f80 | random.next() as u32 & 0xe07f,
+            };
+            code.push(0xc7);
+            code.extend(relative(0, here, 1, 4, data));
+            code.extend(value.to_le_bytes());
+            code.extend([0x0f, 0xae]);
+            code.extend(relative(2, here + 10, 2, 0, data));
+        }
+        // stmxcsr [data], vstmxcsr [data]
+        36 => {
+            code.extend([0x0f, 0xae]);
+            code.extend(relative(3, here, 2, 0, data));
+        }
+        37 => {
+            code.extend([0xc5, 0xf8, 0xae]);
+            code.extend(relative(3, here, 3, 0, data));
+        }
         _ => {
             let (prefix, opcode) = MMX[random.below(MMX.len() as u64) as usize];
             code.extend(prefix);
