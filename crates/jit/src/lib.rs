@@ -9,6 +9,7 @@ mod adapt;
 mod clock;
 mod code_memory;
 mod context;
+mod crossing;
 mod emit;
 mod instruction;
 mod low;

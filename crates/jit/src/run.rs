@@ -12,7 +12,7 @@ use rustc_hash::FxHashMap;
 use trapgate_engine::{Costs, Counter, Exit as RunExit, Observe, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
 use trapgate_interp::op::Op;
-use trapgate_interp::{Access, Interpreter, View};
+use trapgate_interp::{Access, Interpreter, Target, View};
 use trapgate_memory::{GuestMemory, HostAddress, PAGE_SIZE};
 use trapgate_x86::paging::is_canonical;
 use trapgate_x86::profile::Level;
@@ -278,7 +278,7 @@ impl Translating {
                 addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
                 addr_of_mut!((*context).unmatched).write(unmatched());
                 addr_of_mut!((*context).x87).write(x87::IMAGE);
-                addr_of_mut!((*context).patience).write([PATIENCE; 2]);
+                addr_of_mut!((*context).patience).write([PATIENCE; Lesson::COUNT]);
                 addr_of_mut!((*context).poll).write(AtomicU32::new(1));
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
@@ -523,18 +523,26 @@ impl Context {
         self.take_x87_pointer(&site);
         self.settle();
         let (linear, size) = (self.linear, u64::from(site.size));
-        if (linear & 0xfff) + size > PAGE_SIZE {
-            return self.slow_access(site, Slow::Crossing);
+        let crosses = (linear & 0xfff) + size > PAGE_SIZE;
+        if crosses {
+            self.patience[Lesson::Crosses as usize] -= 1;
         }
-        self.rust.statistics.misses += 1;
-        let cell = Cell::miss(site.mode.view(), site.write);
-        self.rust.statistics.count(cell);
-        for lesson in [Lesson::Wanders, Lesson::Crowded] {
+        for lesson in [Lesson::Crowded, Lesson::Wanders, Lesson::Crosses] {
             if self.patience[lesson as usize] == 0 {
                 self.patience[lesson as usize] = PATIENCE;
                 self.adapt(site, lesson);
             }
         }
+        if crosses {
+            let answer = self.slow_access(site, Slow::Crossing);
+            if site.crosses && answer == site.next {
+                self.keep_both(&site, linear);
+            }
+            return answer;
+        }
+        self.rust.statistics.misses += 1;
+        let cell = Cell::miss(site.mode.view(), site.write);
+        self.rust.statistics.count(cell);
         let cpu = &mut self.interp.cpu;
         let access = if site.write {
             Access::Write
@@ -543,20 +551,7 @@ impl Context {
         };
         match cpu.resolve(linear, size, access, site.segment) {
             Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
-                let view = site.mode.view();
-                let host = target.page.as_ptr() as u64;
-                let rights = (target.read, target.write);
-                if let Some(watch) = &mut self.rust.watch {
-                    watch.resolved(&site, linear, host);
-                }
-                Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]).insert(linear, host, rights);
-                // What is not there in every address space. The other tables are exchanged.
-                if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
-                    self.local[view].push(linear);
-                }
-                if cpu.changes().any {
-                    self.apply_changes();
-                }
+                self.keep(&site, linear, &target);
                 self.give_x87(&site);
                 answer::RETURN
             }
@@ -574,6 +569,46 @@ impl Context {
                 self.take_flags();
                 self.rust.ended = Ended::Stopped(stop);
                 answer::LEAVE
+            }
+        }
+    }
+
+    /// Keeps the translation of a site's access in the table.
+    fn keep(&mut self, site: &Site, linear: u64, target: &Target) {
+        let view = site.mode.view();
+        let host = target.page.as_ptr() as u64;
+        let rights = (target.read, target.write);
+        if let Some(watch) = &mut self.rust.watch {
+            watch.resolved(site, linear, host);
+        }
+        Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]).insert(linear, host, rights);
+        // What is not there in every address space. The other tables are exchanged.
+        if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
+            self.local[view].push(linear);
+        }
+        if self.interp.cpu.changes().any {
+            self.apply_changes();
+        }
+    }
+
+    /// Keeps the translations of both pages of a site's access, which the interpreter has just done.
+    fn keep_both(&mut self, site: &Site, linear: u64) {
+        let last = linear.wrapping_add(u64::from(site.size) - 1);
+        for linear in [linear, last] {
+            let access = if site.write {
+                Access::Write
+            } else {
+                Access::Read
+            };
+            let cpu = &mut self.interp.cpu;
+            if let Ok(Some(target)) = cpu.resolve(linear, 1, access, site.segment)
+                && (if site.write {
+                    target.write
+                } else {
+                    target.read
+                })
+            {
+                self.keep(site, linear, &target);
             }
         }
     }

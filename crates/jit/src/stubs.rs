@@ -21,6 +21,10 @@ pub(crate) struct Stubs {
     pub(crate) refill: [[u64; 2]; VIEWS],
     /// The same for a slot: RCX is its address.
     pub(crate) find: [[u64; 2]; VIEWS],
+    /// Called when an access may lie across the end of a page, by view and write: see [`crate::crossing`].
+    pub(crate) cross: [[u64; 2]; VIEWS],
+    /// Called after a store to such a place.
+    pub(crate) spread: u64,
     /// Called to run a site's instruction on the interpreter, with the site's number after the call; goes on
     /// elsewhere.
     pub(crate) operate: u64,
@@ -47,6 +51,8 @@ impl Stubs {
             enter,
             refill,
             find,
+            cross,
+            spread,
             operate,
             link_host,
             link_memory,
@@ -64,12 +70,16 @@ impl Stubs {
             (*go_memory, "stub leave".to_owned()),
             (*indirect, "stub indirect".to_owned()),
             (*load_x87, "stub load x87".to_owned()),
+            (*spread, "stub spread".to_owned()),
         ];
         for (slot, stubs) in [refill, find].into_iter().enumerate() {
             for (index, start) in stubs.as_flattened().iter().enumerate() {
                 let (kind, detail) = Cell::of_refill(index / 2, index % 2, slot).name();
                 names.push((*start, format!("stub {kind} {detail}")));
             }
+        }
+        for start in cross.as_flattened() {
+            names.push((*start, "stub cross".to_owned()));
         }
         names.sort();
         names
@@ -390,11 +400,14 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
     let miss = call(&mut writer, at.miss(), RETRY);
     let mut refill = [[0; 2]; VIEWS];
     let mut find = [[0; 2]; VIEWS];
+    let mut cross = [[0; 2]; VIEWS];
+    let spread = writer.spread();
     for view in 0..VIEWS {
         for write in [false, true] {
             let (subtracted, plain) = writer.refill(tlb, view, write, miss);
             refill[view][usize::from(write)] = subtracted;
             find[view][usize::from(write)] = writer.find(view, write, plain, miss);
+            cross[view][usize::from(write)] = writer.cross(view, write, plain);
         }
     }
     let operate = call(&mut writer, at.operate(), 0);
@@ -417,6 +430,8 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
         enter,
         refill,
         find,
+        cross,
+        spread,
         operate,
         link_host,
         link_memory,

@@ -1,15 +1,10 @@
 //! x87 and MMX code at random, for programs and by itself: it is rare in what compilers make of this program.
 
-use std::sync::Arc;
+use iced_x86::{Decoder, DecoderOptions};
+use trapgate_x86::CpuState;
 
-use iced_x86::{Decoder, DecoderOptions, Mnemonic};
-use trapgate_engine::{Exit, Vcpu};
-use trapgate_interp::Interpreter;
-use trapgate_jit::{Lockstep, Translating};
-use trapgate_x86::CpuProfile;
-use trapgate_x86::profile::Level;
-
-use crate::guest::{CODE, DATA, Empty, Random, contents, fill, memory, run, setting, state};
+use crate::guest::{CODE, DATA, Random, place, relative};
+use crate::together;
 
 /// Opcodes after 0F of MMX instructions, and of conversions between MMX and SSE registers, with a prefix that they may
 /// have.
@@ -49,26 +44,9 @@ const MMX: &[(Option<u8>, u8)] = &[
     (None, 0x70),
 ];
 
-/// ModRM and displacement of `[rip + …]`, which is `data` in code at `at` where `before` bytes of the instruction come
-/// before and `after` follow.
-fn relative(register: u8, at: u64, before: u64, after: u64, data: u64) -> [u8; 5] {
-    let next = at + before + 5 + after;
-    let [a, b, c, d] = (data.wrapping_sub(next) as u32).to_le_bytes();
-    [register << 3 | 5, a, b, c, d]
-}
-
 fn is_defined(bytes: &[u8]) -> bool {
     let instruction = Decoder::with_ip(64, bytes, CODE, DecoderOptions::NONE).decode();
     !instruction.is_invalid()
-}
-
-/// Where an operand lies: now and then across the end of a page.
-fn place(random: &mut Random) -> u64 {
-    let page = DATA + (random.below(0x20) << 12);
-    match random.below(6) {
-        0 => page + 0xff6 + random.below(10),
-        _ => page + random.below(0x100) * 8,
-    }
 }
 
 /// Appends an instruction, or a few that belong together, that will lie at `at`.
@@ -187,86 +165,32 @@ fn sequence(random: &mut Random) -> Vec<u8> {
             code.extend(relative(form, here, bytes.len() as u64, 0, data));
         }
     }
-    code.extend([0xf4; 16]);
     code
+}
+
+/// Registers full of numbers, or of anything; sometimes exceptions that are not masked.
+fn fill_registers(random: &mut Random, state: &mut CpuState) {
+    let image = &mut state.xsave.0;
+    for byte in &mut image[32..160] {
+        *byte = random.next() as u8;
+    }
+    for register in 0..8 {
+        image[32 + 16 * register + 10..][..6].fill(0);
+        if random.below(2) == 0 {
+            image[32 + 16 * register + 7..][..3].copy_from_slice(&[0x80, 0, 0x40]);
+        }
+    }
+    image[2..4].copy_from_slice(&[0, random.below(8) as u8 * 8]);
+    image[4] = [0, 0xff, random.next() as u8][random.below(3) as usize];
+    if random.below(8) == 0 {
+        image[0] = 0x40 | random.below(64) as u8;
+    }
 }
 
 #[test]
 fn x87_and_mmx_code_does_the_same_on_all() {
-    let seed = setting("TRAPGATE_TEST_SEED", 0x0087_0087_8087_8081);
-    let cases = setting("TRAPGATE_TEST_CASES", 500);
-    let mut random = Random(seed);
-    let profile = CpuProfile::new(Level::V3, 1_000_000_000);
-    let memories = [(); 3].map(|()| memory());
-    let [one, two, three] = memories.each_ref().map(Arc::clone);
-    let mut interp = Interpreter::new(one, Box::new(Empty), profile.clone(), 0, 1);
-    let mut jit = Translating::new(two, Box::new(Empty), profile.clone(), 0, 1)
-        .expect("the host can run translated code");
-    jit.be_exact();
-    let mut lockstep = Lockstep::new(three, Box::new(Empty), profile, 0, 1)
-        .expect("the host can run translated code");
-    let mut halted = 0;
-    for case in 0..cases {
-        let case_seed = setting("TRAPGATE_TEST_CASE", random.next() | 1);
-        let start = |memory: &trapgate_memory::GuestMemory| {
-            let mut random = Random(case_seed);
-            fill(memory, &mut random);
-            let code = sequence(&mut random);
-            memory.write(CODE, &code).expect("code lies in memory");
-            let mut start = state(&mut random);
-            // Registers full of numbers, or of anything; sometimes exceptions that are not masked.
-            for byte in &mut start.xsave.0[32..160] {
-                *byte = random.next() as u8;
-            }
-            for register in 0..8 {
-                start.xsave.0[32 + 16 * register + 10..][..6].fill(0);
-                if random.below(2) == 0 {
-                    start.xsave.0[32 + 16 * register + 7..][..3].copy_from_slice(&[0x80, 0, 0x40]);
-                }
-            }
-            start.xsave.0[2..5].copy_from_slice(&[0, random.below(8) as u8 * 8, 0]);
-            start.xsave.0[4] = [0, 0xff, random.next() as u8][random.below(3) as usize];
-            if random.below(8) == 0 {
-                start.xsave.0[0] = 0x40 | random.below(64) as u8;
-            }
-            (code, start)
-        };
-        let (code, begin) = start(&memories[0]);
-        for memory in &memories[1..] {
-            start(memory);
-        }
-        let expected = run(&mut interp, &begin);
-        let found = run(&mut jit, &begin);
-        let stepped = run(&mut lockstep, &begin);
-        halted += u64::from(expected.0 == Exit::Halted);
-        if let Exit::Failed(failure) = &stepped.0 {
-            let report = lockstep.explain().unwrap_or_default();
-            panic!("case {case} seed {case_seed}: {failure}\n{report}");
-        }
-        let same = |other: &(Exit, trapgate_x86::CpuState), memory: usize| {
-            let differs = (0..832).filter(|&at| expected.1.xsave.0[at] != other.1.xsave.0[at]);
-            let differs: Vec<usize> = differs.collect();
-            assert!(
-                expected == *other && contents(&memories[0]) == contents(&memories[memory]),
-                "case {case} seed {case_seed}: {:?} {:?}, rip {:x} {:x}, xsave at {differs:?}\n{}",
-                expected.0,
-                other.0,
-                expected.1.rip,
-                other.1.rip,
-                listing(&code),
-            );
-        };
-        same(&found, 1);
-        same(&stepped, 2);
-    }
-    eprintln!("{halted} of {cases} ran to the end");
-    assert!(halted > cases / 5, "{halted} of {cases}");
-}
-
-fn listing(code: &[u8]) -> String {
-    Decoder::with_ip(64, code, CODE, DecoderOptions::NONE)
-        .into_iter()
-        .take_while(|instruction| instruction.mnemonic() != Mnemonic::Hlt)
-        .map(|instruction| format!("  {:x} {:?}\n", instruction.ip(), instruction.code()))
-        .collect()
+    together::compare(500, |random, state| {
+        fill_registers(random, state);
+        sequence(random)
+    });
 }
