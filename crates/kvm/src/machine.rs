@@ -9,15 +9,17 @@ use trapgate_memory::GuestMemory;
 use trapgate_x86::CpuProfile;
 use trapgate_x86::profile::CpuidContext;
 
-use crate::KvmError;
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::controllers::{self, Controllers};
 use crate::cpuid::{self, Lacks};
-use crate::error::call;
+use crate::error::{call, named};
 use crate::facts::{self, Facts};
 use crate::memory::Slots;
 use crate::msrs;
 use crate::pace::Pace;
 use crate::vcpu::KvmVcpu;
+use crate::{InKernel, KvmError, calls};
 
 /// Three pages that processors without "unrestricted guest" need in the guest's addresses, and one
 /// for real mode (KVM_SET_TSS_ADDR, KVM_SET_IDENTITY_MAP_ADDR): above every device of a PC and
@@ -40,19 +42,12 @@ pub struct KvmMachine {
     // After `machine`, which uses it, is closed.
     slots: Slots,
     pub(crate) controllers: Option<Controllers>,
-}
-
-/// Who has the interrupt controllers of a machine while it runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Interrupts {
-    /// The world: what waits is asked for at the seam.
-    World,
-    /// The kernel: see [`KvmMachine::give_controllers`].
-    Kernel,
+    in_kernel: InKernel,
 }
 
 impl KvmMachine {
-    /// A machine for `count` processors of a profile, with all of `memory`.
+    /// A machine for `count` processors of a profile, with all of `memory`. Of what is `wanted` of the kernel it does what it
+    /// can, which is [`Self::in_kernel`].
     ///
     /// # Errors
     /// The device does not open, or this KVM lacks something, or cannot give what the profile promises
@@ -62,7 +57,7 @@ impl KvmMachine {
         profile: CpuProfile,
         count: u32,
         lacks: Lacks,
-        interrupts: Interrupts,
+        wanted: InKernel,
     ) -> Result<Arc<Self>, KvmError> {
         let kvm: Kvm = facts::open()?;
         let facts = Facts::of(&kvm)?;
@@ -82,9 +77,10 @@ impl KvmMachine {
             .set_tss_address(TSS)
             .map_err(call("KVM_SET_TSS_ADDR"))?;
         let kept = msrs::kept_by_kernel(&facts.msrs);
-        let controllers = match interrupts {
-            Interrupts::World => None,
-            Interrupts::Kernel => Some(Controllers::new(&machine)?),
+        let in_kernel = wanted.and(facts.in_kernel());
+        let controllers = match in_kernel.controllers {
+            false => None,
+            true => Some(Controllers::new(&machine)?),
         };
         let more: &[u32] = match &controllers {
             Some(_) => &controllers::MSRS,
@@ -104,6 +100,7 @@ impl KvmMachine {
             memory,
             slots,
             controllers,
+            in_kernel,
         }))
     }
 
@@ -132,6 +129,28 @@ impl KvmMachine {
             controllers.add(&vcpu)?;
         }
         KvmVcpu::new(Arc::clone(self), vcpu, world, index as usize)
+    }
+
+    /// What the kernel does for this machine.
+    pub fn in_kernel(&self) -> InKernel {
+        self.in_kernel
+    }
+
+    /// From now on a write of two bytes at `gpa`, where there is no RAM, signals `event`, and the processor does not leave
+    /// the guest for it.
+    ///
+    /// # Errors
+    /// The kernel has no room for more, or something of its own there.
+    pub fn ring_by_event(&self, gpa: u64, event: &EventFd) -> Result<(), KvmError> {
+        calls::ioeventfd(&self.machine, event, gpa, true).map_err(named("KVM_IOEVENTFD"))
+    }
+
+    /// Undoes [`Self::ring_by_event`]. When it returns, whatever was written has been signalled.
+    ///
+    /// # Errors
+    /// It was not done.
+    pub fn ring_by_exit(&self, gpa: u64, event: &EventFd) -> Result<(), KvmError> {
+        calls::ioeventfd(&self.machine, event, gpa, false).map_err(named("KVM_IOEVENTFD"))
     }
 
     /// Whether the kernel has the interrupt controllers.

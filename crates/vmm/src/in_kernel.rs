@@ -1,0 +1,109 @@
+//! Guests that use what a kernel can do for a machine, in every combination of what it does: what they see must be what
+//! they see on the interpreter.
+
+use std::fs;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tempfile::TempDir;
+use trapgate_engine::probe::EngineKind;
+use trapgate_kvm::{Facts, InKernel};
+
+use crate::crossing::{choice, constructor, hooks};
+use crate::{Content, DiskConfig, Machine, MachineConfig, Outcome, lock};
+
+/// Long enough that a guest that is not done by then never will be.
+const LIMIT: Duration = Duration::from_secs(120);
+const SECTORS: u64 = 256;
+
+/// What the KVM of this host can do for a machine; `None`, with a word about it, where there is none.
+fn facts() -> Option<Facts> {
+    Facts::probe()
+        .inspect_err(|error| eprintln!("skipped: no KVM here: {error}"))
+        .ok()
+}
+
+/// All that can be asked of a kernel.
+fn combinations() -> impl Iterator<Item = InKernel> {
+    (0..16).map(|bits| InKernel {
+        controllers: bits & 1 != 0,
+        pit: bits & 2 != 0,
+        irqfd: bits & 4 != 0,
+        ioeventfd: bits & 8 != 0,
+    })
+}
+
+/// A disk as the guest `disk` wants it.
+fn disk() -> (TempDir, DiskConfig) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    let words: Vec<u8> = (0..SECTORS * 64).flat_map(u64::to_le_bytes).collect();
+    fs::write(&path, words).unwrap();
+    let disk = DiskConfig {
+        path,
+        read_only: true,
+    };
+    (directory, disk)
+}
+
+fn config(program: &str, command_line: &str, disks: &[DiskConfig], tsc_hz: u64) -> MachineConfig {
+    MachineConfig {
+        memory_bytes: 16 << 20,
+        kernel: Content::from(trapgate_guests::named(program).unwrap().image),
+        command_line: command_line.to_owned(),
+        disks: disks.to_vec(),
+        tsc_hz,
+        ..MachineConfig::default()
+    }
+}
+
+fn start(engine: EngineKind, in_kernel: InKernel, config: MachineConfig) -> (Machine, Said) {
+    let said = Said::default();
+    let make = constructor(engine, in_kernel);
+    let machine = Machine::start_on(config, hooks(&said), choice(engine), &*make).unwrap();
+    (machine, said)
+}
+
+type Said = Arc<Mutex<Vec<u8>>>;
+
+/// All that a guest said, once it has ended by itself.
+#[track_caller]
+fn end(machine: &Machine, said: &Mutex<Vec<u8>>) -> String {
+    let outcome = machine.wait_for(LIMIT);
+    let text = String::from_utf8_lossy(&lock(said)).into_owned();
+    if outcome.is_none() {
+        let pause = machine.pause();
+        let (chipset, _) = machine.board.save();
+        let processors = pause.processors();
+        panic!("the guest hangs: {processors:#x?}, {chipset:#x?}:\n{text}");
+    }
+    let well = matches!(outcome, Some(Outcome::PoweredOff));
+    assert!(well, "{outcome:?}:\n{text}");
+    text
+}
+
+#[test]
+fn disk_is_read_and_interrupts_once_for_each_sector_whatever_the_kernel_does() {
+    let Some(facts) = facts() else {
+        return;
+    };
+    let (_directory, disk) = disk();
+    let config = config("disk", "rounds=200", &[disk], facts.tsc_hz);
+    let (machine, said) = start(EngineKind::Interp, InKernel::NOTHING, config.clone());
+    let expected = end(&machine, &said);
+    for line in [
+        "disk: 256 sectors",
+        "disk: 200 sectors read, 0 of them wrong",
+        "disk: 200 interrupts, 0 of them not asked for, 3 held back",
+        "disk: done",
+    ] {
+        assert!(expected.lines().any(|said| said == line), "{expected}");
+    }
+    for in_kernel in combinations().filter(|wanted| *wanted == wanted.and(facts.in_kernel())) {
+        let (machine, said) = start(EngineKind::Kvm, in_kernel, config.clone());
+        assert_eq!(end(&machine, &said), expected, "{in_kernel:?}");
+        let doorbells = machine.brake.doorbells.as_ref();
+        let by_event = doorbells.map_or(0, |doorbells| doorbells.count());
+        assert_eq!(by_event, usize::from(in_kernel.ioeventfd), "{in_kernel:?}");
+    }
+}
