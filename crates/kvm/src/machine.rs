@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::{Kvm, VmFd};
 use trapgate_chipset::ControllersState;
+use trapgate_chipset::pit::PitState;
 use trapgate_engine::World;
 use trapgate_memory::GuestMemory;
 use trapgate_x86::CpuProfile;
@@ -77,10 +78,12 @@ impl KvmMachine {
             .set_tss_address(TSS)
             .map_err(call("KVM_SET_TSS_ADDR"))?;
         let kept = msrs::kept_by_kernel(&facts.msrs);
-        let in_kernel = wanted.and(facts.in_kernel());
+        let mut in_kernel = wanted.and(facts.in_kernel());
+        // It needs a processor more.
+        in_kernel.pit &= (count as usize) < facts.vcpus;
         let controllers = match in_kernel.controllers {
             false => None,
-            true => Some(Controllers::new(&machine)?),
+            true => Some(Controllers::new(&machine, in_kernel, &memory, count)?),
         };
         let more: &[u32] = match &controllers {
             Some(_) => &controllers::MSRS,
@@ -175,17 +178,48 @@ impl KvmMachine {
         }
     }
 
+    /// Lends the kernel the interval timer, before the interrupt controllers, at `now`, nanoseconds of VM time, which stands
+    /// until this returns. A timer that is not `connected` interrupts nobody (the HPET stands in for it). If `in_phase`, this may
+    /// take a period of channel 0, and a periodic channel 0 goes on where it stood; else it begins a period.
+    ///
+    /// # Errors
+    /// The kernel has none, or does not take the state.
+    pub fn give_pit(
+        &self,
+        state: &PitState,
+        now: u64,
+        connected: bool,
+        in_phase: bool,
+    ) -> Result<(), KvmError> {
+        self.controllers()?
+            .give_pit(&self.machine, state, now, connected, in_phase)
+    }
+
+    /// Takes the interval timer back, before the interrupt controllers, at `now`, nanoseconds of VM time, which stands. All
+    /// processors stand still.
+    ///
+    /// # Errors
+    /// The kernel has none, or was not given it.
+    pub fn take_pit(&self, now: u64) -> Result<PitState, KvmError> {
+        self.controllers()?.take_pit(&self.machine, now)
+    }
+
+    /// Connects the interval timer to the interrupt controllers, or disconnects it, while the kernel has it.
+    ///
+    /// # Errors
+    /// The kernel has none.
+    pub fn connect_pit(&self, connected: bool) -> Result<(), KvmError> {
+        self.controllers()?
+            .routing
+            .connect_pit(&self.machine, connected)
+    }
+
     /// Takes the interrupt controllers back. All processors stand still.
     ///
     /// # Errors
     /// The kernel has none.
     pub fn take_controllers(&self) -> Result<ControllersState, KvmError> {
-        match &self.controllers {
-            Some(controllers) => controllers.take(&self.machine),
-            None => Err(KvmError::Lacks {
-                what: "interrupt controllers: it was made without",
-            }),
-        }
+        self.controllers()?.take(&self.machine)
     }
 
     /// Sets the level of a GSI, while the kernel has the interrupt controllers.
@@ -199,9 +233,23 @@ impl KvmMachine {
     /// Sends a message-signalled interrupt, while the kernel has the interrupt controllers.
     ///
     /// # Errors
-    /// It is none.
+    /// The kernel has no controllers, or refuses it.
     pub fn send_message(&self, address: u64, data: u32) -> Result<(), KvmError> {
-        controllers::send_message(&self.machine, address, data)
+        self.controllers()?
+            .routing
+            .send(&self.machine, (address, data))
+    }
+
+    /// How many messages of devices reach the controllers by events, and not by a call each.
+    pub fn messages_by_event(&self) -> usize {
+        let controllers = self.controllers.as_ref();
+        controllers.map_or(0, |controllers| controllers.routing.carried())
+    }
+
+    fn controllers(&self) -> Result<&Controllers, KvmError> {
+        self.controllers.as_ref().ok_or(KvmError::Lacks {
+            what: "interrupt controllers: it was made without",
+        })
     }
 
     /// Whether the kernel may not see that the guest lets interrupts in.

@@ -24,6 +24,8 @@ pub struct EngineReport {
     pub kind: EngineKind,
     /// What speaks for it, or why it cannot be used.
     pub usable: Result<String, String>,
+    /// Devices, and ways to and from devices, that the host's kernel has for machines on this engine.
+    pub in_kernel: Vec<&'static str>,
 }
 
 /// The engine that was taken.
@@ -42,6 +44,12 @@ pub fn engines(host: &Host) -> Vec<EngineReport> {
         .map(|kind| EngineReport {
             kind,
             usable: usable(kind, host.level(), host),
+            in_kernel: match kind {
+                EngineKind::Kvm => Facts::probe()
+                    .map(|facts| in_kernel(host, facts.in_kernel()).names())
+                    .unwrap_or_default(),
+                _ => Vec::new(),
+            },
         })
         .collect()
 }

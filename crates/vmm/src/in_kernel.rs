@@ -9,8 +9,8 @@ use tempfile::TempDir;
 use trapgate_engine::probe::EngineKind;
 use trapgate_kvm::{Facts, InKernel};
 
-use crate::crossing::{choice, constructor, hooks};
-use crate::{Content, DiskConfig, Machine, MachineConfig, Outcome, lock};
+use crate::crossing::{Die, choice, constructor, hooks};
+use crate::{Content, DiskConfig, Machine, MachineConfig, Outcome, Snapshot, lock};
 
 /// Long enough that a guest that is not done by then never will be.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -106,4 +106,132 @@ fn disk_is_read_and_interrupts_once_for_each_sector_whatever_the_kernel_does() {
         let by_event = doorbells.map_or(0, |doorbells| doorbells.count());
         assert_eq!(by_event, usize::from(in_kernel.ioeventfd), "{in_kernel:?}");
     }
+}
+
+/// Pauses a machine at random moments, a few milliseconds apart, until it ends.
+fn disturb(machine: &Machine, die: &mut Die) -> u32 {
+    let mut pauses = 0;
+    while machine
+        .wait_for(die.time(Duration::from_millis(8)))
+        .is_none()
+    {
+        drop(machine.pause());
+        pauses += 1;
+    }
+    pauses
+}
+
+/// Saves a machine at random moments, each time to go on where it was restored, on the other engine; all that it said.
+fn wander(
+    config: &MachineConfig,
+    in_kernel: InKernel,
+    moves: usize,
+    die: &mut Die,
+) -> (String, usize) {
+    let directory = tempfile::tempdir().unwrap();
+    let engines = [EngineKind::Kvm, EngineKind::Interp];
+    let (mut machine, mut said) = start(engines[0], in_kernel, config.clone());
+    let mut before = String::new();
+    for number in 1..=moves {
+        let path = directory.path().join(number.to_string());
+        let most = match number % 2 {
+            1 => 60,
+            _ => 15,
+        };
+        let ended = machine.wait_for(die.time(Duration::from_millis(most)));
+        // What it says after it was saved is not to be heard.
+        let pause = machine.pause();
+        if ended.is_some() || machine.snapshot(&path).is_err() {
+            drop(pause);
+            before += &end(&machine, &said);
+            return (before, number - 1);
+        }
+        machine.stop();
+        machine.wait();
+        drop(pause);
+        before += &String::from_utf8_lossy(&lock(&said));
+        drop(machine);
+        let snapshot = Snapshot::open(&path).unwrap();
+        let engine = engines[number % 2];
+        said = Said::default();
+        let make = constructor(engine, in_kernel);
+        machine = Machine::restore_on(&snapshot, hooks(&said), choice(engine), &*make).unwrap();
+    }
+    before += &end(&machine, &said);
+    (before, moves)
+}
+
+const INTERVAL: [&str; 8] = [
+    "interval: every 50 ms through the 8259s, as often as it should",
+    "interval: once after 50 ms, each of ten times",
+    "interval: channel 2 counts down to its end after 50 ms, ten times",
+    "interval: port b 0x3, status 0x14, latched near its count true",
+    "interval: the hpet stands in: nothing comes, and no longer: it comes",
+    "interval: every 50 ms through the i/o apic, as often as it should",
+    "interval: done",
+    "",
+];
+
+#[test]
+fn interval_timer_counts_in_the_kernel_as_it_does_here() {
+    let Some(facts) = facts() else {
+        return;
+    };
+    let config = config("interval", "", &[], facts.tsc_hz);
+    for (engine, in_kernel) in [
+        (EngineKind::Interp, InKernel::NOTHING),
+        (EngineKind::Kvm, InKernel::NOTHING),
+        (EngineKind::Kvm, InKernel::ALL),
+    ] {
+        let (machine, said) = start(engine, in_kernel, config.clone());
+        assert_eq!(end(&machine, &said), INTERVAL.join("\r\n"), "{in_kernel:?}");
+    }
+}
+
+#[test]
+fn interval_timer_keeps_its_time_over_pauses() {
+    let Some(facts) = facts() else {
+        return;
+    };
+    let config = config("interval", "", &[], facts.tsc_hz);
+    let mut die = Die(crate::clock::time_of_day() | 1);
+    let (machine, said) = start(EngineKind::Kvm, InKernel::ALL, config.clone());
+    let pauses = disturb(&machine, &mut die);
+    assert_eq!(
+        end(&machine, &said),
+        INTERVAL.join("\r\n"),
+        "{pauses} pauses"
+    );
+    println!("{pauses} pauses");
+}
+
+#[test]
+fn interval_timer_goes_on_where_it_stood_on_another_engine() {
+    let Some(facts) = facts() else {
+        return;
+    };
+    let config = config("interval", "", &[], facts.tsc_hz);
+    let mut die = Die(crate::clock::time_of_day() | 1);
+    let (text, moves) = wander(&config, InKernel::ALL, 60, &mut die);
+    assert_eq!(text, INTERVAL.join("\r\n"), "{moves} moves");
+    println!("{moves} moves");
+}
+
+#[test]
+fn disk_is_read_right_over_pauses_and_on_another_engine() {
+    let Some(facts) = facts() else {
+        return;
+    };
+    let (_directory, disk) = disk();
+    let config = config("disk", "rounds=200", &[disk], facts.tsc_hz);
+    let (machine, said) = start(EngineKind::Interp, InKernel::NOTHING, config.clone());
+    let expected = end(&machine, &said);
+    let mut die = Die(crate::clock::time_of_day() | 1);
+    let (machine, said) = start(EngineKind::Kvm, InKernel::ALL, config.clone());
+    let pauses = disturb(&machine, &mut die);
+    assert_eq!(end(&machine, &said), expected, "{pauses} pauses");
+    drop(machine);
+    let (text, moves) = wander(&config, InKernel::ALL, 20, &mut die);
+    assert_eq!(text, expected, "{moves} moves");
+    println!("{pauses} pauses, {moves} moves");
 }
