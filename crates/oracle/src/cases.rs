@@ -41,6 +41,10 @@ const ROOM: u64 = at::MEMORY_BYTES as u64;
 impl Piece {
     /// Decodes bytes.
     pub fn new(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Self {
+        let mut bytes = bytes;
+        let given = bytes.len();
+        // A prefix may have made it longer, or shorter.
+        bytes.resize(given.max(15), 0);
         // As the interpreter has it: F3 before WBINVD means nothing in the profiles.
         let options = DecoderOptions::NO_WBNOINVD;
         let mut instruction = Decoder::with_ip(bits, &bytes, ip, options).decode();
@@ -48,6 +52,11 @@ impl Piece {
             let lenient = options | DecoderOptions::NO_INVALID_CHECK;
             instruction = Decoder::with_ip(bits, &bytes, ip, lenient).decode();
         }
+        bytes.truncate(if instruction.is_invalid() {
+            given
+        } else {
+            instruction.len()
+        });
         Self {
             slot,
             bytes,
@@ -314,8 +323,9 @@ impl Making<'_> {
             _ => 0xffff,
         };
         let mut wanted = target(self.random, size, long && address_bits == 64);
-        if instruction.has_lock_prefix() && self.random.below(64) != 0 {
-            // Locks across cache lines stop all processors of the host.
+        let locks = instruction.has_lock_prefix() || instruction.mnemonic() == Mnemonic::Xchg;
+        if locks && wanted >> 47 == 0 {
+            // A lock across cache lines stops all processors of the host, and some hosts punish it.
             wanted &= !(size.next_power_of_two().max(8) - 1);
         }
         // What the segment adds.
@@ -658,6 +668,11 @@ impl Making<'_> {
         let mxcsr = self.random.next() as u32 & 0xffff;
         if self.random.below(8) != 0 {
             self.put_memory(address.wrapping_add(24), &mxcsr.to_le_bytes());
+        }
+        // Which bits of the x87 pointers a CPU keeps depends on the width of its addresses.
+        for pointer in [8, 16] {
+            let value = self.random.next() >> 17;
+            self.put_memory(address.wrapping_add(pointer), &value.to_le_bytes());
         }
         if self.random.below(8) != 0 {
             let components = self.random.next() & 7;

@@ -429,10 +429,10 @@ fn start(profile: &CpuProfile) -> CpuState {
 pub fn prepare(arena: &mut [u8]) {
     let code = crate::monitor::code();
     arena[MONITOR_AT..][..code.len()].copy_from_slice(code);
-    // jmp [rip]; the address
-    arena[EXIT_AT..][..6].copy_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
+    // jmp [rip + 2]; the address, aligned: the case may have set RFLAGS.AC
+    arena[EXIT_AT..][..6].copy_from_slice(&[0xff, 0x25, 2, 0, 0, 0]);
     let target = MONITOR + entries().exit;
-    arena[EXIT_AT + 6..][..8].copy_from_slice(&target.to_le_bytes());
+    arena[EXIT_AT + 8..][..8].copy_from_slice(&target.to_le_bytes());
     let own = (MONITOR >> 32) as u32;
     arena[CONTROL_AT + OWN_HALF..][..4].copy_from_slice(&own.to_le_bytes());
     for slot in 0..SLOTS {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use iced_x86::{Code, FlowControl};
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl};
 use trapgate_x86::profile::Level;
 
 use crate::cases::{Maker, Piece, landing, target};
@@ -88,6 +88,8 @@ pub struct Report {
     pub missing: Vec<String>,
     /// Cases compared, on each engine.
     pub cases: u64,
+    /// Cases that the host did not end in time.
+    pub unjudged: u64,
     /// Cases that faulted natively.
     pub faults: u64,
     /// Batches.
@@ -291,9 +293,7 @@ fn bytes(slot: usize, random: &mut Random, bits: u32) -> Option<Piece> {
         bytes.push(if random.one_in(2) { 0 } else { random.next() as u8 });
     }
     let piece = Piece::new(slot, bytes.clone(), 0, bits);
-    let length = if piece.instruction.len() == 0 { 15 } else { piece.instruction.len().min(15) };
-    bytes.truncate(length);
-    let ip = position(slot, length as u64, random);
+    let ip = position(slot, piece.bytes.len() as u64, random);
     finish(slot, bytes, ip, bits)
 }
 
@@ -301,6 +301,12 @@ fn bytes(slot: usize, random: &mut Random, bits: u32) -> Option<Piece> {
 fn finish(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Option<Piece> {
     let piece = Piece::new(slot, bytes, ip, bits);
     let instruction = &piece.instruction;
+    // What is no instruction has no end: how much of it is fetched before #UD is the CPU's choice.
+    if Decoder::with_ip(bits, &piece.bytes, ip, DecoderOptions::NO_WBNOINVD).decode().is_invalid()
+        && piece.ip % PAGE > PAGE - 32
+    {
+        return None;
+    }
     let known = instruction.code() == Code::INVALID
         || crate::profile::admits(Level::V3, instruction.code(), bits)
         || instruction.op_code().fwait();
@@ -447,7 +453,7 @@ impl Worker {
         self.run(batch, 0, cases, times)?;
         let begun = Instant::now();
         let mut found: Vec<(usize, usize, Vec<String>)> = Vec::new();
-        let mut faults = 0;
+        let (mut faults, mut unjudged) = (0, 0);
         let mut covered = Vec::new();
         {
             let arena = self.native.arena();
@@ -456,6 +462,11 @@ impl Worker {
                 let (piece, encoding) = &batch.pieces[piece];
                 let done = quad(native, at::VECTOR) == vector::NONE;
                 faults += u64::from(!done);
+                if quad(native, at::VECTOR) == vector::TIMEOUT {
+                    // The host did something else for long.
+                    unjudged += 1;
+                    continue;
+                }
                 if let Some(encoding) = encoding {
                     covered.push((*encoding, done));
                 }
@@ -481,7 +492,8 @@ impl Worker {
         };
         let (report, all_covered, all_completed) = &mut *guard;
         report.batches += 1;
-        report.cases += cases as u64;
+        report.cases += cases as u64 - unjudged;
+        report.unjudged += unjudged;
         report.faults += faults;
         for (encoding, done) in covered {
             all_covered.insert(encoding);

@@ -84,6 +84,13 @@ pub fn differences(
             x87: true,
         },
     };
+    let address = quad(native, at::ADDRESS);
+    let order = piece.is_some_and(|piece| undefined::order(&piece.instruction));
+    let others = quad(engine, at::VECTOR);
+    if order && undefined::either([kind, others]) {
+        // Which of several faults comes first is the CPU's choice.
+        return found;
+    }
     let mut word = |name: &str, at: usize, ignored: u64| {
         let (native, engine) = (quad(native, at) & !ignored, quad(engine, at) & !ignored);
         if native != engine {
@@ -92,15 +99,34 @@ pub fn differences(
     };
     word("vector", at::VECTOR, 0);
     word("RIP", at::RIP, 0);
-    let address = quad(native, at::ADDRESS);
     // Linux tells programs that all pages of the upper half are present.
     let hidden = u64::from(kind == 14 && address >= PROGRAMS_END);
-    word("error code", at::ERROR, hidden);
-    word("address", at::ADDRESS, 0);
-    word("RFLAGS", at::FLAGS, scope.undefined);
+    // Several parts, on several pages.
+    let by_parts = order && kind == 14
+        && address.abs_diff(quad(engine, at::ADDRESS)) < 1024;
+    word("address", at::ADDRESS, if by_parts { u64::MAX } else { 0 });
+    word("error code", at::ERROR, hidden | u64::from(by_parts));
+    word("RFLAGS", at::FLAGS, scope.undefined | if scope.random { rflags::ARITHMETIC } else { 0 });
     word("FS base", at::BASES, 0);
     word("GS base", at::BASES + 8, 0);
-    word("DS, ES, FS, GS", at::SELECTORS, 0);
+    for (index, name) in ["DS", "ES", "FS", "GS"].into_iter().enumerate() {
+        // A null selector with an RPL becomes 0 whenever the host's kernel returns from an interrupt
+        // (SDM vol. 2A, IRET, RETURN-TO-OUTER-PRIVILEGE-LEVEL).
+        let selector = |record: &[u8]| match quad(record, at::SELECTORS) >> (index * 16) & 0xffff {
+            0..=3 => 0,
+            other => other,
+        };
+        let (native, engine) = (selector(native), selector(engine));
+        if native != engine {
+            found.push(format!("{name} {engine:#x}, natively {native:#x}"));
+        }
+    }
+    let mut word = |name: &str, at: usize, ignored: u64| {
+        let (native, engine) = (quad(native, at) & !ignored, quad(engine, at) & !ignored);
+        if native != engine {
+            found.push(format!("{name} {engine:#x}, natively {native:#x}"));
+        }
+    };
     if fault {
         word("CS", at::CODE_SEGMENT, 0);
     }

@@ -139,8 +139,8 @@ fn show(settings: &Settings, report: &Report) -> ExitCode {
         }
     }
     println!(
-        "{} cases in {} batches, {} faulted; children that died: {}",
-        report.cases, report.batches, report.faults, report.deaths
+        "{} cases in {} batches, {} faulted, {} not judged; children that died: {}",
+        report.cases, report.batches, report.faults, report.unjudged, report.deaths
     );
     for (name, time) in &report.times {
         println!("{name}: {:.2} s", time.as_secs_f64());

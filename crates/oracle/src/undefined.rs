@@ -111,3 +111,43 @@ pub fn result(instruction: &Instruction, gpr: &[u64; 16]) -> bool {
     let (size, count) = shift(instruction, gpr);
     matches!(instruction.mnemonic(), M::Shld | M::Shrd) && count > size
 }
+
+/// Whether an instruction accesses memory in several parts whose order the manual does not say, so that the first to
+/// fault is the CPU's choice: the address, and where the parts lie on several pages the error code.
+pub fn order(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.mnemonic(),
+        M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Xsave
+            | M::Xsave64
+            | M::Xsaveopt
+            | M::Xsaveopt64
+            | M::Xrstor
+            | M::Xrstor64
+            | M::Fnsave
+            | M::Frstor
+            | M::Fnstenv
+            | M::Fldenv
+            | M::Retf
+            | M::Iret
+            | M::Iretd
+            | M::Iretq
+            // Of several elements.
+            | M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
+            | M::Maskmovq
+            | M::Maskmovdqu
+            | M::Vmaskmovdqu
+    )
+}
+
+/// Two vectors of which an access in several parts may raise either: part of it not canonical, or not aligned, or not
+/// mapped. (SDM vol. 2, XSAVE, FXSAVE, "#AC": whether #AC is signaled in place of #GP varies with implementations.)
+pub fn either(vectors: [u64; 2]) -> bool {
+    vectors.iter().all(|vector| matches!(vector, 12 | 13 | 14 | 17)) && vectors[0] != vectors[1]
+}
