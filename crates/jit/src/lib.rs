@@ -11,6 +11,7 @@ mod code_memory;
 mod context;
 mod emit;
 mod instruction;
+mod list;
 mod low;
 mod memory;
 mod mode;
