@@ -121,6 +121,26 @@ pub(crate) fn port_access(run: &mut kvm_run) -> PortAccess<'_> {
     }
 }
 
+/// What KVM_EXIT_MMIO asks for.
+pub(crate) struct MemoryAccess<'a> {
+    pub(crate) gpa: u64,
+    pub(crate) is_write: bool,
+    /// What is written, or the place for what is read: 8 bytes at most.
+    pub(crate) data: &'a mut [u8],
+}
+
+/// The access of which KVM_EXIT_MMIO tells.
+pub(crate) fn memory_access(run: &mut kvm_run) -> MemoryAccess<'_> {
+    // SAFETY: as in `port_access`, for an exit of this kind.
+    let mmio = unsafe { &mut run.__bindgen_anon_1.mmio };
+    let length = (mmio.len as usize).min(mmio.data.len());
+    MemoryAccess {
+        gpa: mmio.phys_addr,
+        is_write: mmio.is_write != 0,
+        data: &mut mmio.data[..length],
+    }
+}
+
 /// Answers KVM_EXIT_X86_RDMSR or KVM_EXIT_X86_WRMSR: the value that was read, or anything if it
 /// was a write; `None` raises #GP(0).
 pub(crate) fn answer_msr(run: &mut kvm_run, value: Option<u64>) {
