@@ -24,6 +24,10 @@ struct Entry {
     flags: bool,
 }
 
+/// Thunks before all are forgotten: some 300 bytes each, in three tables. Ordinary guests need a few thousand; one with
+/// all registers and immediates of a few vector instructions can have millions.
+const MAX_THUNKS: usize = 1 << 14;
+
 /// Thunks by the number that an op carries.
 #[derive(Debug, Default)]
 pub(crate) struct ThunkTable {
@@ -42,9 +46,10 @@ impl ThunkTable {
         if let Some(&number) = self.numbers.get(&key) {
             return Ok(Some(number));
         }
-        let Ok(number) = u16::try_from(self.entries.len()) else {
+        if self.entries.len() >= MAX_THUNKS {
             return Ok(None);
-        };
+        }
+        let number = self.entries.len() as u16;
         self.entries.push(Entry { thunk, flags });
         self.numbers.insert(key, number);
         Ok(Some(number))

@@ -15,7 +15,7 @@ pub(crate) const PATIENCE: u32 = 1024;
 /// If so many miss in less time than this, it is worth doing something about it.
 const OFTEN: Duration = Duration::from_millis(2);
 /// Instructions that are remembered before all are forgotten.
-const MOST: usize = 1 << 16;
+const MOST: usize = 1 << 14;
 
 /// Where an access missed, and how. The later ones say more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]

@@ -12,6 +12,7 @@ mod context;
 mod crossing;
 mod emit;
 mod instruction;
+mod list;
 mod low;
 mod memory;
 mod mode;

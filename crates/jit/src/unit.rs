@@ -20,9 +20,11 @@ use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDI, RDX, RSI, Reg, condition};
 use crate::instruction::{
     COUNTER, Count, FLAGS, Guest, Kind, Plan, Text, Undefined, classify, flag_use,
 };
+use crate::list::List;
 use crate::memory::{Missed, Place};
 use crate::mode::Mode;
 use crate::registers::{ADDRESS, GUEST_RCX, GUEST_RSP, HOME, SPARE, is_high_byte, named, number};
+use crate::run::Number;
 use crate::stubs::Stubs;
 use crate::x87;
 
@@ -96,7 +98,9 @@ pub(crate) struct Exit {
     /// The target lies on another page.
     pub(crate) far: bool,
     /// Block that it is linked to.
-    pub(crate) linked: Option<u32>,
+    pub(crate) linked: Number,
+    /// The next exit that is linked to the same block.
+    pub(crate) next: Number,
 }
 
 /// What is to be translated.
@@ -229,7 +233,7 @@ impl Translator {
         request: Request<'_>,
         place: u64,
         interp: &mut Interpreter,
-        ops: &mut Vec<Op>,
+        ops: &mut List<Op>,
     ) -> Option<Unit> {
         let mut unit = Unit::default();
         self.decode(&request, &mut unit)?;
@@ -495,7 +499,7 @@ pub(crate) struct Writer<'a> {
     /// Loops in this unit, as addresses of their first and last instructions.
     loops: Vec<(u64, u64)>,
     interp: &'a mut Interpreter,
-    ops: &'a mut Vec<Op>,
+    ops: &'a mut List<Op>,
 }
 
 impl Writer<'_> {
@@ -506,7 +510,7 @@ impl Writer<'_> {
         self.check_mapping(rip, mapping);
         self.unit.entry = self.asm.here();
         if let Some(second) = self.request.second {
-            self.check_mapping((rip & !0xfff).wrapping_add(0x1000), second);
+            self.check_mapping(self.mode.next_page(rip), second);
         }
         for (index, guest) in guests.iter().enumerate() {
             let after_jump = index == 0 || matches!(guests[index - 1].kind, Kind::JumpIf(..));
@@ -528,6 +532,7 @@ impl Writer<'_> {
         {
             self.store_x87_pointer();
             let next = self.request.rip.wrapping_add(self.unit.length);
+            let next = self.mode.wrap(next);
             self.leave_direct(next, last.live_out);
         }
         self.write_asides();
@@ -1290,7 +1295,8 @@ impl Writer<'_> {
             mode: self.mode,
             memory,
             far: target & !0xfff != self.request.rip & !0xfff,
-            linked: None,
+            linked: Number::NONE,
+            next: Number::NONE,
         };
         self.unit.exits.push(exit);
         self.asides.push(Aside::Link {

@@ -805,11 +805,13 @@ fn same_x87(found: &[u8; 512], expected: &[u8; 512]) -> bool {
 
 /// Runs at most `most` instructions as long as they are the next in line.
 fn interpret(cpu: &mut Cpu, steps: &[Step], most: usize) -> (usize, End) {
+    let unit = Mode::of(cpu);
     for (index, step) in steps.iter().enumerate().take(most) {
         if step.once {
             return (index, End::Before);
         }
         let next = step.ip.wrapping_add(u64::from(step.op.length));
+        let next = unit.map_or(next, |mode| mode.wrap(next));
         let mode = step.changes_mode.then(|| Mode::of(cpu));
         cpu.rip = next;
         cpu.end_block = false;
@@ -868,7 +870,8 @@ impl Context {
         self.rust.access = self.interp.cpu.system_flags & rflags::AC != 0;
         // Host code that changes the privilege level looks for this.
         self.target_modes[class(mode)] = mode.0;
-        self.find(self.interp.cpu.rip, mode, true)
+        let rip = self.wrapped_rip(mode);
+        self.find(rip, mode, true)
     }
 }
 

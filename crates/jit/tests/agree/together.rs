@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
-use trapgate_engine::{Exit, Vcpu};
+use trapgate_engine::{Exit, NoDevices, Vcpu};
 use trapgate_interp::Interpreter;
 use trapgate_jit::{Lockstep, Translating};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::profile::Level;
 use trapgate_x86::{CpuProfile, CpuState};
 
-use crate::guest::{CODE, Empty, Random, contents, fill, memory, run, setting, state};
+use crate::guest::{CODE, Random, contents, fill, memory, run, setting, state};
 
 /// Compares so many cases, each of which `make` gives the code of; it may change the processor's state.
 pub(crate) fn compare(cases: u64, make: impl Fn(&mut Random, &mut CpuState) -> Vec<u8>) {
@@ -20,11 +20,11 @@ pub(crate) fn compare(cases: u64, make: impl Fn(&mut Random, &mut CpuState) -> V
     let profile = CpuProfile::new(Level::V3, 1_000_000_000);
     let memories = [(); 3].map(|()| memory());
     let [one, two, three] = memories.each_ref().map(Arc::clone);
-    let mut interp = Interpreter::new(one, Box::new(Empty), profile.clone(), 0, 1);
-    let mut jit = Translating::new(two, Box::new(Empty), profile.clone(), 0, 1)
+    let mut interp = Interpreter::new(one, Box::new(NoDevices), profile.clone(), 0, 1);
+    let mut jit = Translating::new(two, Box::new(NoDevices), profile.clone(), 0, 1)
         .expect("the host can run translated code");
     jit.be_exact();
-    let mut lockstep = Lockstep::new(three, Box::new(Empty), profile, 0, 1)
+    let mut lockstep = Lockstep::new(three, Box::new(NoDevices), profile, 0, 1)
         .expect("the host can run translated code");
     let mut halted = 0;
     for case in 0..cases {
