@@ -45,6 +45,8 @@ pub(crate) enum Kind {
     Return(u16),
     PushFlags,
     PopFlags,
+    /// STD, else CLD.
+    Direction(bool),
     /// STI, else CLI.
     Interrupts(bool),
     /// STAC, else CLAC.
@@ -282,6 +284,8 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         Code::Idiv_rm64 => return divide(true, true),
         Code::Pushfq => return Kind::PushFlags,
         Code::Popfq => return Kind::PopFlags,
+        Code::Cld => return Kind::Direction(false),
+        Code::Std => return Kind::Direction(true),
         Code::Cli if !mode.is_user() => return Kind::Interrupts(false),
         Code::Sti if !mode.is_user() => return Kind::Interrupts(true),
         Code::Syscall if mode.is_user() && !mode.is_compatibility() => return Kind::SystemCall,
@@ -325,7 +329,7 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         }
         _ => {}
     }
-    if let Some(string) = string(instruction) {
+    if let Some(string) = string(instruction, mode) {
         return Kind::String(string);
     }
     if let Some(plan) = plan(instruction, mode) {
@@ -344,8 +348,8 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
     }
 }
 
-/// MOVS and STOS with 64-bit addresses and no segment of its own.
-fn string(instruction: &Instruction) -> Option<Text> {
+/// MOVS and STOS with addresses as wide as the mode's and no segment of its own.
+fn string(instruction: &Instruction, mode: Mode) -> Option<Text> {
     let (size, moves) = match instruction.code() {
         Code::Movsb_m8_m8 => (1, true),
         Code::Movsw_m16_m16 => (2, true),
@@ -357,11 +361,10 @@ fn string(instruction: &Instruction) -> Option<Text> {
         Code::Stosq_m64_RAX => (8, false),
         _ => return None,
     };
-    let wide = |index| {
-        matches!(
-            instruction.op_kind(index),
-            OpKind::MemoryESRDI | OpKind::MemorySegRSI | OpKind::Register
-        )
+    let wide = |index| match instruction.op_kind(index) {
+        OpKind::MemoryESRDI | OpKind::MemorySegRSI => true,
+        OpKind::MemoryESEDI | OpKind::MemorySegESI => mode.is_compatibility(),
+        kind => kind == OpKind::Register,
     };
     let plain = instruction.segment_prefix() == Register::None;
     (wide(0) && wide(1) && plain && !instruction.has_repne_prefix()).then_some(Text {

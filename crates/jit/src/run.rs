@@ -12,7 +12,7 @@ use rustc_hash::FxHashMap;
 use trapgate_engine::{Costs, Counter, Exit as RunExit, Observe, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
 use trapgate_interp::op::Op;
-use trapgate_interp::{Access, Interpreter, Target, View};
+use trapgate_interp::{Interpreter, Target, View};
 use trapgate_memory::{GuestMemory, HostAddress, PAGE_SIZE};
 use trapgate_x86::paging::is_canonical;
 use trapgate_x86::profile::Level;
@@ -584,13 +584,8 @@ impl Context {
         let cell = Cell::miss(site.mode.view(), site.write);
         self.rust.statistics.count(cell);
         let cpu = &mut self.interp.cpu;
-        let access = if site.write {
-            Access::Write
-        } else {
-            Access::Read
-        };
-        match cpu.resolve(linear, size, access, site.segment) {
-            Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
+        match cpu.resolve(linear, size, site.access(), site.segment) {
+            Ok(Some(target)) if site.is_allowed(&target) => {
                 self.keep(&site, linear, &target);
                 self.give_x87(&site);
                 answer::RETURN
@@ -635,18 +630,9 @@ impl Context {
     fn keep_both(&mut self, site: &Site, linear: u64) {
         let last = linear.wrapping_add(u64::from(site.size) - 1);
         for linear in [linear, last] {
-            let access = if site.write {
-                Access::Write
-            } else {
-                Access::Read
-            };
             let cpu = &mut self.interp.cpu;
-            if let Ok(Some(target)) = cpu.resolve(linear, 1, access, site.segment)
-                && (if site.write {
-                    target.write
-                } else {
-                    target.read
-                })
+            if let Ok(Some(target)) = cpu.resolve(linear, 1, site.access(), site.segment)
+                && site.is_allowed(&target)
             {
                 self.keep(site, linear, &target);
             }
