@@ -95,8 +95,11 @@ fn repeated<E: Element, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         let poll = until_poll == 0 && cpu.signals.any();
         if poll || cpu.end_block || cpu.attention {
             // The instruction is not finished: it goes on from here after whatever it is that
-            // must be seen to.
+            // must be seen to. RF, which that then has in its frame, keeps a breakpoint on the instruction from
+            // hitting again (SDM vol. 3B, 19.3.1.1).
             cpu.rip = cpu.rip.wrapping_sub(u64::from(op.length));
+            cpu.system_flags |= rflags::RF;
+            cpu.update_attention();
             return Err(Stop::EndBlock);
         }
         if until_poll == 0 {
