@@ -171,8 +171,8 @@ pub(crate) struct Ending {
 }
 
 impl Ending {
-    fn set(&self, outcome: Outcome) {
-        // There is one supervisor, and it sets this last.
+    /// The first counts: there is one supervisor, which sets this last, and who watches over the memory.
+    pub(crate) fn set(&self, outcome: Outcome) {
         let _ = self.outcome.set(outcome);
         *lock(&self.ended) = true;
         self.changed.notify_all();

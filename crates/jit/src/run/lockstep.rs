@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction};
 use trapgate_engine::{
-    Counter, Exit as RunExit, Failure, Measure, Signals, StateError, Vcpu, World,
+    Counter, Exit as RunExit, Failure, Measure, NoDevices, Signals, StateError, Vcpu, World,
 };
 use trapgate_interp::cpu::{Cpu, Stop};
 use trapgate_interp::op::{Op, attribute};
@@ -143,40 +143,6 @@ pub struct Lockstep {
     report: Option<String>,
 }
 
-/// The interpreter has no devices: accesses to them are left undone.
-struct Nowhere;
-
-impl World for Nowhere {
-    fn read_memory(&mut self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn write_memory(&mut self, _: u64, _: &[u8]) {}
-    fn read_port(&mut self, _: u16, _: u8) -> u32 {
-        u32::MAX
-    }
-    fn write_port(&mut self, _: u16, _: u8, _: u32) {}
-    fn take_interrupt(&mut self) -> Option<u8> {
-        None
-    }
-    fn read_apic_msr(&mut self, _: u32) -> Result<u64, trapgate_engine::Refused> {
-        Err(trapgate_engine::Refused)
-    }
-    fn write_apic_msr(&mut self, _: u32, _: u64) -> Result<(), trapgate_engine::Refused> {
-        Err(trapgate_engine::Refused)
-    }
-    fn task_priority(&mut self) -> u8 {
-        0
-    }
-    fn set_task_priority(&mut self, _: u8) {}
-    fn clock(&mut self) -> u64 {
-        0
-    }
-    fn epoch(&mut self) -> u64 {
-        0
-    }
-    fn set_tsc_offset(&mut self, _: u64) {}
-}
-
 impl Lockstep {
     /// A processor after reset. It is number `index` of `count`, and owns its view of the world.
     ///
@@ -191,7 +157,7 @@ impl Lockstep {
     ) -> Result<Self, JitError> {
         let mut reference = Interpreter::new(
             Arc::clone(&memory),
-            Box::new(Nowhere),
+            Box::new(NoDevices),
             profile.clone(),
             index,
             count,

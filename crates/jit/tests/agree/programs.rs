@@ -10,7 +10,7 @@
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use trapgate_engine::{Exit, Signal, Vcpu};
+use trapgate_engine::{Exit, NoDevices, Signal, Vcpu};
 use trapgate_jit::{Lockstep, Translating};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::descriptor::access;
@@ -19,7 +19,7 @@ use trapgate_x86::registers::{cr4, gpr, sreg};
 use trapgate_x86::{CpuProfile, CpuState, Segment, TableRegister};
 
 use crate::guest::{
-    CODE, DATA, Empty, MEMORY, Random, TABLES, contents, fill, instructions, memory, run, sequence,
+    CODE, DATA, MEMORY, Random, TABLES, contents, fill, instructions, memory, run, sequence,
     setting, state,
 };
 
@@ -355,9 +355,15 @@ fn programs_do_the_same_in_lockstep_and_with_linked_blocks() {
     let mut random = Random(seed | 1);
     let profile = CpuProfile::new(Level::V3, 1_000_000_000);
     let (left, right) = (memory(), memory());
-    let mut lockstep = Lockstep::new(Arc::clone(&left), Box::new(Empty), profile.clone(), 0, 1)
-        .expect("the host can run translated code");
-    let mut jit = Translating::new(Arc::clone(&right), Box::new(Empty), profile, 0, 1)
+    let mut lockstep = Lockstep::new(
+        Arc::clone(&left),
+        Box::new(NoDevices),
+        profile.clone(),
+        0,
+        1,
+    )
+    .expect("the host can run translated code");
+    let mut jit = Translating::new(Arc::clone(&right), Box::new(NoDevices), profile, 0, 1)
         .expect("the host can run translated code");
     jit.be_exact();
     let (mut ended, mut compared) = (0, 0);

@@ -11,7 +11,7 @@ use trapgate_boot::{Entry, Protocol};
 use trapgate_chipset::Chipset;
 use trapgate_engine::probe::Host;
 use trapgate_engine::{Signal, Vcpu};
-use trapgate_memory::GuestMemory;
+use trapgate_memory::{GuestMemory, Watch};
 use trapgate_pci::Bus;
 use trapgate_virtio::block::SECTOR;
 use trapgate_virtio::{ConsoleHandle, Disk, PortOutput};
@@ -30,8 +30,8 @@ use crate::supervisor::{
 use crate::turns::Turns;
 use crate::world::PcWorld;
 use crate::{
-    Choice, Counters, MachineConfig, MachineError, Outcome, SerialHandle, Snapshot, SnapshotError,
-    engines,
+    Choice, Counters, Failure, MachineConfig, MachineError, Outcome, SerialHandle, Snapshot,
+    SnapshotError, engines,
 };
 
 /// Ports of one console device.
@@ -332,7 +332,18 @@ impl Machine {
             crew: Arc::clone(&crew),
             board: Arc::clone(&board),
             serial: Arc::clone(&serial),
+            memory: Arc::clone(&memory),
         };
+        let ending = Arc::new(Ending::default());
+        if memory.watch().is_some() {
+            let (ending, memory) = (Arc::clone(&ending), Arc::clone(&memory));
+            // Not by way of the supervisor: it may be waiting for the thread that stands still.
+            threads.start("saved memory", "saved memory".to_owned(), move || {
+                if memory.watch().is_some_and(Watch::wait) {
+                    ending.set(Outcome::Failed(Failure::MemoryGone));
+                }
+            })?;
+        }
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let processor = Processor {
                 index,
@@ -367,7 +378,6 @@ impl Machine {
             Arc::clone(&bus),
             Arc::clone(&board),
         ));
-        let ending = Arc::new(Ending::default());
         let resets = Arc::new(AtomicU64::new(0));
         let supervisor = Supervisor {
             config,
@@ -547,6 +557,10 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.agenda.stop();
+        if let Some(Outcome::Failed(Failure::MemoryGone)) = self.ending.wait_for(Duration::ZERO) {
+            // A thread of the machine stands still for good, and with it whoever waits for it.
+            return;
+        }
         if let Some(supervisor) = self.supervisor.take() {
             // Its panic would be a defect that has been printed.
             let _ = supervisor.join();
@@ -560,6 +574,7 @@ pub(crate) struct Threads {
     crew: Arc<Crew>,
     board: Arc<Board>,
     serial: Arc<SerialOutput>,
+    memory: Arc<GuestMemory>,
 }
 
 impl Threads {
@@ -593,6 +608,9 @@ impl Drop for Threads {
     fn drop(&mut self) {
         self.crew.finish();
         self.board.end();
+        if let Some(watch) = self.memory.watch() {
+            watch.end();
+        }
         for handle in self.handles.drain(..) {
             // A panic has been reported as an event.
             let _ = handle.join();
