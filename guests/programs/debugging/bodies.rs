@@ -35,7 +35,6 @@ bodies! {
     push: ["mov rdx, rsp", "mov rsp, rdi", "add rsp, 8"] "push rax; mov rsp, rdx";
     call: ["mov rdx, rsp", "mov rsp, rdi", "add rsp, 8"] "call 2f; 2: mov rsp, rdx; nop";
     compare: [] "cmp dword ptr [rdi], 0";
-    prefetch: [] "prefetcht0 [rdi]";
     address: [] "lea rax, [rdi]";
     store_string: ["mov ecx, 5", "sub rdi, 2"] "rep stosb";
     copy_string: ["mov ecx, 5", "mov rsi, rdi", "sub rsi, 2"] "rep lodsb";

@@ -133,7 +133,6 @@ fn accesses() {
             ("push", push),
             ("call", call),
             ("lea", address),
-            ("prefetch", prefetch),
             ("rep stosb across it", store_string),
             ("rep lodsb across it", copy_string),
             ("retf from it", far_return),
