@@ -20,6 +20,7 @@ use trapgate_x86::{CpuProfile, CpuState};
 use crate::board::Board;
 use crate::clock::{Clock, time_of_day};
 use crate::crew::{Crew, Message};
+use crate::doorbells::Doorbells;
 use crate::pc::{self, Consoles};
 use crate::processor::{Processor, Tally};
 use crate::serial::SerialOutput;
@@ -304,6 +305,11 @@ impl Machine {
         if let Some(controllers) = make.controllers() {
             board.lend_controllers_to(controllers);
         }
+        let doorbells = make
+            .ringer()
+            .map(|ringer| Doorbells::new(&bus, ringer))
+            .transpose()
+            .map_err(pc::thread("doorbells"))?;
         let signals: Vec<_> = vcpus.iter().map(|vcpu| vcpu.signals()).collect();
         crew.set_signals(signals.clone());
         if let Start::Saved(state) = &start {
@@ -331,6 +337,7 @@ impl Machine {
             handles: Vec::new(),
             crew: Arc::clone(&crew),
             board: Arc::clone(&board),
+            doorbells: doorbells.clone(),
             serial: Arc::clone(&serial),
             memory: Arc::clone(&memory),
         };
@@ -360,6 +367,17 @@ impl Machine {
         }
         let timer = Arc::clone(&board);
         threads.start("timers", "timers".to_owned(), move || timer.run_timer())?;
+        if let Some(doorbells) = doorbells.clone() {
+            let of = Arc::clone(&board);
+            threads.start("doorbells", "doorbells".to_owned(), move || {
+                if let Err(error) = doorbells.run() {
+                    of.report(Event::Died {
+                        thread: "doorbells".to_owned(),
+                        message: error.to_string(),
+                    });
+                }
+            })?;
+        }
         let output = Arc::clone(&serial);
         let mut sink = hooks.serial;
         thread::Builder::new()
@@ -376,6 +394,7 @@ impl Machine {
         let brake = Arc::new(Brake::new(
             Arc::clone(&crew),
             Arc::clone(&bus),
+            doorbells,
             Arc::clone(&board),
         ));
         let resets = Arc::new(AtomicU64::new(0));
@@ -573,6 +592,7 @@ pub(crate) struct Threads {
     handles: Vec<JoinHandle<()>>,
     crew: Arc<Crew>,
     board: Arc<Board>,
+    doorbells: Option<Arc<Doorbells>>,
     serial: Arc<SerialOutput>,
     memory: Arc<GuestMemory>,
 }
@@ -610,6 +630,9 @@ impl Drop for Threads {
         self.board.end();
         if let Some(watch) = self.memory.watch() {
             watch.end();
+        }
+        if let Some(doorbells) = &self.doorbells {
+            doorbells.end();
         }
         for handle in self.handles.drain(..) {
             // A panic has been reported as an event.
