@@ -81,7 +81,7 @@ macro_rules! programs {
 }
 
 programs!(
-    bench chain controllers coprocessor debugging delivery exceptions identity interrupts legacy modes paging
+    bench chain controllers coprocessor debugging delivery exceptions flood identity interrupts legacy modes paging
     processors segmentation selfmod sensitive strings timers transfers
 );
 

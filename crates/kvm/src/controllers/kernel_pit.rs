@@ -369,7 +369,7 @@ fn sleep_until(time: u64) {
         let left = time.saturating_sub(host_now());
         match left {
             0 => return,
-            ..LAST => thread::yield_now(),
+            1..LAST => thread::yield_now(),
             _ => thread::sleep(Duration::from_nanos(left - LAST)),
         }
     }
