@@ -6,13 +6,16 @@ mod boot;
 use std::sync::{Mutex, PoisonError};
 
 use boot::{Transcript, end};
-use trapgate_vmm::{Content, Hooks, Host, Machine, MachineConfig, Outcome, Protocol, engines};
+use trapgate_vmm::{
+    Content, Hooks, Host, Level, Machine, MachineConfig, Outcome, Protocol, engines,
+};
 
 fn start(name: &str, change: impl FnOnce(&mut MachineConfig)) -> (Machine, Transcript) {
     let program = trapgate_guests::named(name).expect("there is such a program");
     let serial = Transcript::default();
     let mut config = MachineConfig {
         kernel: Content::from(program.image),
+        cpus: program.processors(),
         ..MachineConfig::default()
     };
     change(&mut config);
@@ -78,8 +81,32 @@ macro_rules! programs {
 }
 
 programs!(
-    bench chain coprocessor exceptions identity interrupts modes paging segmentation selfmod sensitive strings transfers
+    bench chain controllers coprocessor debugging delivery exceptions flood identity interrupts legacy modes paging
+    processors segmentation selfmod sensitive strings timers transfers
 );
+
+/// The level that the command line gives: other features, and what follows from them.
+#[test]
+fn identity_at_level_v3() {
+    let host = Host::probe();
+    if !host.lacks(Level::V3).is_empty() {
+        eprintln!("skipped: this host's processor has no AVX2 and what else belongs to x86-64-v3");
+        return;
+    }
+    for engine in ["interp", "jit"] {
+        let (machine, serial) = start("identity", |config| {
+            config.engine = engine.parse().unwrap();
+            config.level = Level::V3;
+        });
+        let outcome = end(&machine, &serial);
+        let program = trapgate_guests::named("identity").unwrap();
+        let expected = program.expected_v3.unwrap();
+        if let Err(mismatch) = trapgate_guests::compare(expected, &serial.text()) {
+            panic!("identity, v3, on {engine}: {mismatch}\n{}", serial.text());
+        }
+        assert!(matches!(outcome, Outcome::PoweredOff), "{outcome:?}");
+    }
+}
 
 /// An engine that is not in this list would not be held to anything.
 #[test]
