@@ -10,6 +10,7 @@ use iced_x86::{
 };
 use trapgate_interp::Interpreter;
 use trapgate_interp::op::Op;
+use trapgate_x86::profile::Level;
 use trapgate_x86::registers::sreg;
 
 use crate::adapt::{Lesson, Noted};
@@ -159,6 +160,7 @@ pub(crate) struct Translator {
     pub(crate) guests: Vec<Guest>,
     at: Addresses,
     stubs: Stubs,
+    level: Level,
     /// Most instructions in a unit.
     pub(crate) most: usize,
     /// Everything is done twice, and must give the same: the interpreter reads the clock.
@@ -175,13 +177,14 @@ impl std::fmt::Debug for Translator {
 }
 
 impl Translator {
-    pub(crate) fn new(at: Addresses, stubs: Stubs) -> Self {
+    pub(crate) fn new(at: Addresses, stubs: Stubs, level: Level) -> Self {
         Self {
             asm: Asm::default(),
             encoder: Encoder::new(64),
             guests: Vec::new(),
             at,
             stubs,
+            level,
             most: MOST,
             repeats: false,
             #[cfg(test)]
@@ -270,7 +273,8 @@ impl Translator {
             }
             plain_offset(&mut instruction);
             let mut kind = classify(&instruction, mode);
-            if self.repeats && matches!(kind, Kind::ReadTime { .. }) {
+            let once = self.repeats && matches!(kind, Kind::ReadTime { .. });
+            if once || trapgate_interp::is_lacking(self.level, &instruction) {
                 kind = Kind::Operate;
             }
             if let Kind::Access(set) = kind {

@@ -2,6 +2,8 @@
 //! byte of memory.
 
 mod costs;
+mod edges;
 mod guest;
 mod programs;
 mod straight;
+mod undefined;
