@@ -9,6 +9,7 @@ mod adapt;
 mod clock;
 mod code_memory;
 mod context;
+mod crossing;
 mod emit;
 mod instruction;
 mod list;
@@ -23,6 +24,7 @@ mod statistics;
 mod stubs;
 mod system;
 mod unit;
+mod x87;
 
 pub use run::lockstep::{Compared, Lockstep};
 pub use run::{JitError, Translating, usable};

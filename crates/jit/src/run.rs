@@ -12,7 +12,7 @@ use rustc_hash::FxHashMap;
 use trapgate_engine::{Costs, Counter, Exit as RunExit, Observe, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
 use trapgate_interp::op::Op;
-use trapgate_interp::{Access, Interpreter, View};
+use trapgate_interp::{Access, Interpreter, Target, View};
 use trapgate_memory::{GuestMemory, HostAddress, PAGE_SIZE};
 use trapgate_x86::paging::is_canonical;
 use trapgate_x86::profile::Level;
@@ -35,6 +35,7 @@ use crate::spaces::{Parts, Spaces};
 use crate::statistics::{Cell, Slow, Statistics};
 use crate::stubs::{self, Stubs, answer, exit};
 use crate::unit::{Exit, Request, Site, Translator};
+use crate::x87;
 
 use lockstep::Watch;
 
@@ -85,6 +86,9 @@ pub enum JitError {
 pub fn usable() -> Result<String, JitError> {
     if !std::is_x86_feature_detected!("bmi2") {
         return Err(JitError::Host("BMI2"));
+    }
+    if !std::is_x86_feature_detected!("xsave") {
+        return Err(JitError::Host("XSAVE"));
     }
     Ok("translates x86-64 code to host code".to_owned())
 }
@@ -308,7 +312,8 @@ impl Translating {
                 let stubs_end = code.used();
                 addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
                 addr_of_mut!((*context).unmatched).write(unmatched());
-                addr_of_mut!((*context).patience).write([PATIENCE; 2]);
+                addr_of_mut!((*context).x87).write(x87::IMAGE);
+                addr_of_mut!((*context).patience).write([PATIENCE; Lesson::COUNT]);
                 addr_of_mut!((*context).poll).write(AtomicU32::new(1));
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
@@ -556,20 +561,29 @@ impl Context {
     /// An access missed the inline TLB.
     fn miss(&mut self) -> u64 {
         let site = self.rust.sites[self.site as usize];
+        self.take_x87_pointer(&site);
         self.settle();
         let (linear, size) = (self.linear, u64::from(site.size));
-        if (linear & 0xfff) + size > PAGE_SIZE {
-            return self.slow_access(site, Slow::Crossing);
+        let crosses = (linear & 0xfff) + size > PAGE_SIZE;
+        if crosses {
+            self.patience[Lesson::Crosses as usize] -= 1;
         }
-        self.rust.statistics.misses += 1;
-        let cell = Cell::miss(site.mode.view(), site.write);
-        self.rust.statistics.count(cell);
-        for lesson in [Lesson::Wanders, Lesson::Crowded] {
+        for lesson in [Lesson::Crowded, Lesson::Wanders, Lesson::Crosses] {
             if self.patience[lesson as usize] == 0 {
                 self.patience[lesson as usize] = PATIENCE;
                 self.adapt(site, lesson);
             }
         }
+        if crosses {
+            let answer = self.slow_access(site, Slow::Crossing);
+            if site.crosses && answer == site.next {
+                self.keep_both(&site, linear);
+            }
+            return answer;
+        }
+        self.rust.statistics.misses += 1;
+        let cell = Cell::miss(site.mode.view(), site.write);
+        self.rust.statistics.count(cell);
         let cpu = &mut self.interp.cpu;
         let access = if site.write {
             Access::Write
@@ -578,20 +592,8 @@ impl Context {
         };
         match cpu.resolve(linear, size, access, site.segment) {
             Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
-                let view = site.mode.view();
-                let host = target.page.as_ptr() as u64;
-                let rights = (target.read, target.write);
-                if let Some(watch) = &mut self.rust.watch {
-                    watch.resolved(&site, linear, host);
-                }
-                Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]).insert(linear, host, rights);
-                // What is not there in every address space. The other tables are exchanged.
-                if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
-                    self.local[view].push(linear);
-                }
-                if cpu.changes().any {
-                    self.apply_changes();
-                }
+                self.keep(&site, linear, &target);
+                self.give_x87(&site);
                 answer::RETURN
             }
             Ok(_) => {
@@ -612,6 +614,46 @@ impl Context {
         }
     }
 
+    /// Keeps the translation of a site's access in the table.
+    fn keep(&mut self, site: &Site, linear: u64, target: &Target) {
+        let view = site.mode.view();
+        let host = target.page.as_ptr() as u64;
+        let rights = (target.read, target.write);
+        if let Some(watch) = &mut self.rust.watch {
+            watch.resolved(site, linear, host);
+        }
+        Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]).insert(linear, host, rights);
+        // What is not there in every address space. The other tables are exchanged.
+        if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
+            self.local[view].push(linear);
+        }
+        if self.interp.cpu.changes().any {
+            self.apply_changes();
+        }
+    }
+
+    /// Keeps the translations of both pages of a site's access, which the interpreter has just done.
+    fn keep_both(&mut self, site: &Site, linear: u64) {
+        let last = linear.wrapping_add(u64::from(site.size) - 1);
+        for linear in [linear, last] {
+            let access = if site.write {
+                Access::Write
+            } else {
+                Access::Read
+            };
+            let cpu = &mut self.interp.cpu;
+            if let Ok(Some(target)) = cpu.resolve(linear, 1, access, site.segment)
+                && (if site.write {
+                    target.write
+                } else {
+                    target.read
+                })
+            {
+                self.keep(site, linear, &target);
+            }
+        }
+    }
+
     fn slow_access(&mut self, site: Site, reason: Slow) -> u64 {
         self.rust.statistics.slow(reason, site.code);
         self.run_site(site)
@@ -620,6 +662,7 @@ impl Context {
     /// The interpreter is to run a site's instruction.
     fn operate(&mut self) -> u64 {
         let site = self.rust.sites[self.site as usize];
+        self.take_x87_pointer(&site);
         self.rust.statistics.operations += 1;
         self.rust.statistics.count(Cell::call_out(site.code));
         self.run_site(site)
@@ -678,6 +721,7 @@ impl Context {
             && !cpu.end_block
             && !cpu.attention
             && !cpu.has_stale_code()
+            && (!site.x87 || cpu.regs.x87.masks_all())
             && Mode::of(cpu) == Some(site.mode);
         let same_space = !cpu.changes().space && !cpu.changes().all;
         if cpu.changes().any {
@@ -692,6 +736,7 @@ impl Context {
             return answer::LEAVE;
         }
         self.flags = to_ax(self.interp.cpu.flags.get());
+        self.give_x87(&site);
         site.next
     }
 

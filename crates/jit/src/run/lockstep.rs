@@ -85,7 +85,9 @@ struct Step {
     op: Op,
     /// Done once, outside of the comparison.
     once: bool,
-    pops_flags: bool,
+    /// It may change the mode without ending the unit.
+    changes_mode: bool,
+    uses_x87: bool,
     /// Flags that are undefined after it.
     undefined: u64,
 }
@@ -326,7 +328,8 @@ impl Lockstep {
                 ip: instruction.ip(),
                 op,
                 once: matches!(guest.kind, Kind::Operate | Kind::OperateLast),
-                pops_flags: matches!(guest.kind, Kind::PopFlags),
+                changes_mode: matches!(guest.kind, Kind::PopFlags | Kind::LoadMxcsr),
+                uses_x87: guest.kind.uses_x87(),
                 undefined: undefined.bits(),
             });
         }
@@ -809,7 +812,7 @@ fn interpret(cpu: &mut Cpu, steps: &[Step], most: usize) -> (usize, End) {
         }
         let next = step.ip.wrapping_add(u64::from(step.op.length));
         let next = unit.map_or(next, |mode| mode.wrap(next));
-        let mode = step.pops_flags.then(|| Mode::of(cpu));
+        let mode = step.changes_mode.then(|| Mode::of(cpu));
         cpu.rip = next;
         cpu.end_block = false;
         let done = (step.op.handler)(cpu, &step.op);
@@ -827,7 +830,11 @@ fn interpret(cpu: &mut Cpu, steps: &[Step], most: usize) -> (usize, End) {
             return (index, end);
         }
         // The translator leaves the unit then, too.
-        if cpu.rip != next || cpu.attention || mode.is_some_and(|mode| mode != Mode::of(cpu)) {
+        if cpu.rip != next
+            || cpu.attention
+            || mode.is_some_and(|mode| mode != Mode::of(cpu))
+            || (step.uses_x87 && !cpu.regs.x87.masks_all())
+        {
             return (index + 1, End::After);
         }
     }

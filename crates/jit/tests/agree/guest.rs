@@ -170,6 +170,23 @@ pub(crate) fn sequence(code: &[u8], random: &mut Random) -> (Vec<u8>, Vec<Instru
     (bytes, list)
 }
 
+/// ModRM and displacement of `[rip + …]`, which is `data` in code at `at` where `before` bytes of the instruction come
+/// before and `after` follow.
+pub(crate) fn relative(register: u8, at: u64, before: u64, after: u64, data: u64) -> [u8; 5] {
+    let next = at + before + 5 + after;
+    let [a, b, c, d] = (data.wrapping_sub(next) as u32).to_le_bytes();
+    [register << 3 | 5, a, b, c, d]
+}
+
+/// Where an operand lies: now and then across the end of a page.
+pub(crate) fn place(random: &mut Random) -> u64 {
+    let page = DATA + (random.below(0x20) << 12);
+    match random.below(6) {
+        0 => page + 0xff6 + random.below(10),
+        _ => page + random.below(0x100) * 8,
+    }
+}
+
 /// Runs it from a state to its exit.
 pub(crate) fn run(vcpu: &mut dyn Vcpu, start: &CpuState) -> (Exit, CpuState) {
     vcpu.set_state(start).expect("the state is sound");

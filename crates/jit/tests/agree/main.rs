@@ -2,8 +2,11 @@
 //! byte of memory.
 
 mod costs;
+mod crossing;
 mod edges;
 mod guest;
 mod programs;
 mod straight;
+mod together;
 mod undefined;
+mod x87;

@@ -87,7 +87,7 @@ impl Program<'_> {
     /// One thing that a program does.
     fn part(&mut self, code: &mut Code) {
         let small = self.random.next() as u8;
-        match self.random.below(16) {
+        match self.random.below(20) {
             0..=4 => {
                 let (bytes, _) = sequence(self.compiled, self.random);
                 code.raw(&bytes[..]);
@@ -138,6 +138,11 @@ impl Program<'_> {
                 // mov ecx, few; rol rax, 1; add r11, rax; loop
                 code.raw(&[0xb9]).word(u32::from(small & 15) + 1);
                 code.raw(&[0x48, 0xd1, 0xc0, 0x49, 0x01, 0xc3, 0xe2, 0xf8]);
+            }
+            16..=19 => {
+                for _ in 0..1 + small % 8 {
+                    crate::x87::part(self.random, code.start, &mut code.bytes);
+                }
             }
             _ => {
                 // lock xadd [data], eax; bts [data], edx
@@ -291,6 +296,8 @@ fn write(memory: &GuestMemory, compiled: &[u8], random: &mut Random) -> CpuState
     };
     handler.count();
     handler.raw(&[0x48, 0x8d, 0x25]).to(STACK - 0x200, 0);
+    // Else #MF comes again and again.
+    handler.raw(&[0xdb, 0xe2]); // fnclex
     let next = program.any_piece();
     handler.raw(&[0xfc, 0xe9]).to(next, 0); // cld; jmp
     put(HANDLER, &handler.bytes);
