@@ -42,7 +42,7 @@ impl Program {
     /// them there: a KVM that emulates supervisor code does not. The other programs do not, if they
     /// were built for the freestanding [`TARGET`].
     pub fn uses_coprocessor(&self) -> bool {
-        ["bench", "coprocessor"].contains(&self.name)
+        ["bench", "coprocessor", "hostile"].contains(&self.name)
     }
 }
 

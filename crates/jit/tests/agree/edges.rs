@@ -222,7 +222,7 @@ fn guest() -> (Arc<GuestMemory>, Written) {
     let put = |gpa: u64, value: u64| memory.write(gpa, &value.to_le_bytes()).unwrap();
     put(TABLES, (TABLES + 0x1000) | 7);
     for page in 0..8 {
-        put(TABLES + 0x1000 + page * 8, page * GIB | 0x87);
+        put(TABLES + 0x1000 + page * 8, (page * GIB) | 0x87);
     }
     for edge in EDGES {
         for gpa in (edge - AROUND..edge + AROUND).filter(|&gpa| is_memory(gpa)) {
