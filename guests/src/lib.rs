@@ -44,7 +44,7 @@ impl Program {
     /// them there: a KVM that emulates supervisor code does not. The other programs do not, if they
     /// were built for the freestanding [`TARGET`].
     pub fn uses_coprocessor(&self) -> bool {
-        ["bench", "coprocessor"].contains(&self.name)
+        ["bench", "coprocessor", "hostile"].contains(&self.name)
     }
 
     /// How many processors the machine must have for it to print what is expected.

@@ -594,3 +594,80 @@ pub(crate) fn can_address(instruction: &Instruction) -> bool {
 
 /// The guest's RCX as a count goes to the host's.
 pub(crate) const COUNTER: Reg = RCX;
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory};
+
+    use super::*;
+
+    /// Legacy and VEX encodings of everything, with `[RDI]` as memory operand.
+    fn with_memory() -> impl Iterator<Item = Instruction> {
+        let modrm = || (0..8u8).map(|reg| reg << 3 | 7);
+        let prefixes: [&[u8]; 8] = [
+            &[],
+            &[0x66],
+            &[0xf3],
+            &[0xf2],
+            &[0x48],
+            &[0x66, 0x48],
+            &[0xf3, 0x48],
+            &[0xf0],
+        ];
+        let maps: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
+        let legacy = prefixes.into_iter().flat_map(move |prefix| {
+            maps.into_iter().flat_map(move |map| {
+                (0..=255u8).flat_map(move |opcode| {
+                    modrm().map(move |modrm| [prefix, map, &[opcode, modrm]].concat())
+                })
+            })
+        });
+        let vex = (1..4u8).flat_map(move |map| {
+            (0..16u8).flat_map(move |last| {
+                let last = last >> 3 << 7 | 0x78 | last & 7;
+                (0..=255u8).flat_map(move |opcode| {
+                    modrm().map(move |modrm| vec![0xc4, 0xe0 | map, last, opcode, modrm])
+                })
+            })
+        });
+        legacy.chain(vex).filter_map(|mut bytes| {
+            bytes.resize(15, 0);
+            let instruction = Decoder::new(64, &bytes, DecoderOptions::NONE).decode();
+            let memory = (0..instruction.op_count())
+                .any(|index| instruction.op_kind(index) == OpKind::Memory);
+            memory.then_some(instruction)
+        })
+    }
+
+    /// Host code checks an address for as many bytes as the decoder says that the operand has: an instruction that touches
+    /// more, or other memory beside, would leave the guest's.
+    #[test]
+    fn instructions_that_run_in_place_touch_their_operand_and_no_more() {
+        let everything = Mode::for_test_of_everything();
+        let mut factory = InstructionInfoFactory::new();
+        let mut seen = 0;
+        for instruction in with_memory() {
+            let (Kind::Same(plan) | Kind::BitOfMemory(plan)) = classify(&instruction, everything)
+            else {
+                continue;
+            };
+            seen += 1;
+            let info = factory.info(&instruction);
+            let [used] = info.used_memory() else {
+                panic!("{instruction:?}: {:?}", info.used_memory());
+            };
+            let size = instruction.memory_size().size();
+            assert!(
+                size > 0 && used.memory_size().size() <= size,
+                "{instruction:?}"
+            );
+            assert!(used.index() == Register::None, "{instruction:?}");
+            let writes = !matches!(
+                used.access(),
+                iced_x86::OpAccess::Read | iced_x86::OpAccess::CondRead
+            );
+            assert!(plan.writes_memory || !writes, "{instruction:?}");
+        }
+        assert!(seen > 3000, "{seen}");
+    }
+}

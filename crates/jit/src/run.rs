@@ -282,7 +282,8 @@ impl Translating {
         let bell = Arc::clone(&doorbell);
         let signals = Arc::new(Signals::with_interrupter(move || bell.ring()));
         // Registers of 256 bits with dirty upper halves make SSE code slow, so only where a guest may use them.
-        let wide = profile.level == Level::V3 && std::is_x86_feature_detected!("avx");
+        let level = profile.level;
+        let wide = level == Level::V3 && std::is_x86_feature_detected!("avx");
         let mut interp =
             Interpreter::with_signals(memory, world, profile, index, count, Arc::clone(&signals));
         interp.note_changes();
@@ -320,7 +321,7 @@ impl Translating {
                     code,
                     stubs_end,
                     stubs,
-                    translator: Translator::new(at, stubs),
+                    translator: Translator::new(at, stubs, level),
                     sites,
                     ops,
                     exits,
@@ -1394,3 +1395,6 @@ impl Vcpu for Translating {
         Some(context.rust.statistics.costs())
     }
 }
+
+#[cfg(test)]
+mod tests;

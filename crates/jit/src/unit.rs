@@ -11,6 +11,7 @@ use iced_x86::{
 use trapgate_interp::op::Op;
 use trapgate_interp::{Access, Interpreter, Target};
 use trapgate_thunk::Class;
+use trapgate_x86::profile::Level;
 use trapgate_x86::registers::sreg;
 
 use crate::adapt::{Lesson, Noted};
@@ -196,6 +197,7 @@ pub(crate) struct Translator {
     pub(crate) guests: Vec<Guest>,
     at: Addresses,
     stubs: Stubs,
+    level: Level,
     /// Most instructions in a unit.
     pub(crate) most: usize,
     /// Everything is done twice, and must give the same: the interpreter reads the clock.
@@ -212,13 +214,14 @@ impl std::fmt::Debug for Translator {
 }
 
 impl Translator {
-    pub(crate) fn new(at: Addresses, stubs: Stubs) -> Self {
+    pub(crate) fn new(at: Addresses, stubs: Stubs, level: Level) -> Self {
         Self {
             asm: Asm::default(),
             encoder: Encoder::new(64),
             guests: Vec::new(),
             at,
             stubs,
+            level,
             most: MOST,
             repeats: false,
             #[cfg(test)]
@@ -309,7 +312,8 @@ impl Translator {
             }
             plain_offset(&mut instruction);
             let mut kind = classify(&instruction, mode);
-            if self.repeats && matches!(kind, Kind::ReadTime { .. }) {
+            let once = self.repeats && matches!(kind, Kind::ReadTime { .. });
+            if once || trapgate_interp::is_lacking(self.level, &instruction) {
                 kind = Kind::Operate;
             }
             if let Kind::Access(set) = kind {
