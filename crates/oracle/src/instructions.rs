@@ -1,8 +1,8 @@
 //! The instruction oracle: single instructions in all their forms, natively and on the engines.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl};
@@ -12,11 +12,11 @@ use crate::cases::{Maker, Piece, landing, target};
 use crate::encodings::{Encoding, Form, Surroundings, encodings, write};
 use crate::engine::{Engine, EngineError, Kind, prepare};
 use crate::judge::{self, Host};
-use crate::layout::record as at;
 use crate::layout::{
-    ARENA_BYTES, CASES, CODE_AT, CONTROL_AT, DATA_AT, IN_AT, OUT_AT, PAGE, RECORD, SLOTS, code,
-    data_offset, record_in, record_out, vector,
+    ARENA_BYTES, CASES, CODE_AT, CONTROL_AT, DATA_AT, IN_AT, OUT_AT, PAGE, RECORD, SLOTS, code, data_offset, record_in,
+    record_out, vector,
 };
+use crate::layout::record as at;
 use crate::monitor::control;
 use crate::native::{Native, NativeError};
 use crate::profile::exclusion;
@@ -123,9 +123,7 @@ pub fn run(settings: &Settings) -> Result<Report, OracleError> {
     let mut list = Vec::new();
     for encoding in encodings(settings.level, settings.bits) {
         if let Some(part) = &settings.code
-            && !format!("{:?}", encoding.code)
-                .to_lowercase()
-                .contains(&part.to_lowercase())
+            && !format!("{:?}", encoding.code).to_lowercase().contains(&part.to_lowercase())
         {
             continue;
         }
@@ -137,9 +135,7 @@ pub fn run(settings: &Settings) -> Result<Report, OracleError> {
         }
     }
     if list.is_empty() {
-        return Err(OracleError::NoCode(
-            settings.code.clone().unwrap_or_default(),
-        ));
+        return Err(OracleError::NoCode(settings.code.clone().unwrap_or_default()));
     }
     report.encodings = list.len();
     // Neighbours in the table are alike; mixed, a batch has something of everything.
@@ -208,8 +204,7 @@ fn make(batch: &mut Batch, number: u64, shared: &Shared<'_>, maker: &Maker) {
             written = if raw {
                 bytes(slot, &mut random, settings.bits).map(|piece| (piece, None))
             } else {
-                piece(encoding, slot, &mut random, settings.bits)
-                    .map(|piece| (piece, Some(encoding)))
+                piece(encoding, slot, &mut random, settings.bits).map(|piece| (piece, Some(encoding)))
             };
             if written.is_some() {
                 break;
@@ -257,9 +252,7 @@ fn piece(encoding: Encoding, slot: usize, random: &mut Random, bits: u32) -> Opt
         ip: guess,
         target: target(random, 16, false),
         landing: landing(slot, guess, random),
-        near: guess
-            .saturating_add_signed(random.next() as i8 as i64)
-            .max(code(slot)),
+        near: guess.saturating_add_signed(random.next() as i8 as i64).max(code(slot)),
         bits,
     };
     if random.one_in(8) {
@@ -295,17 +288,9 @@ fn bytes(slot: usize, random: &mut Random, bits: u32) -> Option<Piece> {
     }
     bytes.push(random.next() as u8);
     let modrm = random.next() as u8;
-    bytes.push(if random.one_in(2) {
-        modrm | 0xc0
-    } else {
-        modrm
-    });
+    bytes.push(if random.one_in(2) { modrm | 0xc0 } else { modrm });
     while bytes.len() < 16 {
-        bytes.push(if random.one_in(2) {
-            0
-        } else {
-            random.next() as u8
-        });
+        bytes.push(if random.one_in(2) { 0 } else { random.next() as u8 });
     }
     let piece = Piece::new(slot, bytes.clone(), 0, bits);
     let ip = position(slot, piece.bytes.len() as u64, random);
@@ -317,9 +302,7 @@ fn finish(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Option<Piece> {
     let piece = Piece::new(slot, bytes, ip, bits);
     let instruction = &piece.instruction;
     // What is no instruction has no end: how much of it is fetched before #UD is the CPU's choice.
-    if Decoder::with_ip(bits, &piece.bytes, ip, DecoderOptions::NO_WBNOINVD)
-        .decode()
-        .is_invalid()
+    if Decoder::with_ip(bits, &piece.bytes, ip, DecoderOptions::NO_WBNOINVD).decode().is_invalid()
         && piece.ip % PAGE > PAGE - 32
     {
         return None;
@@ -333,10 +316,7 @@ fn finish(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Option<Piece> {
     // A jump to itself has no end; one into itself is another program.
     if matches!(
         instruction.flow_control(),
-        FlowControl::UnconditionalBranch
-            | FlowControl::ConditionalBranch
-            | FlowControl::Call
-            | FlowControl::XbeginXabortXend
+        FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call | FlowControl::XbeginXabortXend
     ) && instruction.near_branch_target() != 0
     {
         let to = instruction.near_branch_target();
@@ -345,9 +325,7 @@ fn finish(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Option<Piece> {
         }
     }
     // Operands that the code itself names must not be the code.
-    if instruction.is_ip_rel_memory_operand()
-        && crate::layout::is_near(instruction.memory_displacement64())
-    {
+    if instruction.is_ip_rel_memory_operand() && crate::layout::is_near(instruction.memory_displacement64()) {
         let to = instruction.memory_displacement64();
         if to < crate::layout::data(0) {
             return None;
@@ -425,10 +403,7 @@ fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
     loop {
         let number = shared.next.fetch_add(1, Ordering::Relaxed);
         let late = shared.begun.elapsed() >= settings.time;
-        if number >= settings.first + settings.batches
-            || late
-            || shared.stop.load(Ordering::Relaxed)
-        {
+        if number >= settings.first + settings.batches || late || shared.stop.load(Ordering::Relaxed) {
             break;
         }
         let mut times = [Duration::ZERO; 5];
@@ -444,18 +419,11 @@ fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
 
 impl Worker {
     /// Runs cases natively and on all engines.
-    fn run(
-        &mut self,
-        batch: &Batch,
-        first: usize,
-        cases: usize,
-        times: &mut [Duration; 5],
-    ) -> Result<(), OracleError> {
+    fn run(&mut self, batch: &Batch, first: usize, cases: usize, times: &mut [Duration; 5]) -> Result<(), OracleError> {
         let slots = SLOTS;
         let total = batch.cases.len();
         let arena = self.native.arena();
-        arena[IN_AT..IN_AT + total * RECORD]
-            .copy_from_slice(&batch.arena[IN_AT..IN_AT + total * RECORD]);
+        arena[IN_AT..IN_AT + total * RECORD].copy_from_slice(&batch.arena[IN_AT..IN_AT + total * RECORD]);
         let area = CODE_AT..CODE_AT + slots * 2 * PAGE as usize;
         arena[area.clone()].copy_from_slice(&batch.arena[area]);
         begin(arena, first, cases);
@@ -465,10 +433,7 @@ impl Worker {
         for (index, engine) in self.engines.iter_mut().enumerate() {
             timed(&mut times[2 + index.min(1)], || {
                 engine.load(&batch.arena, total, slots)?;
-                engine.put(
-                    CONTROL_AT + 0x200,
-                    &control[CONTROL_AT + 0x200..CONTROL_AT + 0x218],
-                )?;
+                engine.put(CONTROL_AT + 0x200, &control[CONTROL_AT + 0x200..CONTROL_AT + 0x218])?;
                 engine.run(cases)?;
                 engine.records(total, &mut self.outcomes[index])
             })?;
@@ -536,15 +501,9 @@ impl Worker {
                 all_completed.insert(encoding);
             }
         }
-        for (name, time) in [
-            "making",
-            "host (waiting)",
-            "first engine",
-            "second engine",
-            "comparing",
-        ]
-        .into_iter()
-        .zip(times.iter())
+        for (name, time) in ["making", "host (waiting)", "first engine", "second engine", "comparing"]
+            .into_iter()
+            .zip(times.iter())
         {
             *report.times.entry(name).or_default() += *time;
         }
@@ -556,19 +515,13 @@ impl Worker {
             let same = report
                 .differences
                 .iter()
-                .filter(|difference| {
-                    difference.code == code && difference.engine == self.engines[engine].kind()
-                })
+                .filter(|difference| difference.code == code && difference.engine == self.engines[engine].kind())
                 .count();
             if same < 2 {
                 let mut text = String::new();
                 formatter.format(&piece.instruction, &mut text);
                 let form = encoding.map(|encoding| encoding.form);
-                let bytes: String = piece
-                    .bytes
-                    .iter()
-                    .map(|byte| format!("{byte:02x}"))
-                    .collect();
+                let bytes: String = piece.bytes.iter().map(|byte| format!("{byte:02x}")).collect();
                 report.differences.push(Difference {
                     engine: self.engines[engine].kind(),
                     code,
@@ -610,11 +563,7 @@ impl Worker {
             if found.is_empty() {
                 suspects.truncate(1);
                 for (engine, line) in suspects {
-                    found.push((
-                        engine,
-                        0,
-                        vec![format!("in the batch, not in any case alone: {line}")],
-                    ));
+                    found.push((engine, 0, vec![format!("in the batch, not in any case alone: {line}")]));
                 }
             }
         }
@@ -629,11 +578,7 @@ impl Worker {
             for (index, engine) in self.engines.iter_mut().enumerate() {
                 engine.get(from, &mut self.data)?;
                 let native = &mut self.native.arena()[from..from + PAGE as usize];
-                if let Some(position) = native
-                    .iter()
-                    .zip(&self.data)
-                    .position(|(one, other)| one != other)
-                {
+                if let Some(position) = native.iter().zip(&self.data).position(|(one, other)| one != other) {
                     let linear = crate::layout::data(0) + crate::layout::DATA_PAGES[page] * PAGE;
                     lines.push((
                         index,
