@@ -44,11 +44,11 @@ fn check(name: &str, engine: &str) {
         return;
     }
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let watch = Watch::start();
     let (machine, serial) = start(name, |config| {
         config.engine = engine.parse().unwrap();
         config.command_line = length_of(name, engine).to_owned();
     });
-    let watch = Watch::start();
     let outcome = end(&machine, &serial);
     let most = watch.most_kib();
     // Lockstep is both of the others, and what it compares.
