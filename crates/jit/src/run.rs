@@ -12,7 +12,7 @@ use rustc_hash::FxHashMap;
 use trapgate_engine::{Costs, Counter, Exit as RunExit, Observe, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
 use trapgate_interp::op::Op;
-use trapgate_interp::{Access, Interpreter, Target, View};
+use trapgate_interp::{Interpreter, Target, View};
 use trapgate_memory::{GuestMemory, HostAddress, PAGE_SIZE};
 use trapgate_x86::paging::is_canonical;
 use trapgate_x86::profile::Level;
@@ -282,7 +282,8 @@ impl Translating {
         let bell = Arc::clone(&doorbell);
         let signals = Arc::new(Signals::with_interrupter(move || bell.ring()));
         // Registers of 256 bits with dirty upper halves make SSE code slow, so only where a guest may use them.
-        let wide = profile.level == Level::V3 && std::is_x86_feature_detected!("avx");
+        let level = profile.level;
+        let wide = level == Level::V3 && std::is_x86_feature_detected!("avx");
         let mut interp =
             Interpreter::with_signals(memory, world, profile, index, count, Arc::clone(&signals));
         interp.note_changes();
@@ -320,7 +321,7 @@ impl Translating {
                     code,
                     stubs_end,
                     stubs,
-                    translator: Translator::new(at, stubs),
+                    translator: Translator::new(at, stubs, level),
                     sites,
                     ops,
                     exits,
@@ -584,13 +585,8 @@ impl Context {
         let cell = Cell::miss(site.mode.view(), site.write);
         self.rust.statistics.count(cell);
         let cpu = &mut self.interp.cpu;
-        let access = if site.write {
-            Access::Write
-        } else {
-            Access::Read
-        };
-        match cpu.resolve(linear, size, access, site.segment) {
-            Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
+        match cpu.resolve(linear, size, site.access(), site.segment) {
+            Ok(Some(target)) if site.is_allowed(&target) => {
                 self.keep(&site, linear, &target);
                 self.give_x87(&site);
                 answer::RETURN
@@ -635,18 +631,9 @@ impl Context {
     fn keep_both(&mut self, site: &Site, linear: u64) {
         let last = linear.wrapping_add(u64::from(site.size) - 1);
         for linear in [linear, last] {
-            let access = if site.write {
-                Access::Write
-            } else {
-                Access::Read
-            };
             let cpu = &mut self.interp.cpu;
-            if let Ok(Some(target)) = cpu.resolve(linear, 1, access, site.segment)
-                && (if site.write {
-                    target.write
-                } else {
-                    target.read
-                })
+            if let Ok(Some(target)) = cpu.resolve(linear, 1, site.access(), site.segment)
+                && site.is_allowed(&target)
             {
                 self.keep(site, linear, &target);
             }
@@ -1408,3 +1395,6 @@ impl Vcpu for Translating {
         Some(context.rust.statistics.costs())
     }
 }
+
+#[cfg(test)]
+mod tests;

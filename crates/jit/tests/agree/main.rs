@@ -3,8 +3,10 @@
 
 mod costs;
 mod crossing;
+mod edges;
 mod guest;
 mod programs;
 mod straight;
 mod together;
+mod undefined;
 mod x87;
