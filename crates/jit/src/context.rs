@@ -2,10 +2,10 @@
 //! field by a 32-bit address and needs no register for it.
 
 use std::mem::offset_of;
-use std::sync::atomic::AtomicU32;
 
 use crate::adapt::Lesson;
 use crate::clock::Reading;
+use crate::returns::{Bell, EMPTY, Stack};
 use trapgate_interp::Interpreter;
 use trapgate_interp::cpu::Cpu;
 use trapgate_thunk::RegisterFile;
@@ -234,8 +234,7 @@ pub(crate) const NO_TARGET: u64 = 0x8000_0000_0000_0000;
 /// See the module.
 #[repr(C)]
 pub(crate) struct Context {
-    /// 0 if a signal may be raised, else 1. Other threads clear it.
-    pub(crate) poll: AtomicU32,
+    pub(crate) bell: Bell,
     /// The arithmetic flags as LAHF and SETO leave them in AX, while they are not in the host's flags.
     pub(crate) flags: u32,
     /// The site that called out.
@@ -254,6 +253,13 @@ pub(crate) struct Context {
     pub(crate) clock: Reading,
     /// Accesses that may yet miss in a slot, and in a table, before one is looked at: see [`crate::adapt`].
     pub(crate) patience: [u32; 2],
+    /// RSP of host code while Rust code runs, and of the thread's stack while host code runs.
+    pub(crate) stack: u64,
+    pub(crate) host_stack: u64,
+    /// Where the call of a Rust function returns to.
+    pub(crate) resume: u64,
+    /// RSP of host code of each class, while it is not the current one.
+    pub(crate) tops: [u64; CLASSES],
     /// The host's MXCSR.
     pub(crate) host_mxcsr: u32,
     /// Rust functions that host code calls.
@@ -271,6 +277,8 @@ pub(crate) struct Context {
     /// Which mapping of a code page is known to be in force, by linear page; 0 is none.
     pub(crate) pages: Pages,
     pub(crate) targets: [Targets; CLASSES],
+    /// Host code's stacks.
+    pub(crate) stacks: [Stack; CLASSES],
     /// The processor.
     pub(crate) interp: Interpreter,
     /// What only Rust code uses.
@@ -298,7 +306,33 @@ impl Addresses {
     }
 
     pub(crate) fn poll(self) -> u32 {
-        self.field(offset_of!(Context, poll))
+        self.field(offset_of!(Context, bell) + offset_of!(Bell, poll))
+    }
+
+    /// The lowest RSP with which a CALL goes on.
+    pub(crate) fn limit(self, class: usize) -> u32 {
+        self.field(offset_of!(Context, bell) + offset_of!(Bell, limits)) + (class * 4) as u32
+    }
+
+    pub(crate) fn stack(self) -> u32 {
+        self.field(offset_of!(Context, stack))
+    }
+
+    pub(crate) fn host_stack(self) -> u32 {
+        self.field(offset_of!(Context, host_stack))
+    }
+
+    pub(crate) fn resume(self) -> u32 {
+        self.field(offset_of!(Context, resume))
+    }
+
+    pub(crate) fn top(self, class: usize) -> u32 {
+        self.field(offset_of!(Context, tops)) + (class * 8) as u32
+    }
+
+    /// RSP of a class's stack without calls.
+    pub(crate) fn empty_stack(self, class: usize) -> u32 {
+        self.field(offset_of!(Context, stacks)) + (class * size_of::<Stack>()) as u32 + EMPTY
     }
 
     pub(crate) fn flags(self) -> u32 {

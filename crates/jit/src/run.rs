@@ -5,7 +5,7 @@ pub(crate) mod lockstep;
 
 use std::ptr::{addr_of_mut, from_mut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use iced_x86::Code;
 use rustc_hash::FxHashMap;
@@ -30,6 +30,7 @@ use crate::emit::Asm;
 use crate::low::Low;
 use crate::mode::Mode;
 use crate::perf_map::{self, PerfMap};
+use crate::returns::Bell;
 use crate::spaces::{Parts, Spaces};
 use crate::statistics::{Cell, Slow, Statistics};
 use crate::stubs::{self, Stubs, answer, exit};
@@ -126,7 +127,7 @@ pub(crate) struct Inner {
     code: CodeMemory,
     /// Bytes of stubs at the start of the code.
     stubs_end: usize,
-    stubs: Stubs,
+    pub(crate) stubs: Stubs,
     translator: Translator,
     sites: Vec<Site>,
     ops: Vec<Op>,
@@ -166,7 +167,7 @@ pub struct Translating {
     _doorbell: Arc<Doorbell>,
 }
 
-/// Where signals are rung: the context's poll word, as long as there is a context.
+/// Where signals are rung: the context's bell, as long as there is a context.
 struct Doorbell {
     word: std::sync::Mutex<Option<usize>>,
 }
@@ -189,10 +190,10 @@ impl Doorbell {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(address) = *word {
-            // SAFETY: the address is that of the poll word of a context that lives: its owner takes the
+            // SAFETY: the address is that of the bell of a context that lives: its owner takes the
             // address away, under this lock, before it goes.
-            let poll = unsafe { &*(address as *const AtomicU32) };
-            poll.store(0, Ordering::SeqCst);
+            let bell = unsafe { &*(address as *const Bell) };
+            bell.ring();
         }
     }
 }
@@ -274,7 +275,6 @@ impl Translating {
                 addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
                 addr_of_mut!((*context).unmatched).write(unmatched());
                 addr_of_mut!((*context).patience).write([PATIENCE; 2]);
-                addr_of_mut!((*context).poll).write(AtomicU32::new(1));
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
                 addr_of_mut!((*context).rust).write(Inner {
@@ -313,13 +313,14 @@ impl Translating {
         // SAFETY: no host code runs.
         let whole = unsafe { &mut *context.pointer() };
         whole.forget_all_code();
+        whole.stack = whole.tops[0];
         whole.clear_translations();
         whole.name_stubs();
         *doorbell
             .word
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner) =
-            Some(from_mut(&mut whole.poll) as usize);
+            Some(from_mut(&mut whole.bell) as usize);
         Ok(Self {
             context,
             signals,
@@ -337,9 +338,11 @@ impl Translating {
         unsafe { &mut *self.context.pointer() }
     }
 
-    /// Runs host code from [`Context::target`].
-    fn enter(&mut self) -> u32 {
-        let stub = self.whole().rust.stubs.enter;
+    /// Runs host code of a mode from [`Context::target`].
+    fn enter(&mut self, mode: Mode) -> u32 {
+        let context = self.whole();
+        context.stand_on(mode);
+        let stub = context.rust.stubs.enter;
         // SAFETY: the stub was written by `stubs::write` for this signature, and lives as long as the
         // context. What runs from there was made by `Translator`: it keeps the host's stack and callee-saved
         // registers, and touches no memory but the context and guest RAM that the TLB vouches for.
@@ -394,8 +397,8 @@ impl Translating {
         let found = context.find_here();
         // Translating may have taken rights to write away.
         context.apply_changes();
-        let target = match found {
-            Ok(Some(target)) => target,
+        let (target, mode) = match found {
+            Ok(Some(found)) => found,
             Ok(None) => {
                 context.rust.statistics.interpreted += 1;
                 let span = context.rust.statistics.start();
@@ -406,7 +409,7 @@ impl Translating {
             }
             Err(stop) => return context.interp.after(stop),
         };
-        context.poll.store(1, Ordering::SeqCst);
+        context.bell.rest((&raw const context.stacks) as u32);
         fence(Ordering::SeqCst);
         if context.interp.cpu.signals.any() {
             return None;
@@ -416,7 +419,7 @@ impl Translating {
         context.rust.statistics.entries += 1;
         let span = context.rust.statistics.start();
         context.rust.statistics.count(Cell::CODE);
-        let reason = self.enter();
+        let reason = self.enter(mode);
         let context = self.whole();
         context.rust.statistics.stop(span);
         context.rust.statistics.left[reason as usize & 3] += 1;
@@ -678,7 +681,9 @@ impl Context {
         }
         self.rust.access = cpu.system_flags & rflags::AC != 0;
         let mode = Mode::of(cpu)?;
-        self.known_target(cpu.rip, mode)
+        let target = self.known_target(cpu.rip, mode)?;
+        self.stand_on(mode);
+        Some(target)
     }
 
     /// Host code for a linear address, if it is in the table of jump targets.
@@ -697,17 +702,24 @@ impl Context {
         in_force.then_some(targets.host[slot])
     }
 
+    /// Jump targets and calls of a mode's class are to be those of that mode.
+    pub(crate) fn use_mode(&mut self, mode: Mode) {
+        let class = class(mode);
+        if self.target_modes[class] != mode.0 {
+            self.target_modes[class] = mode.0;
+            self.targets[class].linear.fill(NO_TARGET);
+            self.forget_calls_of(class);
+        }
+    }
+
     /// Remembers where a jump to a linear address leads.
     fn know_target(&mut self, rip: u64, mode: Mode, block: u32) {
         if self.rust.watch.is_some() || self.rust.blocks[block as usize].second.is_some() {
             // Both its pages must be looked at each time.
             return;
         }
+        self.use_mode(mode);
         let class = class(mode);
-        if self.target_modes[class] != mode.0 {
-            self.target_modes[class] = mode.0;
-            self.targets[class].linear.fill(NO_TARGET);
-        }
         let slot = rip as usize % TARGETS;
         let Block { checked, keys, .. } = self.rust.blocks[block as usize];
         self.targets[class].linear[slot] = rip;
@@ -830,20 +842,20 @@ impl Context {
     // Code.
 
     /// Host code for RIP, in the present mode; `None` if it can't be translated.
-    fn find_here(&mut self) -> Result<Option<u64>, Stop> {
+    fn find_here(&mut self) -> Result<Option<(u64, Mode)>, Stop> {
         let Some(mode) = Mode::of(&self.interp.cpu) else {
             return Ok(None);
         };
         self.rust.access = self.interp.cpu.system_flags & rflags::AC != 0;
         let rip = self.interp.cpu.rip;
         if let Some(target) = self.known_target(rip, mode) {
-            return Ok(Some(target));
+            return Ok(Some((target, mode)));
         }
         let Some(block) = self.find(rip, mode, true)? else {
             return Ok(None);
         };
         self.know_target(rip, mode, block);
-        Ok(Some(self.rust.blocks[block as usize].entry))
+        Ok(Some((self.rust.blocks[block as usize].entry, mode)))
     }
 
     /// The block at a linear address.
@@ -1206,6 +1218,7 @@ impl Context {
         for targets in &mut self.targets {
             targets.linear.fill(NO_TARGET);
         }
+        self.forget_calls();
         self.interp.take_dropped();
     }
 }

@@ -3,11 +3,13 @@
 use trapgate_interp::{Layout, View};
 
 use crate::adapt::Lesson;
-use crate::context::{Addresses, Entry, HOST_OFFSET, MOST_LOCAL, TLB_ENTRIES, VIEWS, page_offset};
+use crate::context::{
+    Addresses, CLASSES, Entry, HOST_OFFSET, MOST_LOCAL, TARGETS, TLB_ENTRIES, VIEWS, page_offset,
+};
 use crate::emit::{
     Alu, Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSP, condition,
 };
-use crate::registers::{ADDRESS, HOME};
+use crate::registers::{ADDRESS, HOME, SPARE};
 use crate::statistics::Cell;
 
 /// Addresses of the stubs.
@@ -21,8 +23,8 @@ pub(crate) struct Stubs {
     pub(crate) refill: [[u64; 2]; VIEWS],
     /// The same for a slot: RCX is its address.
     pub(crate) find: [[u64; 2]; VIEWS],
-    /// Called to run a site's instruction on the interpreter, with the site's number after the call; goes on
-    /// elsewhere.
+    /// Called to run a site's instruction on the interpreter, with the site's number in RCX; goes on at the next
+    /// instruction or elsewhere.
     pub(crate) operate: u64,
     /// Called, with the exit's number after the call: leave with [`exit::LINK`]; the flags are in the host's.
     pub(crate) link_host: u64,
@@ -35,6 +37,10 @@ pub(crate) struct Stubs {
     /// Called, with the site's number after the call: leave with [`exit::INDIRECT`]; the target is in
     /// [`ADDRESS`], the flags are in memory.
     pub(crate) indirect: u64,
+    /// Jumped to after a RET: no call is remembered, or one from elsewhere. The target is in [`ADDRESS`], the site's number
+    /// stored, the flags are in memory.
+    pub(crate) no_call: [u64; CLASSES],
+    pub(crate) other_call: [u64; CLASSES],
 }
 
 impl Stubs {
@@ -50,6 +56,8 @@ impl Stubs {
             go_host,
             go_memory,
             indirect,
+            no_call,
+            other_call: _,
         } = self;
         let mut names = vec![
             (*enter, "stub enter".to_owned()),
@@ -59,6 +67,7 @@ impl Stubs {
             (*go_host, "stub leave, flags in the host's".to_owned()),
             (*go_memory, "stub leave".to_owned()),
             (*indirect, "stub indirect".to_owned()),
+            (no_call[0], "stub return".to_owned()),
         ];
         for (slot, stubs) in [refill, find].into_iter().enumerate() {
             for (index, start) in stubs.as_flattened().iter().enumerate() {
@@ -154,7 +163,13 @@ impl Writer<'_> {
         self.asm.flags_from_ax();
     }
 
-    /// Back to whoever called `enter`; EAX is the answer.
+    /// From host code's stack to the thread's.
+    fn to_host_stack(&mut self) {
+        self.asm.store(Mem::low(self.at.stack()), RSP);
+        self.asm.load(RSP, Mem::low(self.at.host_stack()));
+    }
+
+    /// Back to whoever called `enter`, from the thread's stack; EAX is the answer.
     fn leave(&mut self) {
         self.asm.mxcsr(false, self.at.host_mxcsr());
         self.asm.alu_imm(true, Alu::Add, RSP, 8);
@@ -327,8 +342,22 @@ impl Writer<'_> {
         let start = self.asm.here();
         self.save();
         self.asm.mov_imm(RAX, u64::from(reason));
+        self.to_host_stack();
         self.leave();
         start
+    }
+}
+
+impl Asm {
+    /// The place of the linear address in [`ADDRESS`] in a table of jump targets to [`SPARE`], or else a jump; gives
+    /// the position of its rel32.
+    pub(crate) fn find_target(&mut self, at: Addresses, class: usize, otherwise: u64) -> usize {
+        // The index is the lower half of the address's lower half.
+        const { assert!(TARGETS == 1 << 16) };
+        self.zero_extend16(SPARE, ADDRESS);
+        self.compare_load(ADDRESS, Mem::array(at.targets_linear(class), SPARE));
+        self.jump_if(condition::NE, otherwise);
+        self.bytes.len() - 4
     }
 }
 
@@ -341,14 +370,14 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
     }
     writer.asm.alu_imm(true, Alu::Sub, RSP, 8);
     writer.asm.mxcsr(true, at.host_mxcsr());
+    writer.asm.store(Mem::low(at.host_stack()), RSP);
     writer.restore_flags();
     writer.restore();
+    writer.asm.load(RSP, Mem::low(at.stack()));
     writer.asm.jump_memory(Mem::low(at.target()));
 
-    // What a called function answered beside "return": RAX is that, and its call's return address is on
-    // the stack.
+    // What a called function answered beside "return": RAX is that.
     let elsewhere = writer.asm.here();
-    writer.asm.alu_imm(true, Alu::Add, RSP, 8);
     writer
         .asm
         .alu_imm(true, Alu::Cmp, RAX, answer::LEAVE as i32);
@@ -356,29 +385,33 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
     writer.asm.mov_imm(RAX, u64::from(exit::STOP));
     writer.leave();
     writer.asm.land(going);
-    writer.asm.store(Mem::low(at.target()), RAX);
+    writer.asm.store(Mem::low(at.resume()), RAX);
     writer.restore_flags();
     writer.restore();
-    writer.asm.jump_memory(Mem::low(at.target()));
+    writer.asm.load(RSP, Mem::low(at.stack()));
+    // RET, as there was a CALL: else the host would expect the guest's returns one call too early.
+    writer.asm.push_memory(Mem::low(at.resume()));
+    writer.asm.ret();
 
     // Calls of Rust functions `extern "sysv64" fn(*mut Context) -> u64`.
-    let call = |writer: &mut Writer<'_>, function: u32, site: i32| {
-        let start = writer.asm.here();
-        writer.note_site(site);
+    let call = |writer: &mut Writer<'_>, function: u32| {
         writer.asm.store(Mem::low(at.linear()), ADDRESS);
+        writer.asm.pop_memory(Mem::low(at.resume()));
         writer.save();
-        writer.asm.alu_imm(true, Alu::Sub, RSP, 8);
+        writer.to_host_stack();
         writer.asm.mov_imm(RDI, u64::from(at.base()));
         writer.asm.call_memory(Mem::low(function));
-        writer.asm.alu_imm(true, Alu::Add, RSP, 8);
         writer.asm.alu(true, Alu::Or, RAX, RAX);
         writer.asm.jump_if(condition::NE, elsewhere);
         writer.restore();
+        writer.asm.load(RSP, Mem::low(at.stack()));
+        writer.asm.push_memory(Mem::low(at.resume()));
         writer.asm.load(ADDRESS, Mem::low(at.linear()));
-        writer.asm.raw(&[0xc3]);
-        start
+        writer.asm.ret();
     };
-    let miss = call(&mut writer, at.miss(), RETRY);
+    let miss = writer.asm.here();
+    writer.note_site(RETRY);
+    call(&mut writer, at.miss());
     let mut refill = [[0; 2]; VIEWS];
     let mut find = [[0; 2]; VIEWS];
     for view in 0..VIEWS {
@@ -388,7 +421,9 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
             find[view][usize::from(write)] = writer.find(view, write, plain, miss);
         }
     }
-    let operate = call(&mut writer, at.operate(), 0);
+    let operate = writer.asm.here();
+    writer.asm.store32(Mem::low(at.site()), RCX);
+    call(&mut writer, at.operate());
 
     let link_host = writer.asm.here();
     writer.save_flags();
@@ -402,8 +437,25 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
     let indirect = writer.asm.here();
     writer.note_site(0);
     writer.asm.alu_imm(true, Alu::Add, RSP, 8);
+    let noted = writer.asm.here();
     writer.asm.store(Mem::low(at.rip()), ADDRESS);
     writer.leave_with(exit::INDIRECT);
+
+    // A RET that leads elsewhere goes by the table of jump targets.
+    let (mut no_call, mut other_call) = ([0; CLASSES], [0; CLASSES]);
+    for class in 0..CLASSES {
+        no_call[class] = writer.asm.here();
+        writer.asm.lea(true, RSP, Mem::at(RSP, -8));
+        other_call[class] = writer.asm.here();
+        writer
+            .asm
+            .alu_memory_imm32(Alu::Cmp, Mem::low(at.poll()), 0);
+        writer.asm.jump_if(condition::E, noted);
+        writer.asm.find_target(at, class, noted);
+        writer
+            .asm
+            .jump_memory(Mem::array(at.targets_host(class), SPARE));
+    }
     Stubs {
         enter,
         refill,
@@ -414,5 +466,7 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
         go_host,
         go_memory,
         indirect,
+        no_call,
+        other_call,
     }
 }

@@ -13,7 +13,7 @@ use trapgate_interp::op::Op;
 use trapgate_x86::registers::sreg;
 
 use crate::adapt::{Lesson, Noted};
-use crate::context::{Addresses, TARGETS};
+use crate::context::Addresses;
 use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDI, RDX, RSI, Reg, condition};
 use crate::instruction::{
     COUNTER, Count, FLAGS, Guest, Kind, Plan, Text, Undefined, classify, flag_use,
@@ -144,6 +144,16 @@ pub(crate) enum Aside {
     Indirect {
         jumps: [usize; 2],
         site: u32,
+    },
+    Call {
+        jump: usize,
+        target: u64,
+        landing: u64,
+    },
+    CallIndirect {
+        jumps: [usize; 2],
+        site: u32,
+        landing: u64,
     },
 }
 
@@ -442,7 +452,7 @@ pub(crate) struct Writer<'a> {
     pub(crate) flags: Where,
     /// The mode at this point: STAC and CLAC change it.
     pub(crate) mode: Mode,
-    unit: &'a mut Unit,
+    pub(crate) unit: &'a mut Unit,
     pub(crate) asides: Vec<Aside>,
     /// Loops in this unit, as addresses of their first and last instructions.
     loops: Vec<(u64, u64)>,
@@ -680,15 +690,11 @@ impl Writer<'_> {
             Kind::Jump(target) => self.jump(instruction, target, guest.live_out),
             Kind::JumpIf(condition, target) => self.jump_if(guest, condition, target),
             Kind::Count(count, target) => self.count(guest, count, target),
-            Kind::Call(target) => {
-                self.give_up_flags(guest.live_in);
-                self.push_return(guest);
-                self.jump(instruction, target, guest.live_out);
-            }
+            Kind::Call(target) => self.call(guest, target),
             Kind::JumpIndirect => {
                 self.give_up_flags(guest.live_in);
                 self.indirect_target(guest);
-                self.indirect(guest, 0);
+                self.indirect(guest);
             }
             Kind::CallIndirect => {
                 self.give_up_flags(guest.live_in);
@@ -696,7 +702,7 @@ impl Writer<'_> {
                 self.asm.store(Mem::low(self.at.stash()), ADDRESS);
                 self.push_return(guest);
                 self.asm.load(ADDRESS, Mem::low(self.at.stash()));
-                self.indirect(guest, -(self.mode.word() as i32));
+                self.call_indirect(guest);
             }
             Kind::Return(extra) => {
                 self.give_up_flags(guest.live_in);
@@ -706,7 +712,7 @@ impl Writer<'_> {
                 let popped = word as i32 + i32::from(extra);
                 self.asm
                     .lea(word == 8, GUEST_RSP, Mem::at(GUEST_RSP, popped));
-                self.indirect(guest, popped);
+                self.return_to(guest, popped);
             }
             Kind::PushFlags => self.push_flags(guest),
             Kind::PopFlags => self.pop_flags(guest),
@@ -946,8 +952,8 @@ impl Writer<'_> {
         site.length = op.length;
         let site = self.add_site(site);
         self.give_up_flags(FLAGS);
+        self.asm.mov_imm(RCX, u64::from(site));
         self.asm.call(self.stubs.operate);
-        self.asm.word(site);
         true
     }
 
@@ -1139,7 +1145,7 @@ impl Writer<'_> {
     // Transfers.
 
     /// Pushes the address of the next instruction.
-    fn push_return(&mut self, guest: &Guest) {
+    pub(crate) fn push_return(&mut self, guest: &Guest) {
         self.stack_access(guest, true);
         let address = guest.instruction.next_ip();
         if self.mode.is_compatibility() {
@@ -1172,24 +1178,15 @@ impl Writer<'_> {
     }
 
     /// Goes on at the linear address in [`ADDRESS`]. The flags are in memory.
-    pub(crate) fn indirect(&mut self, guest: &Guest, popped: i32) {
-        let site = Site {
-            popped,
-            ..self.site(guest)
-        };
+    pub(crate) fn indirect(&mut self, guest: &Guest) {
+        let site = self.site(guest);
         let site = self.add_site(site);
         let class = crate::run::class(self.mode);
         self.asm
             .alu_memory_imm32(Alu::Cmp, Mem::low(self.at.poll()), 0);
         self.asm.jump_if(condition::E, self.asm.here());
         let poll = self.asm.bytes.len() - 4;
-        // The index is the lower half of the address's lower half.
-        const { assert!(TARGETS == 1 << 16) };
-        self.asm.zero_extend16(SPARE, ADDRESS);
-        self.asm
-            .compare_load(ADDRESS, Mem::array(self.at.targets_linear(class), SPARE));
-        self.asm.jump_if(condition::NE, self.asm.here());
-        let miss = self.asm.bytes.len() - 4;
+        let miss = self.asm.find_target(self.at, class, self.asm.here());
         self.asm
             .jump_memory(Mem::array(self.at.targets_host(class), SPARE));
         self.asides.push(Aside::Indirect {
@@ -1199,7 +1196,7 @@ impl Writer<'_> {
     }
 
     /// Makes the exit at the rel32 before here; `live` flags are needed at the target.
-    fn exit_here(&mut self, target: u64, live: u32) {
+    pub(crate) fn exit_here(&mut self, target: u64, live: u32) {
         let memory = live == 0 || !self.flags.host;
         let exit = Exit {
             patch: self.asm.here() - 4,
@@ -1290,8 +1287,8 @@ impl Writer<'_> {
                 Aside::Operate { jump, site } => {
                     self.asm.patch(jump, here);
                     // It does not return here: it goes on at the next instruction.
+                    self.asm.mov_imm(RCX, u64::from(site));
                     self.asm.call(self.stubs.operate);
-                    self.asm.word(site);
                 }
                 Aside::Link { exit } => {
                     let number = self.request.first_exit + exit as u32;
@@ -1313,23 +1310,48 @@ impl Writer<'_> {
                     memory,
                 } => {
                     self.asm.patch(jump, here);
-                    self.asm.mov_imm(RCX, target);
-                    self.asm.store(Mem::low(self.at.rip()), RCX);
-                    let to = if memory {
-                        self.stubs.go_memory
-                    } else {
-                        self.stubs.go_host
-                    };
-                    self.asm.jump(to);
+                    self.go(target, memory);
                 }
-                Aside::Indirect { jumps, site } => {
-                    for jump in jumps {
-                        self.asm.patch(jump, here);
-                    }
-                    self.asm.call(self.stubs.indirect);
-                    self.asm.word(site);
+                Aside::Call {
+                    jump,
+                    target,
+                    landing,
+                } => {
+                    self.asm.patch(jump, here);
+                    self.remember(landing);
+                    self.go(target, true);
                 }
+                Aside::Indirect { jumps, site } => self.leave_indirect(jumps, None, site),
+                Aside::CallIndirect {
+                    jumps,
+                    site,
+                    landing,
+                } => self.leave_indirect(jumps, Some(landing), site),
             }
         }
+    }
+
+    /// Leaves, to go on at `target`.
+    fn go(&mut self, target: u64, memory: bool) {
+        self.asm.mov_imm(RCX, target);
+        self.asm.store(Mem::low(self.at.rip()), RCX);
+        let to = if memory {
+            self.stubs.go_memory
+        } else {
+            self.stubs.go_host
+        };
+        self.asm.jump(to);
+    }
+
+    /// Leaves, to go on at the address in [`ADDRESS`], of which no host code is known.
+    fn leave_indirect(&mut self, jumps: [usize; 2], landing: Option<u64>, site: u32) {
+        for jump in jumps {
+            self.asm.patch(jump, self.asm.here());
+        }
+        if let Some(landing) = landing {
+            self.remember(landing);
+        }
+        self.asm.call(self.stubs.indirect);
+        self.asm.word(site);
     }
 }
