@@ -92,6 +92,16 @@ impl Kind {
                 | Self::OperateLast
         )
     }
+
+    /// Whether a RET comes back to the next instruction.
+    pub(crate) fn is_call(self) -> bool {
+        matches!(self, Self::Call(_) | Self::CallIndirect)
+    }
+
+    /// Whether the next instruction need not be run right after it, though it is of the same unit.
+    pub(crate) fn leaves(self) -> bool {
+        self.is_call() || matches!(self, Self::JumpIf(..))
+    }
 }
 
 /// A string instruction.

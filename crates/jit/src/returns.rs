@@ -10,7 +10,8 @@
 //! code is thrown away.
 //!
 //! Below the calls is room for what else uses a stack: stubs, and the host's signals. Rust functions run on the thread's own
-//! stack. A CALL that finds its stack full, or a signal raised, leaves host code. The word at the base leads to the
+//! stack. A unit goes on behind the landing: it is dropped when its guest code changes, and then the stacks are
+//! emptied. A CALL that finds its stack full, or a signal raised, leaves host code. The word at the base leads to the
 //! table and stays there.
 
 use std::mem::offset_of;
@@ -18,7 +19,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::context::{CLASSES, Context};
 use crate::emit::{Alu, Mem, RCX, RSP, condition};
-use crate::instruction::{FLAGS, Guest};
+use crate::instruction::Guest;
 use crate::mode::Mode;
 use crate::registers::{ADDRESS, SPARE};
 use crate::unit::{Aside, Site, Writer};
@@ -186,12 +187,14 @@ impl Writer<'_> {
             self.asm.mov_imm(RCX, address);
             self.asm.alu(true, Alu::Cmp, ADDRESS, RCX);
         }
-        self.asm.jump_if(condition::NE, self.stubs.other_call[class]);
-        self.asm.jump(self.asm.here());
-        self.exit_here(address, FLAGS);
-        if let Some(exit) = self.unit.exits.last_mut() {
-            // The mapping may be another by then.
-            exit.far = true;
+        self.asm
+            .jump_if(condition::NE, self.stubs.other_call[class]);
+        // The page may be mapped elsewhere by then.
+        if self.is_last {
+            self.leave_far(address);
+        } else {
+            self.unit.has_landing = true;
+            self.check_mapping(address, self.request.mapping, address);
         }
         landing
     }

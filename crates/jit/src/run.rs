@@ -110,6 +110,8 @@ struct Block {
     keys: [u64; 2],
     /// The mapping of the next page, if it is an instruction that crosses to it.
     second: Option<u32>,
+    /// A RET may enter it in its middle.
+    has_landing: bool,
     alive: bool,
 }
 
@@ -1061,6 +1063,7 @@ impl Context {
             incoming: Vec::new(),
             keys: [this, other],
             second: second.map(|(mapping, _)| mapping),
+            has_landing: unit.has_landing,
             alive: true,
         });
         rust.on_page.entry(gpa >> 12).or_default().push(number);
@@ -1175,6 +1178,7 @@ impl Context {
             return;
         }
         block.alive = false;
+        let has_landing = block.has_landing;
         rust.statistics.dropped += 1;
         for key in block.keys {
             if rust.found.get(&key) == Some(&number) {
@@ -1193,6 +1197,9 @@ impl Context {
             if targets.host[slot] == block.checked {
                 targets.linear[slot] = NO_TARGET;
             }
+        }
+        if has_landing {
+            self.forget_calls();
         }
     }
 

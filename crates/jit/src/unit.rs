@@ -103,6 +103,8 @@ pub(crate) struct Unit {
     pub(crate) entry: u64,
     /// The flags on entry do not matter.
     pub(crate) any_flags: bool,
+    /// A RET may enter it in its middle.
+    pub(crate) has_landing: bool,
     /// Bytes of guest code that it was made of, from the start.
     pub(crate) length: u64,
     pub(crate) instructions: u32,
@@ -222,6 +224,7 @@ impl Translator {
             mode: request.mode,
             unit: &mut unit,
             asides: Vec::new(),
+            is_last: false,
             loops: loops(&guests),
             interp,
             ops,
@@ -284,7 +287,8 @@ impl Translator {
             }
             self.push(instruction, kind);
             unit.length = decoder.position() as u64;
-            if kind.ends() {
+            // What a CALL returns to is the rest of the unit, unless units are run one by one.
+            if kind.ends() && (self.repeats || !kind.is_call()) {
                 break;
             }
         }
@@ -345,8 +349,10 @@ impl Translator {
             },
         };
         for guest in self.guests.iter_mut().rev() {
-            if let Kind::JumpIf(_, target) = guest.kind {
-                live |= look(unit, target);
+            match guest.kind {
+                Kind::JumpIf(_, target) => live |= look(unit, target),
+                Kind::Call(target) => live = look(unit, target),
+                _ => {}
             }
             guest.live_out = live;
             live = live & !guest.kills | guest.reads;
@@ -448,12 +454,14 @@ pub(crate) struct Writer<'a> {
     encoder: &'a mut Encoder,
     pub(crate) at: Addresses,
     pub(crate) stubs: Stubs,
-    request: Request<'a>,
+    pub(crate) request: Request<'a>,
     pub(crate) flags: Where,
     /// The mode at this point: STAC and CLAC change it.
     pub(crate) mode: Mode,
     pub(crate) unit: &'a mut Unit,
     pub(crate) asides: Vec<Aside>,
+    /// Nothing of the unit comes after the instruction that is written.
+    pub(crate) is_last: bool,
     /// Loops in this unit, as addresses of their first and last instructions.
     loops: Vec<(u64, u64)>,
     interp: &'a mut Interpreter,
@@ -465,13 +473,15 @@ impl Writer<'_> {
     fn write(&mut self, guests: &[Guest]) -> bool {
         let (rip, mapping) = (self.request.rip, self.request.mapping);
         self.unit.checked = self.asm.here();
-        self.check_mapping(rip, mapping);
+        self.check_mapping(rip, mapping, rip);
         self.unit.entry = self.asm.here();
         if let Some(second) = self.request.second {
-            self.check_mapping((rip & !0xfff).wrapping_add(0x1000), second);
+            let next = (rip & !0xfff).wrapping_add(0x1000);
+            self.check_mapping(next, second, rip);
         }
         for (index, guest) in guests.iter().enumerate() {
-            let after_jump = index == 0 || matches!(guests[index - 1].kind, Kind::JumpIf(..));
+            let after_jump = index == 0 || guests[index - 1].kind.leaves();
+            self.is_last = index + 1 == guests.len();
             if self.request.counting && after_jump {
                 self.count_run(&guests[index..]);
             }
@@ -497,11 +507,9 @@ impl Writer<'_> {
         true
     }
 
-    /// Counts the instructions from here to the next conditional jump. Neither the flags nor a guest register change.
+    /// Counts the instructions from here to the next jump out of the unit's middle. Neither the flags nor a guest register change.
     fn count_run(&mut self, guests: &[Guest]) {
-        let jump = guests
-            .iter()
-            .position(|guest| matches!(guest.kind, Kind::JumpIf(..)));
+        let jump = guests.iter().position(|guest| guest.kind.leaves());
         let run = jump.map_or(guests.len(), |jump| jump + 1);
         let counter = Mem::low(self.at.instructions());
         self.asm.load(RCX, counter);
@@ -510,11 +518,10 @@ impl Writer<'_> {
     }
 
     /// A page must still be mapped where this was translated from.
-    fn check_mapping(&mut self, linear: u64, mapping: u32) {
+    pub(crate) fn check_mapping(&mut self, linear: u64, mapping: u32, target: u64) {
         let slot = Mem::low(self.at.page(linear));
         let mapping = mapping as i32;
-        let target = self.request.rip;
-        let memory = self.request.memory;
+        let memory = !self.flags.host;
         let jump = if self.unit.any_flags || memory {
             self.asm.alu_memory_imm32(Alu::Cmp, slot, mapping);
             self.asm.jump_if(condition::NE, self.asm.here());
@@ -1197,6 +1204,11 @@ impl Writer<'_> {
 
     /// Makes the exit at the rel32 before here; `live` flags are needed at the target.
     pub(crate) fn exit_here(&mut self, target: u64, live: u32) {
+        let far = target & !0xfff != self.request.rip & !0xfff;
+        self.exit(target, live, far);
+    }
+
+    fn exit(&mut self, target: u64, live: u32, far: bool) {
         let memory = live == 0 || !self.flags.host;
         let exit = Exit {
             patch: self.asm.here() - 4,
@@ -1204,13 +1216,19 @@ impl Writer<'_> {
             target,
             mode: self.mode,
             memory,
-            far: target & !0xfff != self.request.rip & !0xfff,
+            far,
             linked: None,
         };
         self.unit.exits.push(exit);
         self.asides.push(Aside::Link {
             exit: self.unit.exits.len() - 1,
         });
+    }
+
+    /// Leaves for a target on this page or, it may be, not on this.
+    pub(crate) fn leave_far(&mut self, target: u64) {
+        self.asm.jump(self.asm.here());
+        self.exit(target, FLAGS, true);
     }
 
     fn leave_direct(&mut self, target: u64, live: u32) {
