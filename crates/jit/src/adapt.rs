@@ -4,25 +4,30 @@
 //! to the same page as the last. If one does not, or if two take it from each other, as when a frame lies across the
 //! end of a page, they use the table instead. Others use the table, where two pages may want the same entry; if one
 //! loses it all the time, it gets a translation without an index.
+//!
+//! A unit ends at a CALL, since most calls are made once or never, and what comes after them is often jumped to as well. After one
+//! that returns all the time the unit goes on.
 
 use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashMap;
 
-/// Misses of one kind before the last of them is looked at.
-pub(crate) const PATIENCE: u32 = 1024;
+/// Misses of a kind before the last of them is looked at; and returns.
+pub(crate) const PATIENCE: [u32; 3] = [1024, 1024, 8192];
 /// If so many miss in less time than this, it is worth doing something about it.
 const OFTEN: Duration = Duration::from_millis(2);
 /// Instructions that are remembered before all are forgotten.
 const MOST: usize = 1 << 16;
 
-/// Where an access missed.
+/// What was learnt of an instruction: where its access missed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lesson {
     /// In a slot: it goes to several pages, or shares the slot with one that goes to another.
     Wanders,
     /// In the table: another page wants the same entry.
     Crowded,
+    /// No access: a CALL that a RET came back to.
+    Returns,
 }
 
 /// An instruction, by its offset on its page, and what is known of its accesses.
@@ -35,7 +40,7 @@ pub(crate) struct Lessons {
     pages: FxHashMap<u64, Vec<Noted>>,
     count: usize,
     /// When patience with each kind ended last.
-    last: [Option<Instant>; 2],
+    last: [Option<Instant>; 3],
 }
 
 impl Lessons {
@@ -59,7 +64,10 @@ impl Lessons {
         }
         let offset = (rip & 0xfff) as u16;
         let noted = self.pages.entry(gpa >> 12).or_default();
-        match noted.iter_mut().find(|(other, _)| *other == offset) {
+        let returns = lesson == Lesson::Returns;
+        let same =
+            |noted: &&mut Noted| noted.0 == offset && (noted.1 == Lesson::Returns) == returns;
+        match noted.iter_mut().find(same) {
             Some((_, known)) if *known == lesson || *known == Lesson::Wanders => false,
             Some((_, known)) => {
                 *known = lesson;

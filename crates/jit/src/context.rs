@@ -251,8 +251,9 @@ pub(crate) struct Context {
     pub(crate) target_modes: [u8; CLASSES],
     /// The time-stamp counter.
     pub(crate) clock: Reading,
-    /// Accesses that may yet miss in a slot, and in a table, before one is looked at: see [`crate::adapt`].
-    pub(crate) patience: [u32; 2],
+    /// Accesses that may yet miss in a slot, and in a table, and calls that may yet be returned to, before one is looked
+    /// at: see [`crate::adapt`].
+    pub(crate) patience: [u32; 3],
     /// RSP of host code while Rust code runs, and of the thread's stack while host code runs.
     pub(crate) stack: u64,
     pub(crate) host_stack: u64,

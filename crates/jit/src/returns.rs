@@ -17,6 +17,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::adapt::{Lesson, PATIENCE};
 use crate::context::{CLASSES, Context};
 use crate::emit::{Alu, Mem, RCX, RSP, condition};
 use crate::instruction::Guest;
@@ -88,6 +89,34 @@ impl Context {
         }
     }
 
+    /// Host code left at a CALL, before the jump.
+    pub(crate) fn leave_at_call(&mut self) {
+        let exit = self.rust.exits[self.site as usize];
+        self.interp.cpu.rip = exit.target;
+        let stacks = (&raw const self.stacks) as u64;
+        let (class, offset) = (
+            (self.stack - stacks) / size_of::<Stack>() as u64,
+            (self.stack - stacks) % size_of::<Stack>() as u64,
+        );
+        let place = offset.checked_sub(u64::from(FULL) + 8);
+        let calls = &mut self.stacks[class as usize].calls;
+        // If it is full it will be emptied.
+        if let Some(call) = place.and_then(|place| calls.get_mut(place as usize / 8)) {
+            *call = exit.patch + 4;
+            self.stack -= 8;
+        }
+    }
+
+    /// Host code left at a landing: a call was returned to once too often.
+    pub(crate) fn leave_at_return(&mut self) {
+        let exit = self.rust.exits[self.site as usize];
+        self.interp.cpu.rip = exit.target;
+        self.patience[Lesson::Returns as usize] = PATIENCE[Lesson::Returns as usize];
+        let blocks = &self.rust.blocks;
+        let block = blocks.partition_point(|block| block.checked <= exit.patch);
+        self.adapt(block, exit.target, Lesson::Returns);
+    }
+
     /// Forgets the calls of a class.
     pub(crate) fn forget_calls_of(&mut self, class: usize) {
         let stacks = (&raw const self.stacks) as u64;
@@ -113,14 +142,14 @@ impl Writer<'_> {
         self.give_up_flags(guest.live_in);
         self.push_return(guest);
         let jump = self.unless_room();
+        self.asides.push(Aside::Leave {
+            jump,
+            exit: self.unit.exits.len(),
+            stub: self.stubs.at_call,
+        });
         self.asm.call(self.asm.here());
         self.exit_here(target, guest.live_out);
-        let landing = self.landing(guest);
-        self.asides.push(Aside::Call {
-            jump,
-            target,
-            landing,
-        });
+        self.landing(guest);
     }
 
     /// CALL to the address in [`ADDRESS`], once the return address is pushed.
@@ -164,12 +193,6 @@ impl Writer<'_> {
         self.asm.bytes.len() - 4
     }
 
-    /// Remembers a CALL that host code does not do, or not itself.
-    pub(crate) fn remember(&mut self, landing: u64) {
-        self.asm.mov_imm(RCX, landing);
-        self.asm.push(RCX);
-    }
-
     /// Where a RET arrives if the host takes it to belong to this CALL. Gives its address.
     fn landing(&mut self, guest: &Guest) -> u64 {
         let landing = self.asm.here();
@@ -191,6 +214,16 @@ impl Writer<'_> {
             .jump_if(condition::NE, self.stubs.other_call[class]);
         // The page may be mapped elsewhere by then.
         if self.is_last {
+            if !self.request.is_returned_to(&guest.instruction) {
+                let patience = Mem::low(self.at.patience(Lesson::Returns));
+                self.asm.alu_memory_imm32(Alu::Sub, patience, 1);
+                self.asm.jump_if(condition::E, self.asm.here());
+                self.asides.push(Aside::Leave {
+                    jump: self.asm.bytes.len() - 4,
+                    exit: self.unit.exits.len(),
+                    stub: self.stubs.at_return,
+                });
+            }
             self.leave_far(address);
         } else {
             self.unit.has_landing = true;

@@ -98,9 +98,9 @@ struct Mapping {
 }
 
 #[derive(Clone, Debug)]
-struct Block {
+pub(crate) struct Block {
     pc: u64,
-    checked: u64,
+    pub(crate) checked: u64,
     entry: u64,
     /// Exits that are linked to it.
     incoming: Vec<u32>,
@@ -133,8 +133,8 @@ pub(crate) struct Inner {
     translator: Translator,
     sites: Vec<Site>,
     ops: Vec<Op>,
-    exits: Vec<Exit>,
-    blocks: Vec<Block>,
+    pub(crate) exits: Vec<Exit>,
+    pub(crate) blocks: Vec<Block>,
     found: FxHashMap<u64, u32>,
     mappings: FxHashMap<(u64, u64, bool), u32>,
     mapped: Vec<Mapping>,
@@ -276,7 +276,7 @@ impl Translating {
                 let stubs_end = code.used();
                 addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
                 addr_of_mut!((*context).unmatched).write(unmatched());
-                addr_of_mut!((*context).patience).write([PATIENCE; 2]);
+                addr_of_mut!((*context).patience).write(PATIENCE);
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
                 addr_of_mut!((*context).rust).write(Inner {
@@ -424,7 +424,7 @@ impl Translating {
         let reason = self.enter(mode);
         let context = self.whole();
         context.rust.statistics.stop(span);
-        context.rust.statistics.left[reason as usize & 3] += 1;
+        context.rust.statistics.left[reason as usize % exit::COUNT] += 1;
         context.settle();
         context.interp.cpu.end_block = false;
         if reason == exit::STOP {
@@ -439,6 +439,14 @@ impl Translating {
             exit::INDIRECT => {
                 let stop = context.charged(Context::indirect);
                 stop.and_then(|stop| context.outcome(Err(stop)))
+            }
+            exit::CALL => {
+                context.leave_at_call();
+                None
+            }
+            exit::RETURN => {
+                context.leave_at_return();
+                None
             }
             _ => None,
         }
@@ -530,8 +538,10 @@ impl Context {
         self.rust.statistics.count(cell);
         for lesson in [Lesson::Wanders, Lesson::Crowded] {
             if self.patience[lesson as usize] == 0 {
-                self.patience[lesson as usize] = PATIENCE;
-                self.adapt(site, lesson);
+                self.patience[lesson as usize] = PATIENCE[lesson as usize];
+                let blocks = &self.rust.blocks;
+                let block = blocks.partition_point(|block| block.first_site <= self.site);
+                self.adapt(block, site.rip, lesson);
             }
         }
         let cpu = &mut self.interp.cpu;
@@ -1134,19 +1144,18 @@ impl Context {
         None
     }
 
-    /// So many accesses missed that time is lost by it: the code of the last is made anew.
-    fn adapt(&mut self, site: Site, lesson: Lesson) {
+    /// Something happened so often that time is lost by it: the unit where it did last, which is the one before `after`,
+    /// is made anew.
+    pub(crate) fn adapt(&mut self, after: usize, rip: u64, lesson: Lesson) {
         if !self.rust.lessons.is_often(lesson) {
             return;
         }
-        let blocks = &self.rust.blocks;
-        let number = blocks.partition_point(|block| block.first_site <= self.site);
-        let Some(number) = number.checked_sub(1) else {
+        let Some(number) = after.checked_sub(1) else {
             return;
         };
-        let block = &blocks[number];
+        let block = &self.rust.blocks[number];
         let gpa = self.rust.mapped[mapping_of(block.keys[0]) as usize - 1].gpa;
-        if block.alive && self.rust.lessons.note(gpa, site.rip, lesson) {
+        if block.alive && self.rust.lessons.note(gpa, rip, lesson) {
             self.drop_block(number as u32);
         }
     }

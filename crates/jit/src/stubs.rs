@@ -40,6 +40,9 @@ pub(crate) struct Stubs {
     /// Jumped to after a RET: no call is remembered, or one from elsewhere. The target is in [`ADDRESS`], the site's number
     /// stored, the flags are in memory.
     pub(crate) no_call: [u64; CLASSES],
+    /// Jumped to, with the exit's number in RCX: leave with [`exit::CALL`] or [`exit::RETURN`]; the flags are in memory.
+    pub(crate) at_call: u64,
+    pub(crate) at_return: u64,
     pub(crate) other_call: [u64; CLASSES],
 }
 
@@ -58,6 +61,8 @@ impl Stubs {
             indirect,
             no_call,
             other_call: _,
+            at_call,
+            at_return,
         } = self;
         let mut names = vec![
             (*enter, "stub enter".to_owned()),
@@ -68,6 +73,8 @@ impl Stubs {
             (*go_memory, "stub leave".to_owned()),
             (*indirect, "stub indirect".to_owned()),
             (no_call[0], "stub return".to_owned()),
+            (*at_call, "stub leave at a call".to_owned()),
+            (*at_return, "stub leave at a return".to_owned()),
         ];
         for (slot, stubs) in [refill, find].into_iter().enumerate() {
             for (index, start) in stubs.as_flattened().iter().enumerate() {
@@ -90,6 +97,12 @@ pub(crate) mod exit {
     pub(crate) const INDIRECT: u32 = 2;
     /// A called function says so: it left the reason in the context.
     pub(crate) const STOP: u32 = 3;
+    /// At a CALL that finds its stack full, or a signal raised; the site is its exit.
+    pub(crate) const CALL: u32 = 4;
+    /// At a landing, where patience ended; the site is its exit.
+    pub(crate) const RETURN: u32 = 5;
+    /// How many there are.
+    pub(crate) const COUNT: usize = 6;
 }
 
 /// What a called function answers.
@@ -456,6 +469,12 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
             .asm
             .jump_memory(Mem::array(at.targets_host(class), SPARE));
     }
+    let at_call = writer.asm.here();
+    writer.asm.store32(Mem::low(at.site()), RCX);
+    writer.leave_with(exit::CALL);
+    let at_return = writer.asm.here();
+    writer.asm.store32(Mem::low(at.site()), RCX);
+    writer.leave_with(exit::RETURN);
     Stubs {
         enter,
         refill,
@@ -468,5 +487,7 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
         indirect,
         no_call,
         other_call,
+        at_call,
+        at_return,
     }
 }

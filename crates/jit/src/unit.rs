@@ -94,6 +94,14 @@ pub(crate) struct Request<'a> {
     pub(crate) counting: bool,
 }
 
+impl Request<'_> {
+    /// Whether a CALL is one that is returned to all the time.
+    pub(crate) fn is_returned_to(&self, instruction: &Instruction) -> bool {
+        let offset = (instruction.next_ip() & 0xfff) as u16;
+        self.lessons.contains(&(offset, Lesson::Returns))
+    }
+}
+
 /// A translated unit.
 #[derive(Debug, Default)]
 pub(crate) struct Unit {
@@ -147,10 +155,11 @@ pub(crate) enum Aside {
         jumps: [usize; 2],
         site: u32,
     },
-    Call {
+    Leave {
         jump: usize,
-        target: u64,
-        landing: u64,
+        exit: usize,
+        /// Address of the stub that leaves.
+        stub: u64,
     },
     CallIndirect {
         jumps: [usize; 2],
@@ -287,8 +296,8 @@ impl Translator {
             }
             self.push(instruction, kind);
             unit.length = decoder.position() as u64;
-            // What a CALL returns to is the rest of the unit, unless units are run one by one.
-            if kind.ends() && (self.repeats || !kind.is_call()) {
+            let goes_on = kind.is_call() && request.is_returned_to(&instruction);
+            if kind.ends() && !goes_on {
                 break;
             }
         }
@@ -605,7 +614,7 @@ impl Writer<'_> {
         let offset = (guest.instruction.ip() & 0xfff) as u16;
         let mut noted = self.request.lessons.iter();
         noted
-            .find(|(other, _)| *other == offset)
+            .find(|(other, lesson)| *other == offset && *lesson != Lesson::Returns)
             .map(|noted| noted.1)
     }
 
@@ -1328,16 +1337,20 @@ impl Writer<'_> {
                     memory,
                 } => {
                     self.asm.patch(jump, here);
-                    self.go(target, memory);
+                    self.asm.mov_imm(RCX, target);
+                    self.asm.store(Mem::low(self.at.rip()), RCX);
+                    let to = if memory {
+                        self.stubs.go_memory
+                    } else {
+                        self.stubs.go_host
+                    };
+                    self.asm.jump(to);
                 }
-                Aside::Call {
-                    jump,
-                    target,
-                    landing,
-                } => {
+                Aside::Leave { jump, exit, stub } => {
                     self.asm.patch(jump, here);
-                    self.remember(landing);
-                    self.go(target, true);
+                    let number = self.request.first_exit + exit as u32;
+                    self.asm.mov_imm(RCX, u64::from(number));
+                    self.asm.jump(stub);
                 }
                 Aside::Indirect { jumps, site } => self.leave_indirect(jumps, None, site),
                 Aside::CallIndirect {
@@ -1349,25 +1362,14 @@ impl Writer<'_> {
         }
     }
 
-    /// Leaves, to go on at `target`.
-    fn go(&mut self, target: u64, memory: bool) {
-        self.asm.mov_imm(RCX, target);
-        self.asm.store(Mem::low(self.at.rip()), RCX);
-        let to = if memory {
-            self.stubs.go_memory
-        } else {
-            self.stubs.go_host
-        };
-        self.asm.jump(to);
-    }
-
     /// Leaves, to go on at the address in [`ADDRESS`], of which no host code is known.
     fn leave_indirect(&mut self, jumps: [usize; 2], landing: Option<u64>, site: u32) {
         for jump in jumps {
             self.asm.patch(jump, self.asm.here());
         }
         if let Some(landing) = landing {
-            self.remember(landing);
+            self.asm.mov_imm(RCX, landing);
+            self.asm.push(RCX);
         }
         self.asm.call(self.stubs.indirect);
         self.asm.word(site);

@@ -549,6 +549,14 @@ impl Lockstep {
                         None
                     }
                     exit::INDIRECT => context.indirect(),
+                    exit::CALL => {
+                        context.leave_at_call();
+                        None
+                    }
+                    exit::RETURN => {
+                        context.leave_at_return();
+                        None
+                    }
                     _ => None,
                 }
             }
