@@ -14,7 +14,7 @@ use trapgate_x86::descriptor::Segment;
 
 /// Entries of the largest table of translations.
 pub(crate) const TLB: usize = 2048;
-/// Entries of the user's table, which is copied when address spaces are exchanged.
+/// Entries of the user's table.
 pub(crate) const USER_TLB: usize = 512;
 /// Entries of the table for the few accesses of a kernel to user memory.
 pub(crate) const ACCESS_TLB: usize = 128;
@@ -100,9 +100,14 @@ fn never(index: usize) -> u64 {
 }
 
 /// A table of translations, indexed by the lowest bits of the page number; a power of two of them.
-pub(crate) struct Table<'a>(pub(crate) &'a mut [Entry]);
+pub(crate) struct Table<'a>(&'a mut [Entry]);
 
-impl Table<'_> {
+impl<'a> Table<'a> {
+    /// A view's.
+    pub(crate) fn of(tlbs: &'a mut [[Entry; TLB]; VIEWS], view: usize) -> Self {
+        Self(&mut tlbs[view][..TLB_ENTRIES[view]])
+    }
+
     fn index(&self, linear: u64) -> usize {
         (linear >> 12) as usize % self.0.len()
     }
@@ -272,8 +277,8 @@ pub(crate) struct Context {
     pub(crate) unmatched: u64,
     pub(crate) tlbs: [[Entry; TLB]; VIEWS],
     pub(crate) slots: [[Entry; SLOTS]; VIEWS],
-    /// Addresses whose pages are in the tables and not in every address space, by view: those of the upper half
-    /// that are not global, and a supervisor's of the lower half.
+    /// Addresses whose pages are in the tables and not in every address space, by view: those of the lower half, and
+    /// of the upper half those that are not global.
     pub(crate) local: [Local; VIEWS],
     /// Which mapping of a code page is known to be in force, by linear page; 0 is none.
     pub(crate) pages: Pages,

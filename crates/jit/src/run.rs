@@ -12,7 +12,7 @@ use rustc_hash::FxHashMap;
 use trapgate_engine::{Costs, Counter, Exit as RunExit, Observe, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
 use trapgate_interp::op::Op;
-use trapgate_interp::{Access, Interpreter, View};
+use trapgate_interp::{Access, Interpreter};
 use trapgate_memory::{GuestMemory, HostAddress, PAGE_SIZE};
 use trapgate_x86::paging::is_canonical;
 use trapgate_x86::profile::Level;
@@ -23,15 +23,14 @@ use crate::adapt::{Lesson, Lessons, PATIENCE};
 use crate::clock::Rate;
 use crate::code_memory::CodeMemory;
 use crate::context::{
-    ACCESS_TLB, Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, Slots, TARGETS,
-    TLB_ENTRIES, Table, USER_TLB,
+    Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, Slots, TARGETS, Table, VIEWS,
 };
 use crate::emit::Asm;
 use crate::low::Low;
 use crate::mode::Mode;
 use crate::perf_map::{self, PerfMap};
 use crate::returns::Bell;
-use crate::spaces::{Parts, Spaces};
+use crate::spaces::Spaces;
 use crate::statistics::{Cell, Slow, Statistics};
 use crate::stubs::{self, Stubs, answer, exit};
 use crate::unit::{Exit, Request, Site, Translator};
@@ -44,6 +43,8 @@ const CODE: usize = 32 << 20;
 const NAMED_CODE: usize = 256 << 20;
 /// Mappings of code pages that are remembered before all code is thrown away.
 const MOST_MAPPINGS: usize = 1 << 18;
+/// Pages that are looked for in the slots one by one, when they are forgotten.
+const FEW: usize = 4;
 /// Room that a unit certainly needs no more than.
 const UNIT: usize = 64 << 10;
 
@@ -558,9 +559,9 @@ impl Context {
                 if let Some(watch) = &mut self.rust.watch {
                     watch.resolved(&site, linear, host);
                 }
-                Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]).insert(linear, host, rights);
-                // What is not there in every address space. The other tables are exchanged.
-                if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
+                Table::of(&mut self.tlbs, view).insert(linear, host, rights);
+                // What is not there in every address space.
+                if target.local || linear >> 63 == 0 {
                     self.local[view].push(linear);
                 }
                 if cpu.changes().any {
@@ -683,7 +684,7 @@ impl Context {
     fn elsewhere(&mut self) -> Option<u64> {
         let cpu = &self.interp.cpu;
         if self.rust.watch.is_some()
-            || cpu.attention
+            || (cpu.attention && !cpu.merely_resumes())
             || cpu.signals.any()
             || cpu.has_stale_code()
             || self.interp.has_dropped()
@@ -694,6 +695,7 @@ impl Context {
         self.rust.access = cpu.system_flags & rflags::AC != 0;
         let mode = Mode::of(cpu)?;
         let target = self.known_target(cpu.rip, mode)?;
+        self.interp.cpu.resume();
         self.stand_on(mode);
         Some(target)
     }
@@ -767,15 +769,32 @@ impl Context {
 
     /// Forgets the translations in tables and slots.
     fn clear_tables(&mut self) {
-        for (tlb, entries) in self.tlbs.iter_mut().zip(TLB_ENTRIES) {
-            Table(&mut tlb[..entries]).clear();
+        for view in 0..VIEWS {
+            Table::of(&mut self.tlbs, view).clear();
+            Slots(&mut self.slots[view]).clear(self.unmatched);
         }
-        self.clear_slots();
     }
 
-    fn clear_slots(&mut self) {
-        for slots in &mut self.slots {
-            Slots(slots).clear(self.unmatched);
+    /// Forgets the translations that are not of every address space.
+    fn forget_local(&mut self) {
+        for view in 0..VIEWS {
+            let mut table = Table::of(&mut self.tlbs, view);
+            let mut slots = Slots(&mut self.slots[view]);
+            let local = &mut self.local[view];
+            if local.is_full() {
+                table.clear();
+            }
+            let few = local.list().len() <= FEW;
+            for &linear in local.list() {
+                table.clear_page(linear);
+                if few {
+                    slots.clear_page(linear, self.unmatched);
+                }
+            }
+            if !few {
+                slots.clear(self.unmatched);
+            }
+            local.count = 0;
         }
     }
 
@@ -791,9 +810,8 @@ impl Context {
             watch.forget(changes);
         }
         if !all {
-            let tables = self.tlbs.iter_mut().zip(TLB_ENTRIES);
-            let tables = tables.map(|(tlb, entries)| Table(&mut tlb[..entries]));
-            for mut tlb in tables.chain(self.rust.spaces.tables()) {
+            for view in 0..VIEWS {
+                let mut tlb = Table::of(&mut self.tlbs, view);
                 for &linear in &changes.pages {
                     tlb.clear_page(linear);
                 }
@@ -819,34 +837,15 @@ impl Context {
         if all {
             self.clear_translations();
         } else if space && tag != self.rust.space {
-            // What is global stays in the supervisor's table and the upper half.
-            for (view, local) in self.local.iter_mut().enumerate() {
-                let mut tlb = Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]);
-                if local.is_full() {
-                    tlb.clear();
-                }
-                for &linear in local.list() {
-                    tlb.clear_page(linear);
-                }
-                local.count = 0;
-            }
+            self.forget_local();
             if self.rust.local_code.len() >= MOST_LOCAL {
                 self.pages.kernel.fill(0);
             }
             for linear in self.rust.local_code.drain(..) {
                 *self.pages.of(linear) = 0;
             }
-            let [_, access, user] = &mut self.tlbs;
-            self.rust.spaces.exchange(
-                self.rust.space,
-                tag,
-                Parts {
-                    access: &mut access[..ACCESS_TLB],
-                    user: &mut user[..USER_TLB],
-                    pages: &mut self.pages.user,
-                },
-            );
-            self.clear_slots();
+            let pages = &mut self.pages.user;
+            self.rust.spaces.exchange(self.rust.space, tag, pages);
         }
         self.rust.space = tag;
     }

@@ -1,6 +1,6 @@
 //! Host code that is there once: the way in, the way out, and calls of Rust functions.
 
-use trapgate_interp::{Layout, View};
+use trapgate_interp::Layout;
 
 use crate::adapt::Lesson;
 use crate::context::{
@@ -268,20 +268,9 @@ impl Writer<'_> {
             self.asm.push(register);
         }
         // RDX: the entry of the processor's TLB. RBX: the tag.
-        self.asm.mov(RAX, ADDRESS);
-        self.asm.shr(RAX, 12);
-        self.asm.mov32(RDX, RAX);
-        self.asm
-            .alu_imm(false, Alu::And, RDX, tlb.per_view as i32 - 1);
-        self.asm.shl32(RDX, tlb.entry_bytes.trailing_zeros() as u8);
-        let entries = tlb.entries + view as u64 * tlb.per_view * tlb.entry_bytes;
-        self.asm.mov_imm(RCX, entries);
-        self.asm.alu(true, Alu::Add, RDX, RCX);
-        self.asm.mov(RBX, RAX);
         self.asm.mov(RCX, ADDRESS);
         self.asm.shr(RCX, 63);
-        self.asm
-            .alu_load(Alu::Or, RBX, Mem::array(tlb.tags as u32, RCX));
+        self.tagged(tlb, view, |word| Mem::array(word as u32, RCX));
         let (tag, other) = if write {
             (tlb.write, tlb.read)
         } else {
@@ -290,12 +279,10 @@ impl Writer<'_> {
         self.asm.compare_load(RBX, Mem::at(RDX, tag));
         self.asm.jump_if(condition::NE, self.asm.here());
         let unknown = self.asm.bytes.len() - 4;
-        // A supervisor's table holds pages of the lower half only if they are listed, which Rust code does.
-        let unlisted = (view == View::Supervisor as usize).then(|| {
-            self.asm.alu(false, Alu::Or, RCX, RCX);
-            self.asm.jump_if(condition::E, self.asm.here());
-            self.asm.bytes.len() - 4
-        });
+        // What is not of every address space is listed.
+        self.asm.alu(false, Alu::Or, RCX, RCX);
+        self.asm.jump_if(condition::E, self.asm.here());
+        let local = self.asm.bytes.len() - 4;
         let known = self.asm.here();
         // RAX: the entry of the table. RCX: the page.
         self.asm.rorx32(RAX, ADDRESS, 12 - ENTRY_SHIFT);
@@ -326,10 +313,10 @@ impl Writer<'_> {
         // it; if the list is full all are.
         self.asm.patch(unknown, self.asm.here());
         let lower = self.asm.short_if_rcx_zero();
-        self.asm.mov(RBX, RAX);
-        self.asm.alu_load(Alu::Or, RBX, Mem::low(tlb.tags as u32));
+        self.tagged(tlb, view, |word| Mem::low(word as u32));
         self.asm.compare_load(RBX, Mem::at(RDX, tag));
         let elsewhere = self.asm.short_if(condition::NE);
+        self.asm.patch(local, self.asm.here());
         let count = Mem::low(self.at.local_count(view));
         self.asm.load32(RCX, count);
         self.asm.alu_imm(false, Alu::Cmp, RCX, MOST_LOCAL as i32);
@@ -340,15 +327,28 @@ impl Writer<'_> {
         self.asm.jump(known);
         self.asm.land(lower);
         self.asm.land(elsewhere);
-        if let Some(jump) = unlisted {
-            self.asm.patch(jump, self.asm.here());
-        }
         self.asm.patch(crosses, self.asm.here());
         for register in saved.into_iter().rev() {
             self.asm.pop(register);
         }
         self.asm.jump(miss);
         (subtracted, start)
+    }
+
+    /// The entry of the processor's TLB for [`ADDRESS`] to RDX, and its tag to RBX, by the word of tags and twists at
+    /// `which`. RAX is lost.
+    fn tagged(&mut self, tlb: Layout, view: usize, which: impl Fn(u64) -> Mem) {
+        self.asm.mov(RBX, ADDRESS);
+        self.asm.shr(RBX, 12);
+        self.asm.mov(RDX, RBX);
+        self.asm.alu_load(Alu::Or, RBX, which(tlb.tags));
+        self.asm.alu_load(Alu::Xor, RDX, which(tlb.twists));
+        self.asm
+            .alu_imm(false, Alu::And, RDX, tlb.per_view as i32 - 1);
+        self.asm.shl32(RDX, tlb.entry_bytes.trailing_zeros() as u8);
+        let entries = tlb.entries + view as u64 * tlb.per_view * tlb.entry_bytes;
+        self.asm.mov_imm(RAX, entries);
+        self.asm.alu(true, Alu::Add, RDX, RAX);
     }
 
     fn leave_with(&mut self, reason: u32) -> u64 {
