@@ -3,7 +3,8 @@
 //! Accesses relative to RSP, and those in loops, use a cached translation that they need not look for, since most go
 //! to the same page as the last. If one does not, or if two take it from each other, as when a frame lies across the
 //! end of a page, they use the table instead. Others use the table, where two pages may want the same entry; if one
-//! loses it all the time, it gets a translation without an index.
+//! loses it all the time, it gets a translation without an index. And one that often lies across the end of a page is
+//! made ready for that: see [`crate::crossing`].
 //!
 //! A unit ends at a CALL, since most calls are made once or never, and what comes after them is often jumped to as well. After one
 //! that returns all the time the unit goes on.
@@ -13,21 +14,28 @@ use std::time::{Duration, Instant};
 use rustc_hash::FxHashMap;
 
 /// Misses of a kind before the last of them is looked at; and returns.
-pub(crate) const PATIENCE: [u32; 3] = [1024, 1024, 8192];
+pub(crate) const PATIENCE: [u32; Lesson::COUNT] = [1024, 1024, 1024, 8192];
 /// If so many miss in less time than this, it is worth doing something about it.
 const OFTEN: Duration = Duration::from_millis(2);
 /// Instructions that are remembered before all are forgotten.
-const MOST: usize = 1 << 16;
+const MOST: usize = 1 << 14;
 
-/// What was learnt of an instruction: where its access missed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What was learnt of an instruction: where its access missed, and how. The later ones say more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
 pub(crate) enum Lesson {
-    /// In a slot: it goes to several pages, or shares the slot with one that goes to another.
-    Wanders,
     /// In the table: another page wants the same entry.
     Crowded,
-    /// No access: a CALL that a RET came back to.
+    /// In a slot: it goes to several pages, or shares the slot with one that goes to another.
+    Wanders,
+    /// Anywhere: it lies across the end of a page.
+    Crosses,
+    /// No access: a CALL that a RET came back to, known by its return address.
     Returns,
+}
+
+impl Lesson {
+    /// How many there are.
+    pub(crate) const COUNT: usize = 4;
 }
 
 /// An instruction, by its offset on its page, and what is known of its accesses.
@@ -40,7 +48,7 @@ pub(crate) struct Lessons {
     pages: FxHashMap<u64, Vec<Noted>>,
     count: usize,
     /// When patience with each kind ended last.
-    last: [Option<Instant>; 3],
+    last: [Option<Instant>; Lesson::COUNT],
 }
 
 impl Lessons {
@@ -56,7 +64,7 @@ impl Lessons {
         last.is_some_and(|last| now.duration_since(last) < OFTEN)
     }
 
-    /// Remembers an instruction; `false` if that changes nothing. One that wanders will always be taken to.
+    /// Remembers an instruction; `false` if that changes nothing: it was taken for this, or more, already.
     pub(crate) fn note(&mut self, gpa: u64, rip: u64, lesson: Lesson) -> bool {
         if self.count == MOST {
             self.pages.clear();
@@ -68,7 +76,7 @@ impl Lessons {
         let same =
             |noted: &&mut Noted| noted.0 == offset && (noted.1 == Lesson::Returns) == returns;
         match noted.iter_mut().find(same) {
-            Some((_, known)) if *known == lesson || *known == Lesson::Wanders => false,
+            Some((_, known)) if *known >= lesson => false,
             Some((_, known)) => {
                 *known = lesson;
                 true
@@ -97,12 +105,14 @@ mod tests {
     }
 
     #[test]
-    fn instruction_changes_its_mind_once() {
+    fn instruction_changes_its_mind_once_for_each_lesson() {
         let mut lessons = Lessons::default();
         assert!(lessons.note(0, 1, Lesson::Crowded));
         assert!(lessons.note(0, 1, Lesson::Wanders));
         assert!(!lessons.note(0, 1, Lesson::Crowded));
-        assert_eq!(lessons.on_page(0), [(1, Lesson::Wanders)]);
+        assert!(lessons.note(0, 1, Lesson::Crosses));
+        assert!(!lessons.note(0, 1, Lesson::Wanders));
+        assert_eq!(lessons.on_page(0), [(1, Lesson::Crosses)]);
     }
 
     #[test]

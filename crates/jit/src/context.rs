@@ -5,6 +5,7 @@ use std::mem::offset_of;
 
 use crate::adapt::Lesson;
 use crate::clock::Reading;
+use crate::crossing::Crossing;
 use crate::returns::{Bell, EMPTY, Stack};
 use trapgate_interp::Interpreter;
 use trapgate_interp::cpu::Cpu;
@@ -256,9 +257,10 @@ pub(crate) struct Context {
     pub(crate) target_modes: [u8; CLASSES],
     /// The time-stamp counter.
     pub(crate) clock: Reading,
-    /// Accesses that may yet miss in a slot, and in a table, and calls that may yet be returned to, before one is looked
-    /// at: see [`crate::adapt`].
-    pub(crate) patience: [u32; 3],
+    /// What may yet happen, by lesson, before one case of it is looked at: see [`crate::adapt`].
+    pub(crate) patience: [u32; Lesson::COUNT],
+    /// The access that lies across the end of a page.
+    pub(crate) crossing: Crossing,
     /// RSP of host code while Rust code runs, and of the thread's stack while host code runs.
     pub(crate) stack: u64,
     pub(crate) host_stack: u64,
@@ -268,6 +270,8 @@ pub(crate) struct Context {
     pub(crate) tops: [u64; CLASSES],
     /// The host's MXCSR.
     pub(crate) host_mxcsr: u32,
+    /// Where the guest's x87 registers are: see [`crate::x87`].
+    pub(crate) x87: u32,
     /// Rust functions that host code calls.
     pub(crate) miss: u64,
     pub(crate) operate: u64,
@@ -367,6 +371,10 @@ impl Addresses {
 
     pub(crate) fn patience(self, lesson: Lesson) -> u32 {
         self.field(offset_of!(Context, patience)) + lesson as u32 * 4
+    }
+
+    pub(crate) fn crossing(self) -> u32 {
+        self.field(offset_of!(Context, crossing))
     }
 
     pub(crate) fn host_mxcsr(self) -> u32 {
@@ -505,9 +513,18 @@ impl Addresses {
         self.segment(segment) + offset_of!(Segment, selector) as u32
     }
 
-    /// The x87 control word.
-    pub(crate) fn x87_control(self) -> u32 {
+    pub(crate) fn x87(self) -> u32 {
+        self.field(offset_of!(Context, x87))
+    }
+
+    /// The image of the x87's state, as FXSAVE64 gives it.
+    pub(crate) fn x87_image(self) -> u32 {
         self.cpu(offset_of!(Cpu, regs) + offset_of!(RegisterFile, x87))
+    }
+
+    /// XSTATE_BV of the XSAVE area whose legacy region the image is.
+    pub(crate) fn x87_header(self) -> u32 {
+        self.cpu(offset_of!(Cpu, regs) + offset_of!(RegisterFile, x87_header))
     }
 
     fn system(self, offset: usize) -> u32 {

@@ -197,10 +197,7 @@ impl Writer<'_> {
     fn landing(&mut self, guest: &Guest) -> u64 {
         let landing = self.asm.here();
         let class = crate::run::class(self.mode);
-        let mut address = guest.instruction.next_ip();
-        if self.mode.is_compatibility() {
-            address &= 0xffff_ffff;
-        }
+        let address = self.mode.wrap(guest.instruction.next_ip());
         if self.mode.is_compatibility() {
             self.asm
                 .alu_imm(false, Alu::Cmp, ADDRESS, address as u32 as i32);
@@ -212,6 +209,7 @@ impl Writer<'_> {
         }
         self.asm
             .jump_if(condition::NE, self.stubs.other_call[class]);
+        self.x87 = false;
         // The page may be mapped elsewhere by then.
         if self.is_last {
             if !self.request.is_returned_to(&guest.instruction) {

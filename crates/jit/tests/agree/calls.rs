@@ -4,7 +4,7 @@
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use trapgate_engine::{Exit, Signal, Vcpu};
+use trapgate_engine::{Exit, NoDevices, Signal, Vcpu};
 use trapgate_interp::Interpreter;
 use trapgate_jit::{Lockstep, Translating};
 use trapgate_memory::GuestMemory;
@@ -13,7 +13,7 @@ use trapgate_x86::profile::Level;
 use trapgate_x86::registers::{gpr, sreg};
 use trapgate_x86::{CpuProfile, CpuState, Segment};
 
-use crate::guest::{CODE, Empty, MEMORY, Random, TABLES, contents, memory, run, state};
+use crate::guest::{CODE, MEMORY, Random, TABLES, contents, memory, run, state};
 
 /// Where the stack begins.
 const STACK: u64 = 0x7_0000;
@@ -61,15 +61,15 @@ fn agree(pieces: &[Piece], set: impl Fn(&mut CpuState)) -> CpuState {
         set(&mut start);
         let (guest, profile) = (Arc::clone(&memory), profile.clone());
         let mut vcpu: Box<dyn Vcpu> = match engine {
-            0 => Box::new(Interpreter::new(guest, Box::new(Empty), profile, 0, 1)),
+            0 => Box::new(Interpreter::new(guest, Box::new(NoDevices), profile, 0, 1)),
             1 => {
-                let mut jit = Translating::new(guest, Box::new(Empty), profile, 0, 1)
+                let mut jit = Translating::new(guest, Box::new(NoDevices), profile, 0, 1)
                     .expect("the host can run translated code");
                 jit.be_exact();
                 Box::new(jit)
             }
             _ => Box::new(
-                Lockstep::new(guest, Box::new(Empty), profile, 0, 1)
+                Lockstep::new(guest, Box::new(NoDevices), profile, 0, 1)
                     .expect("the host can run translated code"),
             ),
         };
@@ -317,7 +317,7 @@ fn calls_notice_a_signal() {
     ));
     let start = write(&memory, &pieces);
     let profile = CpuProfile::new(Level::V3, 1_000_000_000);
-    let mut vcpu = Translating::new(memory, Box::new(Empty), profile, 0, 1)
+    let mut vcpu = Translating::new(memory, Box::new(NoDevices), profile, 0, 1)
         .expect("the host can run translated code");
     let signals = vcpu.signals();
     let (done, wait) = mpsc::channel();

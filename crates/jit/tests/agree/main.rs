@@ -3,6 +3,9 @@
 
 mod calls;
 mod costs;
+mod crossing;
 mod guest;
 mod programs;
 mod straight;
+mod together;
+mod x87;

@@ -1,0 +1,608 @@
+//! The instruction oracle: single instructions in all their forms, natively and on the engines.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl};
+use trapgate_x86::profile::Level;
+
+use crate::cases::{Maker, Piece, landing, target};
+use crate::encodings::{Encoding, Form, Surroundings, encodings, write};
+use crate::engine::{Engine, EngineError, Kind, prepare};
+use crate::judge::{self, Host};
+use crate::layout::{
+    ARENA_BYTES, CASES, CODE_AT, CONTROL_AT, DATA_AT, IN_AT, OUT_AT, PAGE, RECORD, SLOTS, code, data_offset, record_in,
+    record_out, vector,
+};
+use crate::layout::record as at;
+use crate::monitor::control;
+use crate::native::{Native, NativeError};
+use crate::profile::exclusion;
+use crate::random::Random;
+use crate::record::{of, of_mut, put, quad};
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where all choices come from.
+    pub seed: u64,
+    /// The first batch.
+    pub first: u64,
+    /// Batches at most.
+    pub batches: u64,
+    /// Time at most.
+    pub time: Duration,
+    /// Threads, each with a native child and engines of its own.
+    pub jobs: usize,
+    /// Which profile.
+    pub level: Level,
+    /// 64 or 32.
+    pub bits: u32,
+    /// Which engines.
+    pub engines: Vec<Kind>,
+    /// Codes whose names contain this, if given.
+    pub code: Option<String>,
+    /// Differences after which to stop.
+    pub enough: usize,
+}
+
+/// Why the oracle could not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum OracleError {
+    /// The host CPU could not be asked.
+    #[error(transparent)]
+    Native(#[from] NativeError),
+    /// An engine could not be asked.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// Nothing to do.
+    #[error("no instruction's name contains `{0}`")]
+    NoCode(String),
+}
+
+/// Something on which an engine and the host do not agree.
+#[derive(Clone, Debug)]
+pub struct Difference {
+    /// Which engine.
+    pub engine: Kind,
+    /// Name of the instruction.
+    pub code: String,
+    /// All that there is to say.
+    pub text: String,
+}
+
+/// What came of it.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Encodings of the profile.
+    pub encodings: usize,
+    /// Those of them that have no cases, by reason.
+    pub excluded: BTreeMap<&'static str, usize>,
+    /// Encodings of which a case was compared.
+    pub covered: usize,
+    /// Encodings of which a case came to its end without a fault.
+    pub completed: usize,
+    /// Names of those that were not covered.
+    pub missing: Vec<String>,
+    /// Cases compared, on each engine.
+    pub cases: u64,
+    /// Cases that the host did not end in time.
+    pub unjudged: u64,
+    /// Cases that faulted natively.
+    pub faults: u64,
+    /// Batches.
+    pub batches: u64,
+    /// Children that died.
+    pub deaths: u64,
+    /// Differences.
+    pub differences: Vec<Difference>,
+    /// How many there were, of which not all are listed.
+    pub different: u64,
+    /// Time that went to: making cases, host, each engine, comparing.
+    pub times: BTreeMap<&'static str, Duration>,
+}
+
+/// What all threads share.
+struct Shared<'a> {
+    settings: &'a Settings,
+    encodings: Vec<Encoding>,
+    next: AtomicU64,
+    stop: AtomicBool,
+    report: Mutex<(Report, BTreeSet<Encoding>, BTreeSet<Encoding>)>,
+    begun: Instant,
+}
+
+/// Runs the oracle.
+///
+/// # Errors
+/// [`OracleError`] if the host or an engine could not be asked; differences are no errors.
+pub fn run(settings: &Settings) -> Result<Report, OracleError> {
+    let mut report = Report::default();
+    let mut list = Vec::new();
+    for encoding in encodings(settings.level, settings.bits) {
+        if let Some(part) = &settings.code
+            && !format!("{:?}", encoding.code).to_lowercase().contains(&part.to_lowercase())
+        {
+            continue;
+        }
+        let mut instruction = iced_x86::Instruction::default();
+        instruction.set_code(encoding.code);
+        match exclusion(&instruction) {
+            Some(reason) => *report.excluded.entry(reason).or_default() += 1,
+            None => list.push(encoding),
+        }
+    }
+    if list.is_empty() {
+        return Err(OracleError::NoCode(settings.code.clone().unwrap_or_default()));
+    }
+    report.encodings = list.len();
+    // Neighbours in the table are alike; mixed, a batch has something of everything.
+    let mut random = Random(settings.seed);
+    for index in (1..list.len()).rev() {
+        list.swap(index, random.below(index as u64 + 1) as usize);
+    }
+    let shared = Shared {
+        settings,
+        encodings: list,
+        next: AtomicU64::new(settings.first),
+        stop: AtomicBool::new(false),
+        report: Mutex::new((report, BTreeSet::new(), BTreeSet::new())),
+        begun: Instant::now(),
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..settings.jobs.max(1))
+            .map(|_| scope.spawn(|| work(&shared)))
+            .collect();
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().expect("the oracle's threads do not panic"))
+    })?;
+    let Ok((mut report, covered, completed)) = shared.report.into_inner() else {
+        unreachable!("no thread panicked")
+    };
+    report.covered = covered.len();
+    report.completed = completed.len();
+    let mut missing: Vec<String> = shared
+        .encodings
+        .iter()
+        .filter(|encoding| !covered.contains(encoding))
+        .map(|encoding| format!("{:?} {:?}", encoding.code, encoding.form))
+        .collect();
+    missing.sort();
+    report.missing = missing;
+    Ok(report)
+}
+
+/// A batch as it is made: what goes into the arena, and what it is.
+struct Batch {
+    arena: Vec<u8>,
+    pieces: Vec<(Piece, Option<Encoding>)>,
+    /// Which piece each case is of.
+    cases: Vec<usize>,
+}
+
+/// Cases for each piece of code.
+const EACH: usize = CASES / SLOTS;
+
+fn make(batch: &mut Batch, number: u64, shared: &Shared<'_>, maker: &Maker) {
+    let settings = shared.settings;
+    let mut random = Random(settings.seed ^ number.wrapping_mul(0xd134_2543_de82_ef95));
+    random.next();
+    batch.pieces.clear();
+    batch.cases.clear();
+    let area = SLOTS * 2 * PAGE as usize;
+    batch.arena[CODE_AT..CODE_AT + area].fill(0xcc);
+    let all = &shared.encodings;
+    for slot in 0..SLOTS {
+        let turn = number as usize * SLOTS + slot;
+        let encoding = all[turn % all.len()];
+        let raw = settings.code.is_none() && random.one_in(12);
+        let mut written = None;
+        for _ in 0..8 {
+            written = if raw {
+                bytes(slot, &mut random, settings.bits).map(|piece| (piece, None))
+            } else {
+                piece(encoding, slot, &mut random, settings.bits).map(|piece| (piece, Some(encoding)))
+            };
+            if written.is_some() {
+                break;
+            }
+        }
+        let Some((piece, encoding)) = written else {
+            continue;
+        };
+        let at = CODE_AT + slot * 2 * PAGE as usize;
+        place(&mut batch.arena[at..at + 2 * PAGE as usize], &piece);
+        let index = batch.pieces.len();
+        for _ in 0..EACH {
+            let case = batch.cases.len();
+            maker.make(&piece, &mut random, of_mut(&mut batch.arena[IN_AT..], case));
+            batch.cases.push(index);
+        }
+        batch.pieces.push((piece, encoding));
+    }
+    begin(&mut batch.arena, 0, batch.cases.len());
+}
+
+/// Tells the monitor which cases to run.
+fn begin(arena: &mut [u8], first: usize, cases: usize) {
+    put(arena, CONTROL_AT + control::CURRENT_IN, record_in(first));
+    put(arena, CONTROL_AT + control::CURRENT_OUT, record_out(first));
+    put(arena, CONTROL_AT + control::COUNT, cases as u64);
+}
+
+/// Where an instruction of some bytes lies: mostly anywhere, often at the end of a page.
+fn position(slot: usize, length: u64, random: &mut Random) -> u64 {
+    let start = code(slot);
+    let length = length.max(1);
+    match random.below(16) {
+        0 => start + PAGE - length,
+        1 | 2 => start + PAGE - 1 - random.below(length),
+        3 => start + 2 * PAGE - length,
+        4 if random.one_in(2) => start + 2 * PAGE - 1 - random.below(length),
+        _ => start + 0x100 + random.below(PAGE - 0x200),
+    }
+}
+
+fn piece(encoding: Encoding, slot: usize, random: &mut Random, bits: u32) -> Option<Piece> {
+    let guess = position(slot, 1 + random.below(8), random);
+    let mut around = Surroundings {
+        ip: guess,
+        target: target(random, 16, false),
+        landing: landing(slot, guess, random),
+        near: guess.saturating_add_signed(random.next() as i8 as i64).max(code(slot)),
+        bits,
+    };
+    if random.one_in(8) {
+        around.landing = guess.saturating_add_signed(random.next() as i32 as i64 / 4);
+    }
+    let around_jump = around.near + 16 < guess || around.near > guess + 20;
+    if !around_jump {
+        around.near = guess + 40;
+    }
+    let bytes = write(encoding, &around, random)?;
+    finish(slot, bytes, guess, bits)
+}
+
+/// Random bytes that are an instruction more often than not.
+fn bytes(slot: usize, random: &mut Random, bits: u32) -> Option<Piece> {
+    let mut bytes = Vec::new();
+    while random.one_in(3) && bytes.len() < 4 {
+        bytes.push(random.pick(&[0x66, 0x67, 0xf0, 0xf2, 0xf3, 0x2e, 0x64, 0x65]));
+    }
+    if random.one_in(3) {
+        bytes.push(0x40 | random.next() as u8 & 0xf);
+    }
+    match random.below(10) {
+        0..=2 => {}
+        3..=5 => bytes.push(0x0f),
+        6 => bytes.extend([0x0f, 0x38]),
+        7 => bytes.extend([0x0f, 0x3a]),
+        8 => bytes.extend([0xc5, random.next() as u8]),
+        _ => {
+            let first = random.next() as u8 & 0xe0 | (1 + random.below(3) as u8);
+            bytes.extend([0xc4, first, random.next() as u8]);
+        }
+    }
+    bytes.push(random.next() as u8);
+    let modrm = random.next() as u8;
+    bytes.push(if random.one_in(2) { modrm | 0xc0 } else { modrm });
+    while bytes.len() < 16 {
+        bytes.push(if random.one_in(2) { 0 } else { random.next() as u8 });
+    }
+    let piece = Piece::new(slot, bytes.clone(), 0, bits);
+    let ip = position(slot, piece.bytes.len() as u64, random);
+    finish(slot, bytes, ip, bits)
+}
+
+/// Admits a piece that ends in its slot's code, or where it ends, and of which the host can judge.
+fn finish(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Option<Piece> {
+    let piece = Piece::new(slot, bytes, ip, bits);
+    let instruction = &piece.instruction;
+    // What is no instruction has no end: how much of it is fetched before #UD is the CPU's choice.
+    if Decoder::with_ip(bits, &piece.bytes, ip, DecoderOptions::NO_WBNOINVD).decode().is_invalid()
+        && piece.ip % PAGE > PAGE - 32
+    {
+        return None;
+    }
+    let known = instruction.code() == Code::INVALID
+        || crate::profile::admits(Level::V3, instruction.code(), bits)
+        || instruction.op_code().fwait();
+    if !known || exclusion(instruction).is_some() {
+        return None;
+    }
+    // A jump to itself has no end; one into itself is another program.
+    if matches!(
+        instruction.flow_control(),
+        FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call | FlowControl::XbeginXabortXend
+    ) && instruction.near_branch_target() != 0
+    {
+        let to = instruction.near_branch_target();
+        if to + 16 > piece.ip && to < piece.next() + 20 && to != piece.next() {
+            return None;
+        }
+    }
+    // Operands that the code itself names must not be the code.
+    if instruction.is_ip_rel_memory_operand() && crate::layout::is_near(instruction.memory_displacement64()) {
+        let to = instruction.memory_displacement64();
+        if to < crate::layout::data(0) {
+            return None;
+        }
+    }
+    Some(piece)
+}
+
+/// Writes a piece and the jump that ends its cases into a slot.
+fn place(pages: &mut [u8], piece: &Piece) {
+    let base = code(piece.slot);
+    let at = (piece.ip - base) as usize;
+    let mut put = |at: usize, bytes: &[u8]| {
+        for (index, byte) in bytes.iter().enumerate() {
+            if let Some(place) = pages.get_mut(at + index) {
+                *place = *byte;
+            }
+        }
+    };
+    put(at, &piece.bytes);
+    let next = at + piece.bytes.len();
+    if piece.bits == 64 {
+        let distance = crate::layout::EXIT.wrapping_sub(base + next as u64 + 5) as u32;
+        let mut jump = vec![0xe9];
+        jump.extend(distance.to_le_bytes());
+        put(next, &jump);
+    } else {
+        // jmp 0x33:exit
+        let mut jump = vec![0xea];
+        jump.extend((crate::layout::EXIT as u32).to_le_bytes());
+        jump.extend([0x33, 0]);
+        put(next, &jump);
+    }
+}
+
+/// What a thread has.
+struct Worker {
+    native: Native,
+    engines: Vec<Engine>,
+    host: Host,
+    outcomes: Vec<Vec<u8>>,
+    data: Vec<u8>,
+}
+
+fn timed<T>(into: &mut Duration, go: impl FnOnce() -> T) -> T {
+    let begun = Instant::now();
+    let result = go();
+    *into += begun.elapsed();
+    result
+}
+
+fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
+    let settings = shared.settings;
+    let mut native = Native::new(false)?;
+    prepare(native.arena());
+    let engines = settings
+        .engines
+        .iter()
+        .map(|kind| Engine::new(*kind, settings.level, false))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut worker = Worker {
+        native,
+        outcomes: vec![Vec::new(); engines.len()],
+        engines,
+        host: Host::new(),
+        data: Vec::new(),
+    };
+    let maker = Maker::new(settings.level == Level::V3);
+    let mut batch = Batch {
+        arena: vec![0; ARENA_BYTES],
+        pieces: Vec::new(),
+        cases: Vec::new(),
+    };
+    prepare(&mut batch.arena);
+    loop {
+        let number = shared.next.fetch_add(1, Ordering::Relaxed);
+        let late = shared.begun.elapsed() >= settings.time;
+        if number >= settings.first + settings.batches || late || shared.stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let mut times = [Duration::ZERO; 5];
+        timed(&mut times[0], || make(&mut batch, number, shared, &maker));
+        worker.judge(&batch, number, shared, &mut times)?;
+    }
+    let Ok(mut guard) = shared.report.lock() else {
+        return Ok(());
+    };
+    guard.0.deaths += worker.native.deaths;
+    Ok(())
+}
+
+impl Worker {
+    /// Runs cases natively and on all engines.
+    fn run(&mut self, batch: &Batch, first: usize, cases: usize, times: &mut [Duration; 5]) -> Result<(), OracleError> {
+        let slots = SLOTS;
+        let total = batch.cases.len();
+        let arena = self.native.arena();
+        arena[IN_AT..IN_AT + total * RECORD].copy_from_slice(&batch.arena[IN_AT..IN_AT + total * RECORD]);
+        let area = CODE_AT..CODE_AT + slots * 2 * PAGE as usize;
+        arena[area.clone()].copy_from_slice(&batch.arena[area]);
+        begin(arena, first, cases);
+        self.native.begin()?;
+        let mut control = batch.arena[..CONTROL_AT + 0x300].to_vec();
+        begin(&mut control, first, cases);
+        for (index, engine) in self.engines.iter_mut().enumerate() {
+            timed(&mut times[2 + index.min(1)], || {
+                engine.load(&batch.arena, total, slots)?;
+                engine.put(CONTROL_AT + 0x200, &control[CONTROL_AT + 0x200..CONTROL_AT + 0x218])?;
+                engine.run(cases)?;
+                engine.records(total, &mut self.outcomes[index])
+            })?;
+        }
+        timed(&mut times[1], || self.native.wait(cases))?;
+        Ok(())
+    }
+
+    fn judge(
+        &mut self,
+        batch: &Batch,
+        number: u64,
+        shared: &Shared<'_>,
+        times: &mut [Duration; 5],
+    ) -> Result<(), OracleError> {
+        let cases = batch.cases.len();
+        self.run(batch, 0, cases, times)?;
+        let begun = Instant::now();
+        let mut found: Vec<(usize, usize, Vec<String>)> = Vec::new();
+        let (mut faults, mut unjudged) = (0, 0);
+        let mut covered = Vec::new();
+        {
+            let arena = self.native.arena();
+            for (case, &piece) in batch.cases.iter().enumerate() {
+                let native = of(&arena[OUT_AT..], case);
+                let (piece, encoding) = &batch.pieces[piece];
+                let done = quad(native, at::VECTOR) == vector::NONE;
+                faults += u64::from(!done);
+                if quad(native, at::VECTOR) == vector::TIMEOUT {
+                    // The host did something else for long.
+                    unjudged += 1;
+                    continue;
+                }
+                if let Some(encoding) = encoding {
+                    covered.push((*encoding, done));
+                }
+                for (engine, outcomes) in self.outcomes.iter().enumerate() {
+                    let lines = judge::differences(
+                        self.host,
+                        Some(piece),
+                        of(&batch.arena[IN_AT..], case),
+                        native,
+                        of(outcomes, case),
+                    );
+                    if !lines.is_empty() {
+                        found.push((engine, case, lines));
+                    }
+                }
+            }
+        }
+        covered.dedup();
+        self.compare_data(batch, cases, &mut found, times)?;
+        times[4] += begun.elapsed();
+        let Ok(mut guard) = shared.report.lock() else {
+            return Ok(());
+        };
+        let (report, all_covered, all_completed) = &mut *guard;
+        report.batches += 1;
+        report.cases += cases as u64 - unjudged;
+        report.unjudged += unjudged;
+        report.faults += faults;
+        for (encoding, done) in covered {
+            all_covered.insert(encoding);
+            if done {
+                all_completed.insert(encoding);
+            }
+        }
+        for (name, time) in ["making", "host (waiting)", "first engine", "second engine", "comparing"]
+            .into_iter()
+            .zip(times.iter())
+        {
+            *report.times.entry(name).or_default() += *time;
+        }
+        let mut formatter = iced_x86::FastFormatter::new();
+        for (engine, case, lines) in found {
+            report.different += 1;
+            let (piece, encoding) = &batch.pieces[batch.cases[case]];
+            let code = format!("{:?}", piece.instruction.code());
+            let same = report
+                .differences
+                .iter()
+                .filter(|difference| difference.code == code && difference.engine == self.engines[engine].kind())
+                .count();
+            if same < 2 {
+                let mut text = String::new();
+                formatter.format(&piece.instruction, &mut text);
+                let form = encoding.map(|encoding| encoding.form);
+                let bytes: String = piece.bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                report.differences.push(Difference {
+                    engine: self.engines[engine].kind(),
+                    code,
+                    text: format!(
+                        "{}: {text} [{bytes} at {:#x}, {:?}, {form:?}], batch {number} case {case}, seed {:#x}\n    {}\n    from {}",
+                        self.engines[engine].kind().name(),
+                        piece.ip,
+                        piece.instruction.code(),
+                        shared.settings.seed,
+                        lines.join("\n    "),
+                        judge::describe(of(&batch.arena[IN_AT..], case)),
+                    ),
+                });
+            }
+            if report.different >= shared.settings.enough as u64 {
+                shared.stop.store(true, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares memory that no window showed, finds the case that made it different, and clears it.
+    fn compare_data(
+        &mut self,
+        batch: &Batch,
+        cases: usize,
+        found: &mut Vec<(usize, usize, Vec<String>)>,
+        times: &mut [Duration; 5],
+    ) -> Result<(), OracleError> {
+        let mut suspects = self.differing_data()?;
+        if !suspects.is_empty() && found.is_empty() {
+            // Each case alone shows which.
+            for case in 0..cases {
+                self.run(batch, case, 1, times)?;
+                for (engine, line) in self.differing_data()? {
+                    found.push((engine, case, vec![line]));
+                }
+            }
+            if found.is_empty() {
+                suspects.truncate(1);
+                for (engine, line) in suspects {
+                    found.push((engine, 0, vec![format!("in the batch, not in any case alone: {line}")]));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn differing_data(&mut self) -> Result<Vec<(usize, String)>, OracleError> {
+        let mut lines = Vec::new();
+        for page in [0, 1, 3] {
+            let from = data_offset(0, page);
+            self.data.resize(PAGE as usize, 0);
+            for (index, engine) in self.engines.iter_mut().enumerate() {
+                engine.get(from, &mut self.data)?;
+                let native = &mut self.native.arena()[from..from + PAGE as usize];
+                if let Some(position) = native.iter().zip(&self.data).position(|(one, other)| one != other) {
+                    let linear = crate::layout::data(0) + crate::layout::DATA_PAGES[page] * PAGE;
+                    lines.push((
+                        index,
+                        format!(
+                            "memory outside windows at {:#x}: {:02x?}, natively {:02x?}",
+                            linear + position as u64,
+                            &self.data[position..(position + 16).min(PAGE as usize)],
+                            &native[position..(position + 16).min(PAGE as usize)],
+                        ),
+                    ));
+                }
+                if self.data.iter().any(|byte| *byte != 0) {
+                    engine.put(from, &[0; PAGE as usize])?;
+                }
+            }
+            let native = &mut self.native.arena()[from..from + PAGE as usize];
+            native.fill(0);
+        }
+        let _ = DATA_AT;
+        Ok(lines)
+    }
+}
+
+/// Form of an encoding, for a person.
+pub fn form_name(form: Form) -> String {
+    format!("{form:?}")
+}

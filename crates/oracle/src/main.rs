@@ -1,0 +1,154 @@
+//! `trapgate-oracle`: the host CPU as judge of the engines.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use trapgate_oracle::engine::Kind;
+use trapgate_oracle::instructions::{self, Report, Settings};
+use trapgate_x86::profile::Level;
+
+/// Runs generated instructions and programs natively and on trapgate's engines, and compares.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Single instructions in all their forms.
+    Instructions(Options),
+}
+
+#[derive(Args)]
+struct Options {
+    /// Seconds to run.
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
+    /// Where all choices come from; from the clock unless given.
+    #[arg(long, value_parser = number)]
+    seed: Option<u64>,
+    /// Batches at most.
+    #[arg(long)]
+    batches: Option<u64>,
+    /// Only this batch: repeats a difference.
+    #[arg(long)]
+    batch: Option<u64>,
+    /// Threads.
+    #[arg(long, default_value_t = 1)]
+    jobs: usize,
+    /// CPU profile.
+    #[arg(long, default_value = "v3")]
+    cpu: Cpu,
+    /// Engines.
+    #[arg(long, value_delimiter = ',', default_value = "interpreter,translator")]
+    engines: Vec<Engine>,
+    /// Instructions whose name contains this.
+    #[arg(long)]
+    code: Option<String>,
+    /// 32-bit code in compatibility mode.
+    #[arg(long)]
+    compatibility: bool,
+    /// Differences after which to stop.
+    #[arg(long, default_value_t = 100)]
+    enough: usize,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Cpu {
+    V2,
+    V3,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Engine {
+    Interpreter,
+    Translator,
+}
+
+fn number(text: &str) -> Result<u64, std::num::ParseIntError> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    }
+}
+
+fn main() -> ExitCode {
+    let What::Instructions(options) = Arguments::parse().what;
+    let seed = options.seed.unwrap_or_else(trapgate_oracle::fresh_seed);
+    let settings = Settings {
+        seed,
+        first: options.batch.unwrap_or(0),
+        batches: match (options.batch, options.batches) {
+            (Some(_), _) => 1,
+            (None, Some(batches)) => batches,
+            (None, None) => u64::MAX / 2,
+        },
+        time: Duration::from_secs(options.seconds),
+        jobs: options.jobs,
+        level: match options.cpu {
+            Cpu::V2 => Level::V2,
+            Cpu::V3 => Level::V3,
+        },
+        bits: if options.compatibility { 32 } else { 64 },
+        engines: options
+            .engines
+            .iter()
+            .map(|engine| match engine {
+                Engine::Interpreter => Kind::Interpreter,
+                Engine::Translator => Kind::Translator,
+            })
+            .collect(),
+        code: options.code,
+        enough: options.enough,
+    };
+    println!("seed {seed:#x}");
+    match instructions::run(&settings) {
+        Ok(report) => show(&settings, &report),
+        Err(error) => {
+            eprintln!("error: {error}");
+            let mut source = std::error::Error::source(&error);
+            while let Some(cause) = source {
+                eprintln!("  cause: {cause}");
+                source = cause.source();
+            }
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn show(settings: &Settings, report: &Report) -> ExitCode {
+    for difference in &report.differences {
+        println!("{}\n", difference.text);
+    }
+    println!(
+        "{} encodings of {}, {} covered ({:.2} %), {} of them completed without a fault",
+        report.encodings,
+        settings.level.name(),
+        report.covered,
+        100.0 * report.covered as f64 / report.encodings as f64,
+        report.completed,
+    );
+    for (reason, count) in &report.excluded {
+        println!("{count} encodings have no cases: {reason}");
+    }
+    if report.missing.len() <= 40 {
+        for name in &report.missing {
+            println!("not covered: {name}");
+        }
+    }
+    println!(
+        "{} cases in {} batches, {} faulted, {} not judged; children that died: {}",
+        report.cases, report.batches, report.faults, report.unjudged, report.deaths
+    );
+    for (name, time) in &report.times {
+        println!("{name}: {:.2} s", time.as_secs_f64());
+    }
+    println!("{} differences", report.different);
+    if report.different == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

@@ -1,0 +1,118 @@
+//! Which instructions a CPU profile admits, by the decoder's tables, and what cannot be judged.
+
+use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
+use trapgate_x86::profile::Level;
+
+/// What every profile has (`trapgate_x86::profile`, leaves 1, 7, 0xD and 0x8000_0001).
+const V2: [CpuidFeature; 43] = [
+    CpuidFeature::INTEL8086,
+    CpuidFeature::INTEL186,
+    CpuidFeature::INTEL286,
+    CpuidFeature::INTEL386,
+    CpuidFeature::INTEL486,
+    CpuidFeature::X64,
+    CpuidFeature::CMOV,
+    CpuidFeature::CX8,
+    CpuidFeature::CPUID,
+    CpuidFeature::TSC,
+    CpuidFeature::MSR,
+    CpuidFeature::SEP,
+    CpuidFeature::SYSCALL,
+    CpuidFeature::SMM,
+    CpuidFeature::RDPMC,
+    CpuidFeature::FPU,
+    CpuidFeature::FPU287,
+    CpuidFeature::FPU387,
+    CpuidFeature::MMX,
+    CpuidFeature::FXSR,
+    CpuidFeature::SSE,
+    CpuidFeature::SSE2,
+    CpuidFeature::SSE3,
+    CpuidFeature::SSSE3,
+    CpuidFeature::SSE4_1,
+    CpuidFeature::SSE4_2,
+    CpuidFeature::POPCNT,
+    CpuidFeature::CMPXCHG16B,
+    CpuidFeature::PCLMULQDQ,
+    CpuidFeature::AES,
+    CpuidFeature::XSAVE,
+    CpuidFeature::XSAVEOPT,
+    CpuidFeature::MOVBE,
+    CpuidFeature::RDRAND,
+    CpuidFeature::RDSEED,
+    CpuidFeature::FSGSBASE,
+    CpuidFeature::INVPCID,
+    CpuidFeature::SMAP,
+    CpuidFeature::RDTSCP,
+    CpuidFeature::RDPID,
+    CpuidFeature::CLFSH,
+    CpuidFeature::PREFETCHW,
+    CpuidFeature::PAUSE,
+];
+
+/// NOPs of any length, and what is a NOP on a processor that does not know it.
+const NOPS: [CpuidFeature; 2] = [CpuidFeature::MULTIBYTENOP, CpuidFeature::PREFETCHWT1];
+
+const V3: [CpuidFeature; 8] = [
+    CpuidFeature::AVX,
+    CpuidFeature::AVX2,
+    CpuidFeature::BMI1,
+    CpuidFeature::BMI2,
+    CpuidFeature::FMA,
+    CpuidFeature::F16C,
+    CpuidFeature::LZCNT,
+    CpuidFeature::ADX,
+];
+
+/// Whether a processor of this profile knows an instruction in code of `bits` bits.
+pub fn admits(level: Level, code: Code, bits: u32) -> bool {
+    let op_code = code.op_code();
+    // In 64-bit mode only AMD's processors know near branches with 16-bit operands.
+    let mode = if bits == 64 {
+        op_code.mode64() && op_code.intel_decoder64()
+    } else {
+        op_code.mode32() && op_code.intel_decoder32()
+    };
+    // FINIT and its like are two instructions, FWAIT and FNINIT.
+    mode && op_code.is_instruction()
+        && !op_code.fwait()
+        && matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
+        && code.cpuid_features().iter().all(|feature| {
+            V2.contains(feature)
+                || NOPS.contains(feature)
+                || (level == Level::V3 && V3.contains(feature))
+        })
+}
+
+/// Whether the host knows all of a profile: its CPU may be older.
+pub fn host_has(level: Level) -> bool {
+    macro_rules! all {
+        ($($name:tt),*) => { $(std::is_x86_feature_detected!($name))&&* };
+    }
+    let v2 = all!("sse4.2", "popcnt", "cmpxchg16b", "pclmulqdq", "aes", "xsave", "xsaveopt", "movbe", "rdrand", "rdseed");
+    v2 && (level == Level::V2
+        || all!("avx", "avx2", "bmi1", "bmi2", "fma", "f16c", "lzcnt", "adx"))
+}
+
+/// Why an instruction has no cases.
+pub fn exclusion(instruction: &Instruction) -> Option<&'static str> {
+    use Mnemonic as M;
+    Some(match instruction.mnemonic() {
+        M::Rdtsc | M::Rdtscp => "gives the time",
+        M::Cpuid => "tells the profile from the host",
+        M::Xgetbv => "tells XCR0, in which the host has more",
+        M::Rdpid => "gives the number of the host's processor",
+        M::Syscall | M::Sysenter => "enters the host's kernel",
+        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => {
+            "is emulated by the host's kernel where it has UMIP (and tells its tables where not)"
+        }
+        M::Int if instruction.immediate8() == 0x80 => "enters the host's kernel",
+        M::Vmcall | M::Vmmcall | M::Vmfunc => "reaches the hypervisor below the host",
+        _ => return None,
+    })
+}
+
+/// Whether an operand is memory.
+pub fn memory_operand(instruction: &Instruction) -> Option<u32> {
+    (0..instruction.op_count()).find(|&operand| instruction.op_kind(operand) == OpKind::Memory)
+}

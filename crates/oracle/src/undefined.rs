@@ -1,0 +1,153 @@
+//! What the manual leaves undefined, and so is not compared. Everything else is.
+//!
+//! Source: Intel SDM vol. 2, "Flags Affected" and "Operation" of each instruction.
+
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use trapgate_x86::registers::rflags::{AF, CF, OF, PF, SF, ZF};
+
+const ALL: u64 = CF | PF | AF | ZF | SF | OF;
+
+/// When flags are undefined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// Always.
+    Always,
+    /// The masked count is not 0 (with 0 no flag changes).
+    Count,
+    /// The masked count is neither 0 nor 1.
+    CountAbove1,
+    /// The masked count is at least the operand's size in bits.
+    CountReachesSize,
+    /// The masked count is larger than the operand's size in bits: the result is undefined too.
+    CountAboveSize,
+}
+
+/// A row of the table: instructions, flags, and when they are undefined.
+pub struct Row {
+    /// Which instructions.
+    pub mnemonics: &'static [Mnemonic],
+    /// Which flags.
+    pub flags: u64,
+    /// When.
+    pub when: When,
+    /// Where the manual says so: SDM vol. 2, under this heading.
+    pub source: &'static str,
+}
+
+const fn row(mnemonics: &'static [Mnemonic], flags: u64, when: When, source: &'static str) -> Row {
+    Row {
+        mnemonics,
+        flags,
+        when,
+        source,
+    }
+}
+
+use Mnemonic as M;
+
+/// Flags that the manual leaves undefined.
+pub const TABLE: [Row; 23] = [
+    row(&[M::And], AF, When::Always, "AND"),
+    row(&[M::Or], AF, When::Always, "OR"),
+    row(&[M::Xor], AF, When::Always, "XOR"),
+    row(&[M::Test], AF, When::Always, "TEST"),
+    row(&[M::Andn], AF | PF, When::Always, "ANDN"),
+    row(&[M::Blsi, M::Blsmsk, M::Blsr], AF | PF, When::Always, "BLSI, BLSMSK, BLSR"),
+    row(&[M::Bextr], AF | SF | PF, When::Always, "BEXTR"),
+    row(&[M::Bzhi], AF | PF, When::Always, "BZHI"),
+    row(&[M::Mul, M::Imul], SF | ZF | AF | PF, When::Always, "MUL, IMUL"),
+    row(&[M::Div, M::Idiv], ALL, When::Always, "DIV, IDIV"),
+    row(&[M::Shl, M::Sal, M::Shr, M::Sar], AF, When::Count, "SAL/SAR/SHL/SHR"),
+    row(&[M::Shl, M::Sal, M::Shr, M::Sar], OF, When::CountAbove1, "SAL/SAR/SHL/SHR"),
+    row(&[M::Shl, M::Sal, M::Shr], CF, When::CountReachesSize, "SAL/SAR/SHL/SHR"),
+    row(&[M::Rol, M::Ror, M::Rcl, M::Rcr], OF, When::CountAbove1, "RCL/RCR/ROL/ROR"),
+    row(&[M::Shld, M::Shrd], AF, When::Count, "SHLD, SHRD"),
+    row(&[M::Shld, M::Shrd], OF, When::CountAbove1, "SHLD, SHRD"),
+    row(&[M::Shld, M::Shrd], ALL, When::CountAboveSize, "SHLD, SHRD"),
+    row(&[M::Bsf, M::Bsr], CF | OF | SF | AF | PF, When::Always, "BSF, BSR"),
+    row(&[M::Bt, M::Bts, M::Btr, M::Btc], OF | SF | AF | PF, When::Always, "BT, BTS, BTR, BTC"),
+    row(&[M::Lzcnt, M::Tzcnt], OF | SF | PF | AF, When::Always, "LZCNT, TZCNT"),
+    row(&[M::Aaa, M::Aas], OF | SF | ZF | PF, When::Always, "AAA, AAS"),
+    row(&[M::Aad, M::Aam], OF | AF | CF, When::Always, "AAD, AAM"),
+    row(&[M::Daa, M::Das], OF, When::Always, "DAA, DAS"),
+];
+
+/// The operand's size in bits, and the count of a shift after masking.
+fn shift(instruction: &Instruction, gpr: &[u64; 16]) -> (u64, u64) {
+    let size = match instruction.op_kind(0) {
+        OpKind::Register => instruction.op_register(0).size(),
+        _ => instruction.memory_size().size(),
+    } as u64
+        * 8;
+    let last = instruction.op_count().saturating_sub(1);
+    let count = match instruction.op_kind(last) {
+        OpKind::Immediate8 => u64::from(instruction.immediate8()),
+        OpKind::Register if instruction.op_register(last) == Register::CL => gpr[1],
+        _ => 1,
+    };
+    (size, count & if size == 64 { 63 } else { 31 })
+}
+
+/// Flags that are undefined after an instruction on these registers.
+pub fn flags(instruction: &Instruction, gpr: &[u64; 16]) -> u64 {
+    let mnemonic = instruction.mnemonic();
+    let (size, count) = shift(instruction, gpr);
+    TABLE
+        .iter()
+        .filter(|row| row.mnemonics.contains(&mnemonic))
+        .filter(|row| match row.when {
+            When::Always => true,
+            When::Count => count != 0,
+            When::CountAbove1 => count > 1,
+            When::CountReachesSize => count >= size,
+            When::CountAboveSize => count > size,
+        })
+        .map(|row| row.flags)
+        .fold(0, |all, flags| all | flags)
+}
+
+/// Whether the destination is undefined: SHLD and SHRD by more bits than there are.
+pub fn result(instruction: &Instruction, gpr: &[u64; 16]) -> bool {
+    let (size, count) = shift(instruction, gpr);
+    matches!(instruction.mnemonic(), M::Shld | M::Shrd) && count > size
+}
+
+/// Whether an instruction accesses memory in several parts whose order the manual does not say, so that the first to
+/// fault is the CPU's choice: the address, and where the parts lie on several pages the error code.
+pub fn order(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.mnemonic(),
+        M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Xsave
+            | M::Xsave64
+            | M::Xsaveopt
+            | M::Xsaveopt64
+            | M::Xrstor
+            | M::Xrstor64
+            | M::Fnsave
+            | M::Frstor
+            | M::Fnstenv
+            | M::Fldenv
+            | M::Retf
+            | M::Iret
+            | M::Iretd
+            | M::Iretq
+            // Of several elements.
+            | M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
+            | M::Maskmovq
+            | M::Maskmovdqu
+            | M::Vmaskmovdqu
+    )
+}
+
+/// Two vectors of which an access in several parts may raise either: part of it not canonical, or not aligned, or not
+/// mapped. (SDM vol. 2, XSAVE, FXSAVE, "#AC": whether #AC is signaled in place of #GP varies with implementations.)
+pub fn either(vectors: [u64; 2]) -> bool {
+    vectors.iter().all(|vector| matches!(vector, 12 | 13 | 14 | 17)) && vectors[0] != vectors[1]
+}
