@@ -440,3 +440,81 @@ fn host(entry: &Entry, linear: u64) -> HostAddress {
     // keeps the `GuestMemory` alive.
     unsafe { HostAddress::new(linear.wrapping_add(entry.addend) as *mut u8) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: Rights = Rights {
+        read: true,
+        write: true,
+        execute: true,
+        global: false,
+    };
+    const LOWER: u64 = 0x40_1000;
+    const UPPER: u64 = 0xffff_8880_0040_5000;
+
+    fn page(number: u64) -> HostAddress {
+        // SAFETY: nobody accesses memory there.
+        unsafe { HostAddress::new((number << 12) as *mut u8) }
+    }
+
+    fn found(tlb: &Tlb, linear: u64) -> Option<u64> {
+        let host = tlb.find(View::User, Access::Write, linear, 1)?;
+        Some(host.as_ptr() as u64 >> 12)
+    }
+
+    /// Two address spaces, each with a page of its own at both addresses; the second is current.
+    fn two_spaces() -> Tlb {
+        let mut tlb = Tlb::new();
+        for pcid in [1, 2] {
+            tlb.switch(pcid, true);
+            for linear in [LOWER, UPPER] {
+                tlb.insert(View::User, linear, page(u64::from(pcid)), ALL);
+            }
+        }
+        tlb
+    }
+
+    #[test]
+    fn address_spaces_do_not_take_each_other_s_translations_of_the_same_addresses() {
+        let mut tlb = two_spaces();
+        for pcid in [1, 2, 1] {
+            tlb.switch(pcid, true);
+            for linear in [LOWER, UPPER] {
+                assert_eq!(found(&tlb, linear), Some(pcid.into()), "{linear:#x}");
+            }
+        }
+        tlb.switch(3, true);
+        assert_eq!(found(&tlb, LOWER), None);
+        assert_eq!(found(&tlb, UPPER), None);
+    }
+
+    #[test]
+    fn page_is_forgotten_in_every_address_space() {
+        for linear in [LOWER, UPPER] {
+            let mut tlb = two_spaces();
+            tlb.flush_page(linear);
+            for pcid in [1, 2] {
+                tlb.switch(pcid, true);
+                assert_eq!(found(&tlb, linear), None, "{linear:#x}");
+                assert_eq!(found(&tlb, linear ^ 0x3000), None);
+                assert!(found(&tlb, LOWER ^ UPPER ^ linear).is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn global_page_of_the_upper_half_is_in_every_address_space() {
+        let mut tlb = two_spaces();
+        let global = Rights {
+            global: true,
+            ..ALL
+        };
+        tlb.insert(View::User, UPPER + 0x1000, page(7), global);
+        for pcid in [1, 9] {
+            tlb.switch(pcid, true);
+            assert_eq!(found(&tlb, UPPER + 0x1000), Some(7));
+        }
+    }
+}

@@ -191,12 +191,12 @@ fn code_after_a_call_may_change_until_the_return() {
 #[test]
 fn page_of_the_caller_may_be_another_by_the_time_of_the_return() {
     let (f, caller, other) = (CODE, CODE + 0x1000, CODE + 0x2000);
-    // call f; add eax, …; dec ecx; jnz to the call; hlt
+    // nop; call f; add eax, …; dec ecx; jnz to the call; hlt
     let page = |start: u64, add: u8| {
         let (_, bytes) = code(
             caller,
             &[
-                (&[0xe8], Some(f)),
+                (&[0x90, 0xe8], Some(f)),
                 (&[0x83, 0xc0, add, 0xff, 0xc9, 0x75, 0xf4, 0xf4], None),
             ],
         );
@@ -219,10 +219,10 @@ fn page_of_the_caller_may_be_another_by_the_time_of_the_return() {
         |start| {
             start.rip = caller;
             start.gpr[gpr::RAX] = 0;
-            start.gpr[gpr::RCX] = 200;
+            start.gpr[gpr::RCX] = 201;
         },
     );
-    assert_eq!(end.gpr[gpr::RAX], 100 * 101);
+    assert_eq!(end.gpr[gpr::RAX], 101 * 100 + 100);
 }
 
 #[test]
@@ -255,35 +255,51 @@ fn return_in_another_mode_does_not_run_code_of_the_caller_s() {
     assert_eq!(end.rip, CODE + 10, "ADDPS faults when CR0.TS is set");
 }
 
-/// The kernel returns to code of its own that lies where a program made a call.
+/// The kernel returns to where a program made a call, and reads there what programs may not; then the program tries.
 #[test]
 fn return_at_another_level_does_not_run_code_of_the_caller_s() {
-    let (kernel, f) = (CODE + 0x200, CODE + 0x100);
+    let (kernel, f, back, secret) = (CODE + 0x200, CODE + 0x100, CODE + 6, 0x6_0000u64);
+    // The kernel's half of the address space shows the same memory.
+    let upper = 511 << 39 | 0xffff << 48;
     let mut entry = vec![0x68];
-    entry.extend_from_slice(&(CODE as u32 + 5).to_le_bytes());
+    entry.extend_from_slice(&(back as u32).to_le_bytes());
     entry.push(0xc3);
+    // mov rax, [secret]; dec edx; jz to the end; lea rcx, [start]; mov r11d, 2; sysret
+    let mut after = vec![0x48, 0x8b, 0x04, 0x25];
+    after.extend_from_slice(&(secret as u32).to_le_bytes());
+    after.extend_from_slice(&[0xff, 0xca, 0x74, 16, 0x48, 0x8d, 0x0d]);
     let end = agree(
         &[
-            // call f; mov rax, cr0; dec edx; jz to the end; lea rcx, [start]; mov r11d, 2; sysret; hlt
+            (
+                TABLES + 511 * 8,
+                ((TABLES + 0x1000) | 7).to_le_bytes().to_vec(),
+            ),
+            (
+                TABLES + 0x3000 + (secret >> 12) * 8,
+                (secret | 3).to_le_bytes().to_vec(),
+            ),
+            // nop; call f; …
             code(
                 CODE,
                 &[
-                    (&[0xe8], Some(f)),
-                    (
-                        &[0x0f, 0x20, 0xc0, 0xff, 0xca, 0x74, 16, 0x48, 0x8d, 0x0d],
-                        Some(CODE),
-                    ),
-                    (&[0x41, 0xbb, 2, 0, 0, 0, 0x48, 0x0f, 0x07, 0xf4], None),
+                    (&[0x90, 0xe8], Some(f)),
+                    (&after, Some(CODE)),
+                    (&[0x41, 0xbb, 2, 0, 0, 0, 0x48, 0x0f, 0x07], None),
+                    // The end: lea rcx, [secret's reader]; mov r11d, 2; sysret
+                    (&[0x48, 0x8d, 0x0d], Some(CODE + 0x300)),
+                    (&[0x41, 0xbb, 2, 0, 0, 0, 0x48, 0x0f, 0x07], None),
                 ],
             ),
             // syscall
             code(f, &[(&[0x0f, 0x05], None)]),
-            // push CODE + 5; ret
+            // push back; ret
             (kernel, entry),
+            // jmp back: as a program.
+            code(CODE + 0x300, &[(&[0xe9], Some(back))]),
         ],
         |start| {
             start.gpr[gpr::RDX] = 500;
-            start.system.lstar = kernel;
+            start.system.lstar = upper | kernel;
             start.system.star = 0x10 << 48 | 0x08 << 32;
             let level = access::DPL;
             let data = Segment::flat(0x1b, access::WRITABLE | access::DB | level);
@@ -292,33 +308,35 @@ fn return_at_another_level_does_not_run_code_of_the_caller_s() {
                 Segment::flat(0x23, access::CODE | access::READABLE | access::L | level);
         },
     );
-    assert_eq!(end.gpr[gpr::RDX], 0);
+    assert_eq!((end.gpr[gpr::RDX], end.rip), (0, back));
 }
 
-/// Calls that only go ahead, twice to each function: what takes longer than the world will last is interrupted.
+/// A function that calls itself twice, 60 deep: what takes longer than the world will last is interrupted.
 #[test]
 fn calls_notice_a_signal() {
     let memory = memory();
-    let mut pieces: Vec<Piece> = (0..60)
-        .map(|level| {
-            let next = CODE + 0x100 + (level + 1) * 16;
-            let calls: &[(&[u8], _)] = &[
-                (&[0xe8], Some(next)),
-                (&[0xe8], Some(next)),
-                (&[0xc3], None),
-            ];
-            code(next - 16, calls)
-        })
-        .collect();
-    pieces.push((CODE + 0x100 + 60 * 16, vec![0xc3]));
-    pieces.push(code(
-        CODE,
-        &[(&[0xe8], Some(CODE + 0x100)), (&[0xf4], None)],
-    ));
+    let f = CODE + 0x100;
+    let pieces = [
+        // mov ecx, 60; call f; hlt
+        code(
+            CODE,
+            &[(&[0xb9, 60, 0, 0, 0, 0xe8], Some(f)), (&[0xf4], None)],
+        ),
+        // dec ecx; jz to the end; nop; call f; nop; call f; inc ecx; ret
+        code(
+            f,
+            &[
+                (&[0xff, 0xc9, 0x74, 12, 0x90, 0xe8], Some(f)),
+                (&[0x90, 0xe8], Some(f)),
+                (&[0xff, 0xc1, 0xc3], None),
+            ],
+        ),
+    ];
     let start = write(&memory, &pieces);
     let profile = CpuProfile::new(Level::V3, 1_000_000_000);
     let mut vcpu = Translating::new(memory, Box::new(NoDevices), profile, 0, 1)
         .expect("the host can run translated code");
+    vcpu.be_exact();
     let signals = vcpu.signals();
     let (done, wait) = mpsc::channel();
     std::thread::spawn(move || done.send(run(&mut vcpu, &start).0));
