@@ -1080,6 +1080,9 @@ impl Writer<'_> {
                         continue;
                     }
                     let guest = number(register);
+                    if plan.visits_rcx && HOME[guest] == Some(GUEST_RCX) {
+                        continue;
+                    }
                     let place = HOME[guest].or_else(|| {
                         let visitor = plan.visitors.iter().flatten();
                         visitor
