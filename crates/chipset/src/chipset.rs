@@ -514,6 +514,13 @@ impl Chipset {
         self.settle_timers(now);
     }
 
+    /// The machine stood still while the time of day went on by `away` nanoseconds: the real-time clock has a battery.
+    pub fn time_of_day_went_on(&mut self, away: u64, now: u64) {
+        let now = self.clock(now);
+        self.rtc.run_on_battery(away, now);
+        self.settle_rtc(now);
+    }
+
     /// When [`advance`](Self::advance) must next be called; `None` while nothing is armed. A timer
     /// whose interrupt is masked wherever it goes is not waited for.
     pub fn next_deadline(&mut self) -> Option<u64> {

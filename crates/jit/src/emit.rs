@@ -520,6 +520,12 @@ impl Asm {
         self.bytes.push(0x58 | register.0 & 7);
     }
 
+    /// `por xmm, [m]`
+    pub(crate) fn or_vector(&mut self, register: u8, address: u32) {
+        self.bytes.push(0x66);
+        self.memory(false, &[0x0f, 0xeb], register, Mem::low(address));
+    }
+
     /// `xsave64 [m]` or `xrstor64 [m]`; EDX:EAX says of which components.
     pub(crate) fn state(&mut self, store: bool, area: Mem) {
         let extension = if store { 4 } else { 5 };

@@ -45,6 +45,8 @@ pub(crate) enum Kind {
     Return(u16),
     PushFlags,
     PopFlags,
+    /// STD, else CLD.
+    Direction(bool),
     /// STI, else CLI.
     Interrupts(bool),
     /// STAC, else CLAC.
@@ -294,6 +296,8 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         Code::Idiv_rm64 => return divide(true, true),
         Code::Pushfq => return Kind::PushFlags,
         Code::Popfq => return Kind::PopFlags,
+        Code::Cld => return Kind::Direction(false),
+        Code::Std => return Kind::Direction(true),
         Code::Cli if !mode.is_user() => return Kind::Interrupts(false),
         Code::Sti if !mode.is_user() => return Kind::Interrupts(true),
         Code::Syscall if mode.is_user() && !mode.is_compatibility() => return Kind::SystemCall,
@@ -337,7 +341,7 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         }
         _ => {}
     }
-    if let Some(string) = string(instruction) {
+    if let Some(string) = string(instruction, mode) {
         return Kind::String(string);
     }
     if let Some(plan) = plan(instruction, mode) {
@@ -356,8 +360,8 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
     }
 }
 
-/// MOVS and STOS with 64-bit addresses and no segment of its own.
-fn string(instruction: &Instruction) -> Option<Text> {
+/// MOVS and STOS with addresses as wide as the mode's and no segment of its own.
+fn string(instruction: &Instruction, mode: Mode) -> Option<Text> {
     let (size, moves) = match instruction.code() {
         Code::Movsb_m8_m8 => (1, true),
         Code::Movsw_m16_m16 => (2, true),
@@ -369,11 +373,10 @@ fn string(instruction: &Instruction) -> Option<Text> {
         Code::Stosq_m64_RAX => (8, false),
         _ => return None,
     };
-    let wide = |index| {
-        matches!(
-            instruction.op_kind(index),
-            OpKind::MemoryESRDI | OpKind::MemorySegRSI | OpKind::Register
-        )
+    let wide = |index| match instruction.op_kind(index) {
+        OpKind::MemoryESRDI | OpKind::MemorySegRSI => true,
+        OpKind::MemoryESEDI | OpKind::MemorySegESI => mode.is_compatibility(),
+        kind => kind == OpKind::Register,
     };
     let plain = instruction.segment_prefix() == Register::None;
     (wide(0) && wide(1) && plain && !instruction.has_repne_prefix()).then_some(Text {
@@ -614,3 +617,80 @@ pub(crate) fn can_address(instruction: &Instruction) -> bool {
 
 /// The guest's RCX as a count goes to the host's.
 pub(crate) const COUNTER: Reg = RCX;
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory};
+
+    use super::*;
+
+    /// Legacy and VEX encodings of everything, with `[RDI]` as memory operand.
+    fn with_memory() -> impl Iterator<Item = Instruction> {
+        let modrm = || (0..8u8).map(|reg| reg << 3 | 7);
+        let prefixes: [&[u8]; 8] = [
+            &[],
+            &[0x66],
+            &[0xf3],
+            &[0xf2],
+            &[0x48],
+            &[0x66, 0x48],
+            &[0xf3, 0x48],
+            &[0xf0],
+        ];
+        let maps: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
+        let legacy = prefixes.into_iter().flat_map(move |prefix| {
+            maps.into_iter().flat_map(move |map| {
+                (0..=255u8).flat_map(move |opcode| {
+                    modrm().map(move |modrm| [prefix, map, &[opcode, modrm]].concat())
+                })
+            })
+        });
+        let vex = (1..4u8).flat_map(move |map| {
+            (0..16u8).flat_map(move |last| {
+                let last = last >> 3 << 7 | 0x78 | last & 7;
+                (0..=255u8).flat_map(move |opcode| {
+                    modrm().map(move |modrm| vec![0xc4, 0xe0 | map, last, opcode, modrm])
+                })
+            })
+        });
+        legacy.chain(vex).filter_map(|mut bytes| {
+            bytes.resize(15, 0);
+            let instruction = Decoder::new(64, &bytes, DecoderOptions::NONE).decode();
+            let memory = (0..instruction.op_count())
+                .any(|index| instruction.op_kind(index) == OpKind::Memory);
+            memory.then_some(instruction)
+        })
+    }
+
+    /// Host code checks an address for as many bytes as the decoder says that the operand has: an instruction that touches
+    /// more, or other memory beside, would leave the guest's.
+    #[test]
+    fn instructions_that_run_in_place_touch_their_operand_and_no_more() {
+        let everything = Mode::for_test_of_everything();
+        let mut factory = InstructionInfoFactory::new();
+        let mut seen = 0;
+        for instruction in with_memory() {
+            let (Kind::Same(plan) | Kind::BitOfMemory(plan)) = classify(&instruction, everything)
+            else {
+                continue;
+            };
+            seen += 1;
+            let info = factory.info(&instruction);
+            let [used] = info.used_memory() else {
+                panic!("{instruction:?}: {:?}", info.used_memory());
+            };
+            let size = instruction.memory_size().size();
+            assert!(
+                size > 0 && used.memory_size().size() <= size,
+                "{instruction:?}"
+            );
+            assert!(used.index() == Register::None, "{instruction:?}");
+            let writes = !matches!(
+                used.access(),
+                iced_x86::OpAccess::Read | iced_x86::OpAccess::CondRead
+            );
+            assert!(plan.writes_memory || !writes, "{instruction:?}");
+        }
+        assert!(seen > 3000, "{seen}");
+    }
+}

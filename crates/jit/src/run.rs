@@ -12,7 +12,7 @@ use rustc_hash::FxHashMap;
 use trapgate_engine::{Costs, Counter, Exit as RunExit, Observe, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
 use trapgate_interp::op::Op;
-use trapgate_interp::{Access, Interpreter, Target};
+use trapgate_interp::{Interpreter, Target};
 use trapgate_memory::{GuestMemory, HostAddress, PAGE_SIZE};
 use trapgate_x86::paging::is_canonical;
 use trapgate_x86::profile::Level;
@@ -286,7 +286,8 @@ impl Translating {
         let bell = Arc::clone(&doorbell);
         let signals = Arc::new(Signals::with_interrupter(move || bell.ring()));
         // Registers of 256 bits with dirty upper halves make SSE code slow, so only where a guest may use them.
-        let wide = profile.level == Level::V3 && std::is_x86_feature_detected!("avx");
+        let level = profile.level;
+        let wide = level == Level::V3 && std::is_x86_feature_detected!("avx");
         let mut interp =
             Interpreter::with_signals(memory, world, profile, index, count, Arc::clone(&signals));
         interp.note_changes();
@@ -323,7 +324,7 @@ impl Translating {
                     code,
                     stubs_end,
                     stubs,
-                    translator: Translator::new(at, stubs),
+                    translator: Translator::new(at, stubs, level),
                     sites,
                     ops,
                     exits,
@@ -600,13 +601,8 @@ impl Context {
         let cell = Cell::miss(site.mode.view(), site.write);
         self.rust.statistics.count(cell);
         let cpu = &mut self.interp.cpu;
-        let access = if site.write {
-            Access::Write
-        } else {
-            Access::Read
-        };
-        match cpu.resolve(linear, size, access, site.segment) {
-            Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
+        match cpu.resolve(linear, size, site.access(), site.segment) {
+            Ok(Some(target)) if site.is_allowed(&target) => {
                 self.keep(&site, linear, &target);
                 self.give_x87(&site);
                 answer::RETURN
@@ -651,18 +647,9 @@ impl Context {
     fn keep_both(&mut self, site: &Site, linear: u64) {
         let last = linear.wrapping_add(u64::from(site.size) - 1);
         for linear in [linear, last] {
-            let access = if site.write {
-                Access::Write
-            } else {
-                Access::Read
-            };
             let cpu = &mut self.interp.cpu;
-            if let Ok(Some(target)) = cpu.resolve(linear, 1, access, site.segment)
-                && (if site.write {
-                    target.write
-                } else {
-                    target.read
-                })
+            if let Ok(Some(target)) = cpu.resolve(linear, 1, site.access(), site.segment)
+                && site.is_allowed(&target)
             {
                 self.keep(site, linear, &target);
             }
@@ -1436,3 +1423,6 @@ impl Vcpu for Translating {
         Some(context.rust.statistics.costs())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -165,12 +165,38 @@ impl Writer<'_> {
         self.save_x87();
     }
 
+    /// Vector registers from memory; the flags are lost. Upper halves that are zero stay as VZEROUPPER leaves them:
+    /// loaded, even with zeros, they make each change between SSE and VEX instructions cost dozens of cycles.
+    fn restore_vectors(&mut self) {
+        let load = |asm: &mut Asm, wide: bool| {
+            for index in 0..16 {
+                let address = self.at.vector(usize::from(index));
+                asm.vector(wide, false, index, address);
+            }
+        };
+        if !self.wide {
+            load(self.asm, false);
+            return;
+        }
+        let upper = |index: usize| self.at.vector(index) + 16;
+        self.asm.vector(false, false, 0, upper(0));
+        for index in 1..16 {
+            self.asm.or_vector(0, upper(index));
+        }
+        self.asm.raw(&[0x66, 0x0f, 0x38, 0x17, 0xc0]); // ptest xmm0, xmm0
+        self.asm.jump_if(condition::NE, self.asm.here());
+        let used = self.asm.bytes.len() - 4;
+        load(self.asm, false);
+        self.asm.jump(self.asm.here());
+        let done = self.asm.bytes.len() - 4;
+        self.asm.patch(used, self.asm.here());
+        load(self.asm, true);
+        self.asm.patch(done, self.asm.here());
+    }
+
+    /// The other registers.
     fn restore(&mut self) {
         self.asm.mxcsr(false, Mem::low(self.at.mxcsr()));
-        for index in 0..16 {
-            let address = self.at.vector(usize::from(index));
-            self.asm.vector(self.wide, false, index, address);
-        }
         for (index, home) in HOME.iter().enumerate() {
             if let Some(home) = home {
                 self.asm.load(*home, Mem::low(self.at.gpr(index)));
@@ -401,6 +427,7 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
     writer.asm.alu_imm(true, Alu::Sub, RSP, 8);
     writer.asm.mxcsr(true, Mem::low(at.host_mxcsr()));
     writer.asm.store(Mem::low(at.host_stack()), RSP);
+    writer.restore_vectors();
     writer.restore_flags();
     writer.restore();
     writer.asm.load(RSP, Mem::low(at.stack()));
@@ -417,6 +444,7 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
     writer.asm.land(going);
     writer.asm.store(Mem::low(at.resume()), RAX);
     writer.load_x87_if_wanted(load_x87);
+    writer.restore_vectors();
     writer.restore_flags();
     writer.restore();
     writer.asm.load(RSP, Mem::low(at.stack()));
@@ -435,6 +463,7 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
         writer.asm.alu(true, Alu::Or, RAX, RAX);
         writer.asm.jump_if(condition::NE, elsewhere);
         writer.load_x87_if_wanted(load_x87);
+        writer.restore_vectors();
         writer.restore();
         writer.asm.load(RSP, Mem::low(at.stack()));
         writer.asm.push_memory(Mem::low(at.resume()));

@@ -56,6 +56,18 @@ impl Writer<'_> {
         self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, 8));
     }
 
+    /// CLD and STD.
+    pub(crate) fn direction(&mut self, guest: &Guest, down: bool) {
+        self.give_up_flags(guest.live_in);
+        let flags = Mem::low(self.at.system_flags());
+        let (operation, value) = if down {
+            (Alu::Or, rflags::DF)
+        } else {
+            (Alu::And, !rflags::DF)
+        };
+        self.asm.alu_memory_imm32(operation, flags, value as i32);
+    }
+
     /// CLI and STI at CPL 0. The instruction that STI holds interrupts off for is not heeded: none waits, and
     /// one that comes now might have come later.
     pub(crate) fn interrupts(&mut self, guest: &Guest, enable: bool) {

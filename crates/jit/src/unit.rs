@@ -8,9 +8,10 @@
 use iced_x86::{
     Code, CodeSize, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, OpKind, Register,
 };
-use trapgate_interp::Interpreter;
 use trapgate_interp::op::Op;
+use trapgate_interp::{Access, Interpreter, Target};
 use trapgate_thunk::Class;
+use trapgate_x86::profile::Level;
 use trapgate_x86::registers::sreg;
 
 use crate::adapt::{Lesson, Noted};
@@ -61,6 +62,26 @@ pub(crate) struct Site {
     pub(crate) x87: bool,
     /// So many bytes ahead of it lies the x87 instruction whose address is to be FIP; 0 if that is known already.
     pub(crate) x87_behind: u16,
+}
+
+impl Site {
+    /// What its access does.
+    pub(crate) fn access(&self) -> Access {
+        if self.write {
+            Access::Write
+        } else {
+            Access::Read
+        }
+    }
+
+    /// Whether its access has the right to what it leads to.
+    pub(crate) fn is_allowed(&self, target: &Target) -> bool {
+        if self.write {
+            target.write
+        } else {
+            target.read
+        }
+    }
 }
 
 /// A direct jump out of a unit.
@@ -198,6 +219,7 @@ pub(crate) struct Translator {
     pub(crate) guests: Vec<Guest>,
     at: Addresses,
     stubs: Stubs,
+    level: Level,
     /// Most instructions in a unit.
     pub(crate) most: usize,
     /// Everything is done twice, and must give the same: the interpreter reads the clock.
@@ -214,13 +236,14 @@ impl std::fmt::Debug for Translator {
 }
 
 impl Translator {
-    pub(crate) fn new(at: Addresses, stubs: Stubs) -> Self {
+    pub(crate) fn new(at: Addresses, stubs: Stubs, level: Level) -> Self {
         Self {
             asm: Asm::default(),
             encoder: Encoder::new(64),
             guests: Vec::new(),
             at,
             stubs,
+            level,
             most: MOST,
             repeats: false,
             #[cfg(test)]
@@ -312,7 +335,8 @@ impl Translator {
             }
             plain_offset(&mut instruction);
             let mut kind = classify(&instruction, mode);
-            if self.repeats && matches!(kind, Kind::ReadTime { .. }) {
+            let once = self.repeats && matches!(kind, Kind::ReadTime { .. });
+            if once || trapgate_interp::is_lacking(self.level, &instruction) {
                 kind = Kind::Operate;
             }
             if let Kind::Access(set) = kind {
@@ -341,7 +365,8 @@ impl Translator {
             Kind::SystemCall => (FLAGS, 0, FLAGS),
             Kind::PopFlags | Kind::SystemReturn => (0, FLAGS, FLAGS),
             Kind::ReadTime { .. } => (0, 0, 0),
-            Kind::Interrupts(_)
+            Kind::Direction(_)
+            | Kind::Interrupts(_)
             | Kind::Access(_)
             | Kind::SwapGs
             | Kind::Selector(_)
@@ -645,7 +670,7 @@ impl Writer<'_> {
     pub(crate) fn lesson(&self, guest: &Guest) -> Option<Lesson> {
         let offset = (guest.instruction.ip() & 0xfff) as u16;
         if self.request.exact && offset & 3 == 0 {
-            // Who is compared seldom runs long enough to learn it.
+            // Programs that are compared seldom run long enough to learn it.
             return Some(Lesson::Crosses);
         }
         let mut noted = self.request.lessons.iter();
@@ -781,6 +806,7 @@ impl Writer<'_> {
             }
             Kind::PushFlags => self.push_flags(guest),
             Kind::PopFlags => self.pop_flags(guest),
+            Kind::Direction(down) => self.direction(guest, down),
             Kind::Interrupts(enable) => self.interrupts(guest, enable),
             Kind::Access(set) => self.access(guest, set),
             Kind::SwapGs => self.swap_gs(),
@@ -868,7 +894,7 @@ impl Writer<'_> {
             .test_byte_memory(Mem::low(self.at.system_flags() + 1), 4);
         self.operate_if(guest, condition::NE);
         let none = if repeated {
-            self.asm.mov(SPARE, GUEST_RCX);
+            self.mov_word(SPARE, GUEST_RCX);
             let some = self.asm.short_unless_rcx_zero();
             self.asm.jump(self.asm.here());
             let none = self.asm.bytes.len() - 4;
@@ -887,7 +913,7 @@ impl Writer<'_> {
             let end = if repeated {
                 Mem {
                     base: Some(ADDRESS),
-                    index: Some((GUEST_RCX, shift)),
+                    index: Some((SPARE, shift)),
                     displacement: 0,
                 }
             } else {
@@ -898,11 +924,11 @@ impl Writer<'_> {
             self.operate_if(guest, condition::A);
         }
         if moves {
-            self.asm.mov(ADDRESS, RSI);
+            self.mov_word(ADDRESS, RSI);
             self.translate(guest, 1, false, Place::Table, sreg::DS);
             self.asm.store(Mem::low(self.at.stash()), ADDRESS);
         }
-        self.asm.mov(ADDRESS, RDI);
+        self.mov_word(ADDRESS, RDI);
         self.translate(guest, 1, true, Place::Table, sreg::ES);
         // From here on nothing can go wrong. The host's own instruction does it, on host addresses.
         self.asm.push(RDI);
@@ -912,7 +938,7 @@ impl Writer<'_> {
             self.asm.load(RSI, Mem::low(self.at.stash()));
         }
         if repeated {
-            self.asm.mov(RCX, GUEST_RCX);
+            self.mov_word(RCX, GUEST_RCX);
         }
         let opcode = if moves { 0xa4 } else { 0xaa } | u8::from(size > 1);
         if size == 2 {
@@ -939,7 +965,8 @@ impl Writer<'_> {
             } else {
                 Mem::at(pointer, size)
             };
-            self.asm.lea(true, pointer, end);
+            let wide = !self.mode.is_compatibility();
+            self.asm.lea(wide, pointer, end);
         }
         if repeated {
             self.asm.mov_imm(GUEST_RCX, 0);

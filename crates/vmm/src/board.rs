@@ -297,7 +297,10 @@ impl Board {
     pub(crate) fn resume(&self) {
         let mut cell = lock(&self.cell);
         self.lend_pit(&mut cell);
-        self.clock.resume();
+        let away = self.clock.resume();
+        let now = self.clock.now();
+        cell.chipset.time_of_day_went_on(away, now);
+        self.settle(&mut cell, now);
         self.lend_controllers(&mut cell);
         cell.running = true;
         self.timer.notify_one();

@@ -460,6 +460,8 @@ impl Lockstep {
         let ended = interpret(cpu, one, 1);
         cpu.regs.gpr[gpr::RCX] = cpu.regs.gpr[gpr::RCX].wrapping_add(left);
         cpu.rip = guide.steps[at].ip;
+        // As an instruction that is stopped half way leaves it.
+        cpu.set_rflags(cpu.rflags() | rflags::RF);
         ended == (1, End::After)
     }
 

@@ -4,8 +4,10 @@
 mod calls;
 mod costs;
 mod crossing;
+mod edges;
 mod guest;
 mod programs;
 mod straight;
 mod together;
+mod undefined;
 mod x87;

@@ -36,10 +36,12 @@ const TRIES: usize = 16;
 
 /// So long before an edge channel 0 is not read, since it must not come between reading and stopping.
 const CLOSE: u64 = 300_000;
+/// What a timer of the kernel's and its thread may take on a host that is not very busy.
+const LATE_EDGE: Duration = Duration::from_millis(1);
 /// How long after it the kernel may deliver an edge, on a host that is busy.
 const LATE: Duration = Duration::from_millis(20);
-/// When it has delivered one on a host that is not.
-const SOON: u64 = 500_000;
+/// When it has delivered one on a host that is not. By so much the timer may be ahead of the machine.
+pub(super) const SOON: u64 = 500_000;
 /// How often it is looked whether it has.
 const LOOK: Duration = Duration::from_micros(20);
 
@@ -48,7 +50,9 @@ struct Seen {
     reading: Reading,
     /// When, at the earliest, by the host's monotonic clock.
     at: u64,
-    /// When its next edge is due, by the same clock, if one is.
+    /// When its last edge was, by the same clock, if there was one.
+    last: Option<u64>,
+    /// When its next edge is due, if one is.
     due: Option<u64>,
 }
 
@@ -56,8 +60,12 @@ struct Seen {
 #[derive(Debug)]
 struct Running {
     given: Given,
+    /// When channel 0 was as it had been given, by the host's monotonic clock: soon after that the machine went on.
+    began: u64,
     /// When channel 0's edge is due, by the host's monotonic clock; the first one of a periodic channel.
     due: Option<u64>,
+    /// One has come, too early for the controllers.
+    owed: bool,
 }
 
 #[derive(Debug)]
@@ -118,45 +126,50 @@ impl KernelPit {
         in_phase: bool,
     ) -> Result<(), KvmError> {
         let (kernel, start) = pit::to_kernel(state, now, in_phase);
-        routing.connect_pit(machine, connected || start == Start::Quiet)?;
-        let set = || -> Result<u64, KvmError> {
+        routing.connect_pit(machine, connected)?;
+        let timer = &kernel.channels[0];
+        // A host that is busy is late: then it is tried again.
+        let mut tries = 0;
+        let began = loop {
+            if tries > 0 {
+                stop(machine, &kernel)?;
+            }
+            silence(machine)?;
+            // From here on it counts.
             machine.set_pit2(&kernel).map_err(call("KVM_SET_PIT2"))?;
-            Ok(host_now())
-        };
-        let ends = pit::nanoseconds(kernel.channels[0].count.into());
-        // From where it is set it counts: what follows is soon done, or reckoned with.
-        let due = match start {
-            Start::Ahead(phase) => {
-                let began = set()?;
-                sleep_until(began + phase.as_nanos() as u64);
-                Some(began + ends)
+            let began = host_now();
+            match start {
+                Start::Now => {}
+                Start::Ahead(phase) => sleep_until(began + phase),
+                Start::Quiet if connected => wait_for_edge(machine)?,
+                Start::Quiet => {}
             }
-            Start::Now => {
-                let began = set()?;
-                (kernel.channels[0].mode != 5).then_some(began + ends)
-            }
-            Start::Quiet => {
-                let mut tries = 0;
-                loop {
-                    silence(machine)?;
-                    let began = set()?;
-                    wait_for_edge(machine)?;
-                    tries += 1;
-                    // Channel 2 counts meanwhile.
-                    if host_now() - began < SOON || tries == 4 {
-                        break;
-                    }
-                }
-                routing.connect_pit(machine, connected)?;
-                None
+            tries += 1;
+            if host_now() - began < start.ahead() + SOON || tries == 4 {
+                break began;
             }
         };
+        let comes = connected && start != Start::Quiet && timer.mode != 5;
+        let period = pit::nanoseconds(timer.count.into());
+        let mut due = comes.then_some(began + period);
+        // An edge that is about to come must not come while the controllers are given.
+        let soon = host_now() + 4 * SOON;
+        let owed = due.is_some_and(|due| {
+            due < soon && (due - began > 16 * SOON || !pit::is_periodic(timer.mode))
+        });
+        if owed {
+            wait_for_edge(machine)?;
+            due = pit::is_periodic(timer.mode).then_some(began + 2 * period);
+        }
         self.state().running = Some(Running {
             given: Given {
                 state: state.clone(),
+                now,
                 kernel: machine.get_pit2().map_err(call("KVM_GET_PIT2"))?,
             },
-            due: due.filter(|_| connected),
+            began: began + start.ahead(),
+            owed,
+            due,
         });
         Ok(())
     }
@@ -164,43 +177,65 @@ impl KernelPit {
     /// The interrupt controllers have been given, after the timer: an edge that was due meanwhile may have been lost with
     /// what they had before. No processor has run.
     pub(crate) fn settle(&self, machine: &VmFd) -> Result<(), KvmError> {
-        let due = self
-            .state()
-            .running
-            .as_ref()
-            .and_then(|running| running.due);
-        if due.is_some_and(|due| due <= host_now()) {
+        let state = self.state();
+        let Some(Running { due, owed, .. }) = &state.running else {
+            return Ok(());
+        };
+        let late = due.is_some_and(|due| due <= host_now());
+        if late {
             // The kernel may be about to deliver it. One more is none, as long as nobody has taken it.
-            thread::sleep(Duration::from_nanos(2 * SOON));
-            for level in [true, false] {
-                set_line(machine, TIMER_GSI, level)?;
-            }
+            thread::sleep(LATE_EDGE);
+        }
+        if late || *owed {
+            pulse(machine)?;
         }
         Ok(())
     }
 
     /// Stops the timer, and gives its state at `now`, nanoseconds of VM time, which stands. All processors
     /// stand still, and the interrupt controllers are still the kernel's.
-    pub(crate) fn take(&self, machine: &VmFd, now: u64) -> Result<PitState, KvmError> {
+    pub(crate) fn take(
+        &self,
+        machine: &VmFd,
+        routing: &Routing,
+        now: u64,
+    ) -> Result<PitState, KvmError> {
         let host = host_now();
         let mut state = self.state();
         let kernel = machine.get_pit2().map_err(call("KVM_GET_PIT2"))?;
         let seen = self.read_away_from_edges(machine, &mut state, &kernel)?;
-        let mut stopped = kernel;
-        // In this mode the kernel has no timer for channel 0.
-        stopped.channels[0].mode = 5;
+        if seen.last.is_some_and(|last| last + SOON > seen.at) {
+            // It has come, and may not have been delivered.
+            thread::sleep(LATE_EDGE.min(Duration::from_nanos(
+                pit::nanoseconds(kernel.channels[0].count.into()) / 4 + SOON / 4,
+            )));
+        }
         let before = host_now();
-        machine.set_pit2(&stopped).map_err(call("KVM_SET_PIT2"))?;
+        stop(machine, &kernel)?;
         let at_stop = before.midpoint(host_now());
-        let Running { given, .. } = state.running.take().ok_or(KvmError::Lacks {
+        let edge_since = seen.due.is_some_and(|due| due <= at_stop);
+        // Since the machine stands still: whether the kernel has delivered it or not, one more is none.
+        if (edge_since || seen.last.is_some_and(|last| last > host)) && routing.pit_is_connected() {
+            pulse(machine)?;
+        }
+        let Running { given, began, .. } = state.running.take().ok_or(KvmError::Lacks {
             what: "a state of the interval timer: it was given none",
         })?;
+        let mut ahead = seen.at - host;
+        if seen.reading.is_of(&kernel, &given, seen.at - began) {
+            // So long it counted, and the machine ran.
+            let all = (seen.at - began).saturating_sub(now - given.now);
+            // As long as that is little, a count is rather a little ahead than back.
+            if all > ahead + SOON {
+                ahead = all;
+            }
+        }
         let moment = Moment {
             now,
             host,
-            read: seen.at,
+            ahead,
             // On a host that is busy a moment may be long.
-            edge_since: seen.due.is_some_and(|due| due <= at_stop),
+            edge_since,
         };
         Ok(pit::from_kernel(&kernel, seen.reading, &given, moment))
     }
@@ -230,6 +265,14 @@ impl KernelPit {
                 return Ok(Seen {
                     reading,
                     at: before,
+                    last: (ended || pit::is_periodic(timer.mode)).then(|| {
+                        let since = if ended {
+                            elapsed - reload.min(elapsed)
+                        } else {
+                            elapsed
+                        };
+                        before.saturating_sub(pit::nanoseconds(since))
+                    }),
                     due: comes.then_some(before + left),
                 });
             }
@@ -327,6 +370,20 @@ fn run(reader: &mut VcpuFd) -> Result<Reading, KvmError> {
     })
 }
 
+/// Stops channel 0. When this returns, no edge is under way.
+fn stop(machine: &VmFd, state: &kvm_pit_state2) -> Result<(), KvmError> {
+    let mut stopped = *state;
+    // In this mode the kernel has no timer for it.
+    stopped.channels[0].mode = 5;
+    machine.set_pit2(&stopped).map_err(call("KVM_SET_PIT2"))
+}
+
+/// An edge for the timer.
+fn pulse(machine: &VmFd) -> Result<(), KvmError> {
+    set_line(machine, TIMER_GSI, true)?;
+    set_line(machine, TIMER_GSI, false)
+}
+
 /// Forgets what the first of the kernel's 8259As has seen; nothing comes through it.
 fn silence(machine: &VmFd) -> Result<(), KvmError> {
     let mut irqchip = kvm_irqchip {
@@ -361,16 +418,15 @@ fn wait_for_edge(machine: &VmFd) -> Result<(), KvmError> {
     Ok(())
 }
 
-/// Sleeps, and gives the processor away for the last moments, as a sleep takes longer than it is asked to.
+/// Sleeps until just before a time, as a sleep takes longer than it is asked to, and is awake for the rest.
 fn sleep_until(time: u64) {
     /// Longer than a sleep is late on a host that is not busy.
     const LAST: u64 = 100_000;
-    loop {
-        let left = time.saturating_sub(host_now());
-        match left {
-            0 => return,
-            ..LAST => thread::yield_now(),
-            _ => thread::sleep(Duration::from_nanos(left - LAST)),
-        }
+    let left = time.saturating_sub(host_now());
+    if let Some(asleep) = left.checked_sub(LAST) {
+        thread::sleep(Duration::from_nanos(asleep));
+    }
+    while host_now() < time {
+        std::hint::spin_loop();
     }
 }

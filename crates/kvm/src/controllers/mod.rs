@@ -217,7 +217,7 @@ impl Controllers {
     /// Takes the interval timer back, before the rest: see [`KernelPit::take`].
     pub(crate) fn take_pit(&self, machine: &VmFd, now: u64) -> Result<PitState, KvmError> {
         match &self.pit {
-            Some(pit) => pit.take(machine, now),
+            Some(pit) => pit.take(machine, &self.routing, now),
             None => Err(NO_PIT),
         }
     }

@@ -9,11 +9,11 @@
 //! - a count that has ended must end again, unheard ([`Start::Quiet`]);
 //! - channels 1 and 2 are as they were given unless the kernel says that they were loaded since.
 
-use std::time::Duration;
-
 use kvm_bindings::{KVM_PIT_FLAGS_SPEAKER_DATA_ON, kvm_pit_channel_state, kvm_pit_state2};
 use trapgate_chipset::pit::{Access, ChannelState, Latch, PIT_HZ, PitState};
 use trapgate_chipset::ticks::{ticks_at, time_of};
+
+use super::kernel_pit::SOON;
 
 /// The largest count.
 const LARGEST: u64 = 0x1_0000;
@@ -30,12 +30,22 @@ const SPEAKER: u8 = 2;
 /// What is to become of channel 0 between the kernel's taking its state and the machine's going on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Start {
-    /// Let so much time pass.
-    Ahead(Duration),
+    /// Let so many nanoseconds pass.
+    Ahead(u64),
     /// Nothing: it ends in its time, if it ever does.
     Now,
     /// Its count ends at once, and is not to be heard.
     Quiet,
+}
+
+impl Start {
+    /// Nanoseconds that it counts before the machine goes on.
+    pub(crate) fn ahead(self) -> u64 {
+        match self {
+            Self::Ahead(phase) => phase,
+            Self::Now | Self::Quiet => 0,
+        }
+    }
 }
 
 /// Nanoseconds of so many ticks, rounded up.
@@ -48,7 +58,7 @@ pub(crate) fn ticks(nanoseconds: u64) -> u64 {
     ticks_at(nanoseconds, PIT_HZ)
 }
 
-fn is_periodic(mode: u8) -> bool {
+pub(crate) fn is_periodic(mode: u8) -> bool {
     matches!(mode, 2 | 3)
 }
 
@@ -65,10 +75,7 @@ pub(crate) fn to_kernel(state: &PitState, now: u64, in_phase: bool) -> (kvm_pit_
         (count, Start::Ahead(_)) if !in_phase => (count, Start::Now),
         started => started,
     };
-    let ahead = match start {
-        Start::Ahead(phase) => ticks(phase.as_nanos() as u64),
-        Start::Now | Start::Quiet => 0,
-    };
+    let ahead = ticks(start.ahead());
     let silent = |channel| channel_to_kernel(channel, silent_count(channel, now, ahead));
     let kernel = kvm_pit_state2 {
         channels: [
@@ -103,14 +110,12 @@ fn timer_to_kernel(state: &ChannelState, now: u64) -> (u64, Start) {
             None => {
                 let fraction = now.saturating_sub(nanoseconds(tick));
                 let phase = nanoseconds(elapsed % state.reload) + fraction;
-                let phase = Duration::from_nanos(phase);
                 (state.reload, Start::Ahead(phase))
             }
             // It is as if the period before the one that begins then had been as long.
             Some((at, reload)) => {
                 let left = at.saturating_sub(tick).min(reload);
-                let phase = Duration::from_nanos(nanoseconds(reload - left));
-                (reload, Start::Ahead(phase))
+                (reload, Start::Ahead(nanoseconds(reload - left)))
             }
         },
         (0 | 4, true) if elapsed < state.reload => (state.reload - elapsed, Start::Now),
@@ -210,6 +215,28 @@ impl Reading {
     }
 }
 
+impl Reading {
+    /// Whether channel 0 is where it comes in so many nanoseconds from where it was when it was given: if nobody has loaded
+    /// it since, it is.
+    pub(crate) fn is_of(self, kernel: &kvm_pit_state2, given: &Given, ran: u64) -> bool {
+        let (channel, before) = (&kernel.channels[0], &given.kernel.channels[0]);
+        let reload = reload(channel);
+        let (elapsed, _) = self.elapsed(channel);
+        let at_first = match to_kernel(&given.state, given.now, true).1 {
+            Start::Quiet => return false,
+            start => ticks(start.ahead()),
+        };
+        let expected = at_first + ticks(ran);
+        let distance = if is_periodic(channel.mode) {
+            let distance = expected.abs_diff(elapsed) % reload;
+            distance.min(reload - distance)
+        } else {
+            expected.abs_diff(elapsed)
+        };
+        (channel.mode, channel.count) == (before.mode, before.count) && distance < ticks(SOON)
+    }
+}
+
 fn reload(channel: &kvm_pit_channel_state) -> u64 {
     u64::from(channel.count).clamp(1, LARGEST)
 }
@@ -218,6 +245,8 @@ fn reload(channel: &kvm_pit_channel_state) -> u64 {
 #[derive(Clone, Debug)]
 pub(crate) struct Given {
     pub(crate) state: PitState,
+    /// Nanoseconds of VM time.
+    pub(crate) now: u64,
     pub(crate) kernel: kvm_pit_state2,
 }
 
@@ -228,8 +257,8 @@ pub(crate) struct Moment {
     pub(crate) now: u64,
     /// The host's monotonic clock when VM time was stopped.
     pub(crate) host: u64,
-    /// The same clock when channel 0 was read, or before: a count must not go back.
-    pub(crate) read: u64,
+    /// By how many nanoseconds channel 0 is too far when it is read, or less: a count must not go back.
+    pub(crate) ahead: u64,
     /// Its next edge has come since it was read.
     pub(crate) edge_since: bool,
 }
@@ -273,7 +302,7 @@ fn timer_from_kernel(
         (_, true) => (reload(channel), true),
     };
     // What was counted while VM time stood is taken back; not beyond an edge, which the controllers have seen.
-    let ahead = ticks(moment.read.saturating_sub(moment.host));
+    let ahead = ticks(moment.ahead);
     let mut reload = reload(channel);
     let elapsed = if ended {
         // Also where the machine is younger than that.
@@ -325,10 +354,11 @@ fn silent_from_kernel(
         state.waiting = given.waiting;
         state.start = given.start;
         if matches!(state.mode, 0 | 4) && state.loaded && given.stopped_at.is_none() {
-            // The kernel was a little ahead all the while, and a count must not go back.
+            // As with channel 0: the kernel was a little ahead all the while.
             let given_count = u64::from(before.count);
             let shown = (given.reload + since_load).saturating_sub(given_count);
-            state.start = given.start.min(tick.saturating_sub(shown));
+            let late = given.start.saturating_sub(tick.saturating_sub(shown));
+            state.start -= if late < ticks(SOON) { late } else { 0 };
         }
         state.stopped_at = given.stopped_at;
         state.next_reload = given.next_reload;

@@ -78,6 +78,11 @@ impl Routing {
         state.apply(machine)
     }
 
+    /// Whether it is connected.
+    pub(crate) fn pit_is_connected(&self) -> bool {
+        self.state().pit
+    }
+
     /// Sends a message; one that nobody takes is lost, as on the bus.
     ///
     /// A message is carried by an event from the second time on that it is sent without another such between. So

@@ -154,10 +154,10 @@ pub(crate) fn archive(width: Option<&str>) -> Result<Vec<u8>, String> {
         "cd /selftests
         for test in $*; do
             echo {NAME}$test
-            timeout -s KILL {SECONDS} ./$test </dev/null 2>&1
-            status=$?
+            # Until what it leaves behind has said its last, too.
+            {{ timeout -s KILL {SECONDS} ./$test </dev/null 2>&1; echo $? >/tmp/status; }} | cat
             echo
-            echo {STATUS}$status
+            echo {STATUS}$(cat /tmp/status)
         done"
     );
     std::fs::write(root.path().join("selftests/run"), script).map_err(|error| error.to_string())?;
