@@ -65,6 +65,7 @@ impl Mem {
 
 /// Condition codes of Jcc, as the manual numbers them (SDM vol. 1, appendix B).
 pub(crate) mod condition {
+    pub(crate) const B: u8 = 2;
     pub(crate) const E: u8 = 4;
     pub(crate) const NE: u8 = 5;
     pub(crate) const AE: u8 = 3;
@@ -349,6 +350,11 @@ impl Asm {
         self.alu_load(Alu::Cmp, register, with);
     }
 
+    /// `cmp r32, [m]`
+    pub(crate) fn compare_load32(&mut self, register: Reg, with: Mem) {
+        self.memory(false, &[0x3b], register.0, with);
+    }
+
     /// `test r8, imm8`, low byte.
     pub(crate) fn test_byte(&mut self, register: Reg, value: u8) {
         self.raw(&[0x40 | register.0 >> 3, 0xf6, 0xc0 | register.0 & 7, value]);
@@ -481,6 +487,21 @@ impl Asm {
     /// `call [m]`
     pub(crate) fn call_memory(&mut self, target: Mem) {
         self.memory(false, &[0xff], 2, target);
+    }
+
+    /// `push qword [m]`
+    pub(crate) fn push_memory(&mut self, from: Mem) {
+        self.memory(false, &[0xff], 6, from);
+    }
+
+    /// `pop qword [m]`
+    pub(crate) fn pop_memory(&mut self, to: Mem) {
+        self.memory(false, &[0x8f], 0, to);
+    }
+
+    /// `ret`
+    pub(crate) fn ret(&mut self) {
+        self.bytes.push(0xc3);
     }
 
     /// `push r64`

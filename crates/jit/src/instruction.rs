@@ -6,7 +6,7 @@ use trapgate_x86::registers::{rflags, sreg};
 
 use crate::emit::{RCX, Reg};
 use crate::mode::Mode;
-use crate::registers::{ADDRESS, HOME, SPARE, is_high_byte, number};
+use crate::registers::{ADDRESS, GUEST_RCX, HOME, SPARE, is_high_byte, number};
 use crate::x87;
 
 /// The arithmetic flags, as the decoder names them.
@@ -112,6 +112,16 @@ impl Kind {
                 | Self::OperateLast
         )
     }
+
+    /// Whether a RET comes back to the next instruction.
+    pub(crate) fn is_call(self) -> bool {
+        matches!(self, Self::Call(_) | Self::CallIndirect)
+    }
+
+    /// Whether the next instruction need not be run right after it, though it is of the same unit.
+    pub(crate) fn leaves(self) -> bool {
+        self.is_call() || matches!(self, Self::JumpIf(..))
+    }
 }
 
 /// A string instruction.
@@ -145,6 +155,8 @@ pub(crate) struct Plan {
     pub(crate) indexes: bool,
     /// An operand is AH, DH or BH: no REX prefix.
     pub(crate) high: bool,
+    /// It names CH: the guest's RCX is in the host's meanwhile, all of it.
+    pub(crate) visits_rcx: bool,
     /// MOVZX from AH and its like to a register that needs a REX prefix: by way of [`SPARE`].
     pub(crate) detour: bool,
     pub(crate) writes_memory: bool,
@@ -487,9 +499,15 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
             Mnemonic::Pcmpestri | Mnemonic::Pcmpistri | Mnemonic::Vpcmpestri | Mnemonic::Vpcmpistri
         ),
         high: false,
+        visits_rcx: false,
         detour: false,
         writes_memory: false,
     };
+    // CH is no part of the register where the guest's RCX lives.
+    plan.visits_rcx = (0..instruction.op_count()).any(|index| {
+        instruction.op_kind(index) == OpKind::Register
+            && instruction.op_register(index) == Register::CH
+    });
     let mut guests: [Option<usize>; 3] = [None; 3];
     let mut memory = false;
     let mut needs_rex = false;
@@ -516,12 +534,12 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
                 }
                 if is_high_byte(register) {
                     plan.high = true;
-                    if register == Register::CH {
-                        return None;
-                    }
                     continue;
                 }
                 let guest = number(register);
+                if plan.visits_rcx && HOME[guest] == Some(GUEST_RCX) {
+                    continue;
+                }
                 match HOME[guest] {
                     None => {
                         needs_rex = true;
@@ -545,6 +563,11 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
             | OpKind::Immediate32to64 => {}
             _ => return None,
         }
+    }
+    if plan.visits_rcx {
+        plan.counts = true;
+        plan.indexes = true;
+        return (!memory && !needs_rex).then_some(plan);
     }
     if plan.high {
         if plan.counts {

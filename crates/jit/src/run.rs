@@ -5,14 +5,14 @@ pub(crate) mod lockstep;
 
 use std::ptr::{addr_of_mut, from_mut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use iced_x86::Code;
 use rustc_hash::FxHashMap;
 use trapgate_engine::{Costs, Counter, Exit as RunExit, Observe, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
 use trapgate_interp::op::Op;
-use trapgate_interp::{Interpreter, Target, View};
+use trapgate_interp::{Interpreter, Target};
 use trapgate_memory::{GuestMemory, HostAddress, PAGE_SIZE};
 use trapgate_x86::paging::is_canonical;
 use trapgate_x86::profile::Level;
@@ -23,15 +23,15 @@ use crate::adapt::{Lesson, Lessons, PATIENCE};
 use crate::clock::Rate;
 use crate::code_memory::CodeMemory;
 use crate::context::{
-    ACCESS_TLB, Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, Slots, TARGETS,
-    TLB_ENTRIES, Table, USER_TLB,
+    Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, Slots, TARGETS, Table, VIEWS,
 };
 use crate::emit::Asm;
 use crate::list::List;
 use crate::low::Low;
 use crate::mode::Mode;
 use crate::perf_map::{self, PerfMap};
-use crate::spaces::{Parts, Spaces};
+use crate::returns::Bell;
+use crate::spaces::Spaces;
 use crate::statistics::{Cell, Slow, Statistics};
 use crate::stubs::{self, Stubs, answer, exit};
 use crate::unit::{Exit, Request, Site, Translator};
@@ -43,6 +43,8 @@ use lockstep::Watch;
 const CODE: usize = 32 << 20;
 /// The same if `perf` is to know it: an address has one meaning then.
 const NAMED_CODE: usize = 256 << 20;
+/// Pages that are looked for in the slots one by one, when they are forgotten.
+const FEW: usize = 4;
 /// Bytes of host code and of the lists that go with it before all of it is thrown away. Code that compilers make has lists
 /// nearly as large as its host code; a guest can make code whose lists are several times as large.
 const CODE_AND_LISTS: usize = 52 << 20;
@@ -125,9 +127,9 @@ impl Number {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Block {
+pub(crate) struct Block {
     pc: u64,
-    checked: u64,
+    pub(crate) checked: u64,
     entry: u64,
     /// What it is found by.
     key: u64,
@@ -138,6 +140,8 @@ struct Block {
     next_on_page: [Number; 2],
     /// Number of its first site.
     first_site: u32,
+    /// A RET may enter it in its middle.
+    has_landing: bool,
     /// The mapping of the second page, or 0.
     second: u32,
     alive: bool,
@@ -157,12 +161,12 @@ pub(crate) struct Inner {
     code: CodeMemory,
     /// Bytes of stubs at the start of the code.
     stubs_end: usize,
-    stubs: Stubs,
+    pub(crate) stubs: Stubs,
     translator: Translator,
     sites: List<Site>,
     ops: List<Op>,
-    exits: List<Exit>,
-    blocks: List<Block>,
+    pub(crate) exits: List<Exit>,
+    pub(crate) blocks: List<Block>,
     /// Most bytes of code and lists.
     most: usize,
     /// Blocks by key: for flags in the host's, and for flags in memory.
@@ -201,7 +205,7 @@ pub struct Translating {
     _doorbell: Arc<Doorbell>,
 }
 
-/// Where signals are rung: the context's poll word, as long as there is a context.
+/// Where signals are rung: the context's bell, as long as there is a context.
 struct Doorbell {
     word: std::sync::Mutex<Option<usize>>,
 }
@@ -224,10 +228,10 @@ impl Doorbell {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(address) = *word {
-            // SAFETY: the address is that of the poll word of a context that lives: its owner takes the
+            // SAFETY: the address is that of the bell of a context that lives: its owner takes the
             // address away, under this lock, before it goes.
-            let poll = unsafe { &*(address as *const AtomicU32) };
-            poll.store(0, Ordering::SeqCst);
+            let bell = unsafe { &*(address as *const Bell) };
+            bell.ring();
         }
     }
 }
@@ -313,8 +317,7 @@ impl Translating {
                 addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
                 addr_of_mut!((*context).unmatched).write(unmatched());
                 addr_of_mut!((*context).x87).write(x87::IMAGE);
-                addr_of_mut!((*context).patience).write([PATIENCE; Lesson::COUNT]);
-                addr_of_mut!((*context).poll).write(AtomicU32::new(1));
+                addr_of_mut!((*context).patience).write(PATIENCE);
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
                 addr_of_mut!((*context).rust).write(Inner {
@@ -351,13 +354,14 @@ impl Translating {
         // SAFETY: no host code runs.
         let whole = unsafe { &mut *context.pointer() };
         whole.forget_all_code();
+        whole.stack = whole.tops[0];
         whole.clear_translations();
         whole.name_stubs();
         *doorbell
             .word
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner) =
-            Some(from_mut(&mut whole.poll) as usize);
+            Some(from_mut(&mut whole.bell) as usize);
         Ok(Self {
             context,
             signals,
@@ -375,9 +379,11 @@ impl Translating {
         unsafe { &mut *self.context.pointer() }
     }
 
-    /// Runs host code from [`Context::target`].
-    fn enter(&mut self) -> u32 {
-        let stub = self.whole().rust.stubs.enter;
+    /// Runs host code of a mode from [`Context::target`].
+    fn enter(&mut self, mode: Mode) -> u32 {
+        let context = self.whole();
+        context.stand_on(mode);
+        let stub = context.rust.stubs.enter;
         // SAFETY: the stub was written by `stubs::write` for this signature, and lives as long as the
         // context. What runs from there was made by `Translator`: it keeps the host's stack and callee-saved
         // registers, and touches no memory but the context and guest RAM that the TLB vouches for.
@@ -435,8 +441,8 @@ impl Translating {
         let found = context.find_here();
         // Translating may have taken rights to write away.
         context.apply_changes();
-        let target = match found {
-            Ok(Some(target)) => target,
+        let (target, mode) = match found {
+            Ok(Some(found)) => found,
             Ok(None) => {
                 context.rust.statistics.interpreted += 1;
                 let span = context.rust.statistics.start();
@@ -447,7 +453,7 @@ impl Translating {
             }
             Err(stop) => return context.interp.after(stop),
         };
-        context.poll.store(1, Ordering::SeqCst);
+        context.bell.rest((&raw const context.stacks) as u32);
         fence(Ordering::SeqCst);
         if context.interp.cpu.signals.any() {
             return None;
@@ -457,10 +463,10 @@ impl Translating {
         context.rust.statistics.entries += 1;
         let span = context.rust.statistics.start();
         context.rust.statistics.count(Cell::CODE);
-        let reason = self.enter();
+        let reason = self.enter(mode);
         let context = self.whole();
         context.rust.statistics.stop(span);
-        context.rust.statistics.left[reason as usize & 3] += 1;
+        context.rust.statistics.left[reason as usize % exit::COUNT] += 1;
         context.settle();
         context.interp.cpu.end_block = false;
         if reason == exit::STOP {
@@ -475,6 +481,14 @@ impl Translating {
             exit::INDIRECT => {
                 let stop = context.charged(Context::indirect);
                 stop.and_then(|stop| context.outcome(Err(stop)))
+            }
+            exit::CALL => {
+                context.leave_at_call();
+                None
+            }
+            exit::RETURN => {
+                context.leave_at_return();
+                None
             }
             _ => None,
         }
@@ -570,8 +584,10 @@ impl Context {
         }
         for lesson in [Lesson::Crowded, Lesson::Wanders, Lesson::Crosses] {
             if self.patience[lesson as usize] == 0 {
-                self.patience[lesson as usize] = PATIENCE;
-                self.adapt(site, lesson);
+                self.patience[lesson as usize] = PATIENCE[lesson as usize];
+                let blocks = &self.rust.blocks;
+                let block = blocks.partition_point(|block| block.first_site <= self.site);
+                self.adapt(block, site.rip, lesson);
             }
         }
         if crosses {
@@ -617,9 +633,9 @@ impl Context {
         if let Some(watch) = &mut self.rust.watch {
             watch.resolved(site, linear, host);
         }
-        Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]).insert(linear, host, rights);
-        // What is not there in every address space. The other tables are exchanged.
-        if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
+        Table::of(&mut self.tlbs, view).insert(linear, host, rights);
+        // What is not there in every address space.
+        if target.local || linear >> 63 == 0 {
             self.local[view].push(linear);
         }
         if self.interp.cpu.changes().any {
@@ -740,7 +756,7 @@ impl Context {
     fn elsewhere(&mut self) -> Option<u64> {
         let cpu = &self.interp.cpu;
         if self.rust.watch.is_some()
-            || cpu.attention
+            || (cpu.attention && !cpu.merely_resumes())
             || cpu.signals.any()
             || cpu.has_stale_code()
             || self.interp.has_dropped()
@@ -750,7 +766,10 @@ impl Context {
         }
         self.rust.access = cpu.system_flags & rflags::AC != 0;
         let mode = Mode::of(cpu)?;
-        self.known_target(cpu.rip, mode)
+        let target = self.known_target(cpu.rip, mode)?;
+        self.interp.cpu.resume();
+        self.stand_on(mode);
+        Some(target)
     }
 
     /// Host code for a linear address, if it is in the table of jump targets.
@@ -769,17 +788,24 @@ impl Context {
         in_force.then_some(targets.host[slot])
     }
 
+    /// Jump targets and calls of a mode's class are to be those of that mode.
+    pub(crate) fn use_mode(&mut self, mode: Mode) {
+        let class = class(mode);
+        if self.target_modes[class] != mode.0 {
+            self.target_modes[class] = mode.0;
+            self.targets[class].linear.fill(NO_TARGET);
+            self.forget_calls_of(class);
+        }
+    }
+
     /// Remembers where a jump to a linear address leads.
     fn know_target(&mut self, rip: u64, mode: Mode, block: u32) {
         if self.rust.watch.is_some() || self.rust.blocks[block as usize].second != 0 {
             // Both its pages must be looked at each time.
             return;
         }
+        self.use_mode(mode);
         let class = class(mode);
-        if self.target_modes[class] != mode.0 {
-            self.target_modes[class] = mode.0;
-            self.targets[class].linear.fill(NO_TARGET);
-        }
         let slot = rip as usize % TARGETS;
         let Block { checked, key, .. } = self.rust.blocks[block as usize];
         self.targets[class].linear[slot] = rip;
@@ -818,15 +844,32 @@ impl Context {
 
     /// Forgets the translations in tables and slots.
     fn clear_tables(&mut self) {
-        for (tlb, entries) in self.tlbs.iter_mut().zip(TLB_ENTRIES) {
-            Table(&mut tlb[..entries]).clear();
+        for view in 0..VIEWS {
+            Table::of(&mut self.tlbs, view).clear();
+            Slots(&mut self.slots[view]).clear(self.unmatched);
         }
-        self.clear_slots();
     }
 
-    fn clear_slots(&mut self) {
-        for slots in &mut self.slots {
-            Slots(slots).clear(self.unmatched);
+    /// Forgets the translations that are not of every address space.
+    fn forget_local(&mut self) {
+        for view in 0..VIEWS {
+            let mut table = Table::of(&mut self.tlbs, view);
+            let mut slots = Slots(&mut self.slots[view]);
+            let local = &mut self.local[view];
+            if local.is_full() {
+                table.clear();
+            }
+            let few = local.list().len() <= FEW;
+            for &linear in local.list() {
+                table.clear_page(linear);
+                if few {
+                    slots.clear_page(linear, self.unmatched);
+                }
+            }
+            if !few {
+                slots.clear(self.unmatched);
+            }
+            local.count = 0;
         }
     }
 
@@ -842,9 +885,8 @@ impl Context {
             watch.forget(changes);
         }
         if !all {
-            let tables = self.tlbs.iter_mut().zip(TLB_ENTRIES);
-            let tables = tables.map(|(tlb, entries)| Table(&mut tlb[..entries]));
-            for mut tlb in tables.chain(self.rust.spaces.tables()) {
+            for view in 0..VIEWS {
+                let mut tlb = Table::of(&mut self.tlbs, view);
                 for &linear in &changes.pages {
                     tlb.clear_page(linear);
                 }
@@ -870,34 +912,15 @@ impl Context {
         if all {
             self.clear_translations();
         } else if space && tag != self.rust.space {
-            // What is global stays in the supervisor's table and the upper half.
-            for (view, local) in self.local.iter_mut().enumerate() {
-                let mut tlb = Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]);
-                if local.is_full() {
-                    tlb.clear();
-                }
-                for &linear in local.list() {
-                    tlb.clear_page(linear);
-                }
-                local.count = 0;
-            }
+            self.forget_local();
             if self.rust.local_code.len() >= MOST_LOCAL {
                 self.pages.kernel.fill(0);
             }
             for linear in self.rust.local_code.drain(..) {
                 *self.pages.of(linear) = 0;
             }
-            let [_, access, user] = &mut self.tlbs;
-            self.rust.spaces.exchange(
-                self.rust.space,
-                tag,
-                Parts {
-                    access: &mut access[..ACCESS_TLB],
-                    user: &mut user[..USER_TLB],
-                    pages: &mut self.pages.user,
-                },
-            );
-            self.clear_slots();
+            let pages = &mut self.pages.user;
+            self.rust.spaces.exchange(self.rust.space, tag, pages);
         }
         self.rust.space = tag;
     }
@@ -905,20 +928,20 @@ impl Context {
     // Code.
 
     /// Host code for RIP, in the present mode; `None` if it can't be translated.
-    fn find_here(&mut self) -> Result<Option<u64>, Stop> {
+    fn find_here(&mut self) -> Result<Option<(u64, Mode)>, Stop> {
         let Some(mode) = Mode::of(&self.interp.cpu) else {
             return Ok(None);
         };
         self.rust.access = self.interp.cpu.system_flags & rflags::AC != 0;
         let rip = self.wrapped_rip(mode);
         if let Some(target) = self.known_target(rip, mode) {
-            return Ok(Some(target));
+            return Ok(Some((target, mode)));
         }
         let Some(block) = self.find(rip, mode, true)? else {
             return Ok(None);
         };
         self.know_target(rip, mode, block);
-        Ok(Some(self.rust.blocks[block as usize].entry))
+        Ok(Some((self.rust.blocks[block as usize].entry, mode)))
     }
 
     /// RIP, after an instruction that may have been the last below 4 GiB in compatibility mode.
@@ -1133,6 +1156,7 @@ impl Context {
             next_on_page: [Number::NONE; 2],
             first_site,
             second: second.map_or(0, |(mapping, _)| mapping),
+            has_landing: unit.has_landing,
             alive: true,
         });
         rust.put_on_page(number, 0, gpa);
@@ -1206,19 +1230,18 @@ impl Context {
         None
     }
 
-    /// So many accesses missed that time is lost by it: the code of the last is made anew.
-    fn adapt(&mut self, site: Site, lesson: Lesson) {
+    /// Something happened so often that time is lost by it: the unit where it did last, which is the one before `after`,
+    /// is made anew.
+    pub(crate) fn adapt(&mut self, after: usize, rip: u64, lesson: Lesson) {
         if !self.rust.lessons.is_often(lesson) {
             return;
         }
-        let blocks = &self.rust.blocks;
-        let number = blocks.partition_point(|block| block.first_site <= self.site);
-        let Some(number) = number.checked_sub(1) else {
+        let Some(number) = after.checked_sub(1) else {
             return;
         };
-        let block = &blocks[number];
+        let block = &self.rust.blocks[number];
         let gpa = self.rust.mapped[mapping_of(block.key) as usize - 1].gpa;
-        if block.alive && self.rust.lessons.note(gpa, site.rip, lesson) {
+        if block.alive && self.rust.lessons.note(gpa, rip, lesson) {
             self.drop_block(number as u32);
         }
     }
@@ -1254,6 +1277,7 @@ impl Context {
             return;
         }
         block.alive = false;
+        let has_landing = block.has_landing;
         rust.statistics.dropped += 1;
         if let Some(found) = rust.found.get_mut(&block.key) {
             for found in found.iter_mut() {
@@ -1277,6 +1301,9 @@ impl Context {
             if targets.host[slot] == block.checked {
                 targets.linear[slot] = NO_TARGET;
             }
+        }
+        if has_landing {
+            self.forget_calls();
         }
     }
 
@@ -1302,6 +1329,7 @@ impl Context {
         for targets in &mut self.targets {
             targets.linear.fill(NO_TARGET);
         }
+        self.forget_calls();
         self.interp.take_dropped();
     }
 }

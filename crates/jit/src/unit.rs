@@ -15,7 +15,7 @@ use trapgate_x86::profile::Level;
 use trapgate_x86::registers::sreg;
 
 use crate::adapt::{Lesson, Noted};
-use crate::context::{Addresses, TARGETS};
+use crate::context::Addresses;
 use crate::crossing::Cross;
 use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDI, RDX, RSI, Reg, condition};
 use crate::instruction::{
@@ -128,6 +128,15 @@ pub(crate) struct Request<'a> {
     pub(crate) counting: bool,
 }
 
+impl Request<'_> {
+    /// Whether a CALL is one that is returned to all the time.
+    pub(crate) fn is_returned_to(&self, instruction: &Instruction) -> bool {
+        let offset = (instruction.next_ip() & 0xfff) as u16;
+        // Who is compared seldom runs long enough to learn it.
+        self.exact && offset & 1 == 0 || self.lessons.contains(&(offset, Lesson::Returns))
+    }
+}
+
 /// A translated unit.
 #[derive(Debug, Default)]
 pub(crate) struct Unit {
@@ -137,6 +146,8 @@ pub(crate) struct Unit {
     pub(crate) entry: u64,
     /// The flags on entry do not matter.
     pub(crate) any_flags: bool,
+    /// A RET may enter it in its middle.
+    pub(crate) has_landing: bool,
     /// Bytes of guest code that it was made of, from the start.
     pub(crate) length: u64,
     pub(crate) instructions: u32,
@@ -178,6 +189,17 @@ pub(crate) enum Aside {
     Indirect {
         jumps: [usize; 2],
         site: u32,
+    },
+    Leave {
+        jump: usize,
+        exit: usize,
+        /// Address of the stub that leaves.
+        stub: u64,
+    },
+    CallIndirect {
+        jumps: [usize; 2],
+        site: u32,
+        landing: u64,
     },
     /// A miss that may be an access across the end of a page.
     Cross(Cross),
@@ -256,6 +278,7 @@ impl Translator {
             mode: request.mode,
             unit: &mut unit,
             asides: Vec::new(),
+            is_last: false,
             x87: false,
             last_x87: None,
             loops: loops(&guests),
@@ -321,7 +344,9 @@ impl Translator {
             }
             self.push(instruction, kind);
             unit.length = decoder.position() as u64;
-            if kind.ends() {
+            // Units that are run one by one end at each CALL.
+            let goes_on = kind.is_call() && !self.repeats && request.is_returned_to(&instruction);
+            if kind.ends() && !goes_on {
                 break;
             }
         }
@@ -387,8 +412,10 @@ impl Translator {
             },
         };
         for guest in self.guests.iter_mut().rev() {
-            if let Kind::JumpIf(_, target) = guest.kind {
-                live |= look(unit, target);
+            match guest.kind {
+                Kind::JumpIf(_, target) => live |= look(unit, target),
+                Kind::Call(target) => live = look(unit, target),
+                _ => {}
             }
             guest.live_out = live;
             live = live & !guest.kills | guest.reads;
@@ -490,12 +517,14 @@ pub(crate) struct Writer<'a> {
     encoder: &'a mut Encoder,
     pub(crate) at: Addresses,
     pub(crate) stubs: Stubs,
-    request: Request<'a>,
+    pub(crate) request: Request<'a>,
     pub(crate) flags: Where,
     /// The mode at this point: STAC and CLAC change it.
     pub(crate) mode: Mode,
-    unit: &'a mut Unit,
+    pub(crate) unit: &'a mut Unit,
     pub(crate) asides: Vec<Aside>,
+    /// Nothing of the unit comes after the instruction that is written.
+    pub(crate) is_last: bool,
     /// The guest's x87 registers are in the host's.
     pub(crate) x87: bool,
     /// Address of the last x87 instruction, while it is not FIP yet.
@@ -511,13 +540,14 @@ impl Writer<'_> {
     fn write(&mut self, guests: &[Guest]) -> bool {
         let (rip, mapping) = (self.request.rip, self.request.mapping);
         self.unit.checked = self.asm.here();
-        self.check_mapping(rip, mapping);
+        self.check_mapping(rip, mapping, rip);
         self.unit.entry = self.asm.here();
         if let Some(second) = self.request.second {
-            self.check_mapping(self.mode.next_page(rip), second);
+            self.check_mapping(self.mode.next_page(rip), second, rip);
         }
         for (index, guest) in guests.iter().enumerate() {
-            let after_jump = index == 0 || matches!(guests[index - 1].kind, Kind::JumpIf(..));
+            let after_jump = index == 0 || guests[index - 1].kind.leaves();
+            self.is_last = index + 1 == guests.len();
             if self.request.counting && after_jump {
                 self.count_run(&guests[index..]);
             }
@@ -543,11 +573,9 @@ impl Writer<'_> {
         true
     }
 
-    /// Counts the instructions from here to the next conditional jump. Neither the flags nor a guest register change.
+    /// Counts the instructions from here to the next jump out of the unit's middle. Neither the flags nor a guest register change.
     fn count_run(&mut self, guests: &[Guest]) {
-        let jump = guests
-            .iter()
-            .position(|guest| matches!(guest.kind, Kind::JumpIf(..)));
+        let jump = guests.iter().position(|guest| guest.kind.leaves());
         let run = jump.map_or(guests.len(), |jump| jump + 1);
         let counter = Mem::low(self.at.instructions());
         self.asm.load(RCX, counter);
@@ -556,11 +584,10 @@ impl Writer<'_> {
     }
 
     /// A page must still be mapped where this was translated from.
-    fn check_mapping(&mut self, linear: u64, mapping: u32) {
+    pub(crate) fn check_mapping(&mut self, linear: u64, mapping: u32, target: u64) {
         let slot = Mem::low(self.at.page(linear));
         let mapping = mapping as i32;
-        let target = self.request.rip;
-        let memory = self.request.memory;
+        let memory = !self.flags.host;
         let jump = if self.unit.any_flags || memory {
             self.asm.alu_memory_imm32(Alu::Cmp, slot, mapping);
             self.asm.jump_if(condition::NE, self.asm.here());
@@ -648,7 +675,7 @@ impl Writer<'_> {
         }
         let mut noted = self.request.lessons.iter();
         noted
-            .find(|(other, _)| *other == offset)
+            .find(|(other, lesson)| *other == offset && *lesson != Lesson::Returns)
             .map(|noted| noted.1)
     }
 
@@ -753,15 +780,11 @@ impl Writer<'_> {
             Kind::Jump(target) => self.jump(instruction, target, guest.live_out),
             Kind::JumpIf(condition, target) => self.jump_if(guest, condition, target),
             Kind::Count(count, target) => self.count(guest, count, target),
-            Kind::Call(target) => {
-                self.give_up_flags(guest.live_in);
-                self.push_return(guest);
-                self.jump(instruction, target, guest.live_out);
-            }
+            Kind::Call(target) => self.call(guest, target),
             Kind::JumpIndirect => {
                 self.give_up_flags(guest.live_in);
                 self.indirect_target(guest);
-                self.indirect(guest, 0);
+                self.indirect(guest);
             }
             Kind::CallIndirect => {
                 self.give_up_flags(guest.live_in);
@@ -769,7 +792,7 @@ impl Writer<'_> {
                 self.asm.store(Mem::low(self.at.stash()), ADDRESS);
                 self.push_return(guest);
                 self.asm.load(ADDRESS, Mem::low(self.at.stash()));
-                self.indirect(guest, -(self.mode.word() as i32));
+                self.call_indirect(guest);
             }
             Kind::Return(extra) => {
                 self.give_up_flags(guest.live_in);
@@ -779,7 +802,7 @@ impl Writer<'_> {
                 let popped = word as i32 + i32::from(extra);
                 self.asm
                     .lea(word == 8, GUEST_RSP, Mem::at(GUEST_RSP, popped));
-                self.indirect(guest, popped);
+                self.return_to(guest, popped);
             }
             Kind::PushFlags => self.push_flags(guest),
             Kind::PopFlags => self.pop_flags(guest),
@@ -1027,8 +1050,8 @@ impl Writer<'_> {
         let site = self.add_site(site);
         self.last_x87 = None;
         self.give_up_flags(FLAGS);
+        self.asm.mov_imm(RCX, u64::from(site));
         self.asm.call(self.stubs.operate);
-        self.asm.word(site);
         true
     }
 
@@ -1084,6 +1107,9 @@ impl Writer<'_> {
                         continue;
                     }
                     let guest = number(register);
+                    if plan.visits_rcx && HOME[guest] == Some(GUEST_RCX) {
+                        continue;
+                    }
                     let place = HOME[guest].or_else(|| {
                         let visitor = plan.visitors.iter().flatten();
                         visitor
@@ -1230,7 +1256,7 @@ impl Writer<'_> {
     // Transfers.
 
     /// Pushes the address of the next instruction.
-    fn push_return(&mut self, guest: &Guest) {
+    pub(crate) fn push_return(&mut self, guest: &Guest) {
         self.stack_access(guest, true);
         let address = guest.instruction.next_ip();
         if self.mode.is_compatibility() {
@@ -1263,24 +1289,15 @@ impl Writer<'_> {
     }
 
     /// Goes on at the linear address in [`ADDRESS`]. The flags are in memory.
-    pub(crate) fn indirect(&mut self, guest: &Guest, popped: i32) {
-        let site = Site {
-            popped,
-            ..self.site(guest)
-        };
+    pub(crate) fn indirect(&mut self, guest: &Guest) {
+        let site = self.site(guest);
         let site = self.add_site(site);
         let class = crate::run::class(self.mode);
         self.asm
             .alu_memory_imm32(Alu::Cmp, Mem::low(self.at.poll()), 0);
         self.asm.jump_if(condition::E, self.asm.here());
         let poll = self.asm.bytes.len() - 4;
-        // The index is the lower half of the address's lower half.
-        const { assert!(TARGETS == 1 << 16) };
-        self.asm.zero_extend16(SPARE, ADDRESS);
-        self.asm
-            .compare_load(ADDRESS, Mem::array(self.at.targets_linear(class), SPARE));
-        self.asm.jump_if(condition::NE, self.asm.here());
-        let miss = self.asm.bytes.len() - 4;
+        let miss = self.asm.find_target(self.at, class, self.asm.here());
         self.asm
             .jump_memory(Mem::array(self.at.targets_host(class), SPARE));
         self.asides.push(Aside::Indirect {
@@ -1290,7 +1307,12 @@ impl Writer<'_> {
     }
 
     /// Makes the exit at the rel32 before here; `live` flags are needed at the target.
-    fn exit_here(&mut self, target: u64, live: u32) {
+    pub(crate) fn exit_here(&mut self, target: u64, live: u32) {
+        let far = target & !0xfff != self.request.rip & !0xfff;
+        self.exit(target, live, far);
+    }
+
+    fn exit(&mut self, target: u64, live: u32, far: bool) {
         let memory = live == 0 || !self.flags.host;
         let exit = Exit {
             patch: self.asm.here() - 4,
@@ -1298,7 +1320,7 @@ impl Writer<'_> {
             target,
             mode: self.mode,
             memory,
-            far: target & !0xfff != self.request.rip & !0xfff,
+            far,
             linked: Number::NONE,
             next: Number::NONE,
         };
@@ -1306,6 +1328,12 @@ impl Writer<'_> {
         self.asides.push(Aside::Link {
             exit: self.unit.exits.len() - 1,
         });
+    }
+
+    /// Leaves for a target on this page or, it may be, not on this.
+    pub(crate) fn leave_far(&mut self, target: u64) {
+        self.asm.jump(self.asm.here());
+        self.exit(target, FLAGS, true);
     }
 
     fn leave_direct(&mut self, target: u64, live: u32) {
@@ -1382,8 +1410,8 @@ impl Writer<'_> {
                 Aside::Operate { jump, site } => {
                     self.asm.patch(jump, here);
                     // It does not return here: it goes on at the next instruction.
+                    self.asm.mov_imm(RCX, u64::from(site));
                     self.asm.call(self.stubs.operate);
-                    self.asm.word(site);
                 }
                 Aside::Link { exit } => {
                     let number = self.request.first_exit + exit as u32;
@@ -1414,22 +1442,40 @@ impl Writer<'_> {
                     };
                     self.asm.jump(to);
                 }
-                Aside::Indirect { jumps, site } => {
-                    for jump in jumps {
-                        self.asm.patch(jump, here);
-                    }
-                    self.asm.call(self.stubs.indirect);
-                    self.asm.word(site);
+                Aside::Leave { jump, exit, stub } => {
+                    self.asm.patch(jump, here);
+                    let number = self.request.first_exit + exit as u32;
+                    self.asm.mov_imm(RCX, u64::from(number));
+                    self.asm.jump(stub);
                 }
+                Aside::Indirect { jumps, site } => self.leave_indirect(jumps, None, site),
+                Aside::CallIndirect {
+                    jumps,
+                    site,
+                    landing,
+                } => self.leave_indirect(jumps, Some(landing), site),
                 Aside::Cross(cross) => self.crossed(&cross),
                 Aside::LoadX87 { jump, retry, site } => {
                     self.asm.patch(jump, here);
                     self.asm.call(self.stubs.load_x87);
                     self.asm.jump_if(condition::E, retry);
+                    self.asm.mov_imm(RCX, u64::from(site));
                     self.asm.call(self.stubs.operate);
-                    self.asm.word(site);
                 }
             }
         }
+    }
+
+    /// Leaves, to go on at the address in [`ADDRESS`], of which no host code is known.
+    fn leave_indirect(&mut self, jumps: [usize; 2], landing: Option<u64>, site: u32) {
+        for jump in jumps {
+            self.asm.patch(jump, self.asm.here());
+        }
+        if let Some(landing) = landing {
+            self.asm.mov_imm(RCX, landing);
+            self.asm.push(RCX);
+        }
+        self.asm.call(self.stubs.indirect);
+        self.asm.word(site);
     }
 }

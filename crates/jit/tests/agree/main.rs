@@ -1,6 +1,7 @@
 //! Translator and interpreter run the same code from the same state and must agree in every register and
 //! byte of memory.
 
+mod calls;
 mod costs;
 mod crossing;
 mod edges;
