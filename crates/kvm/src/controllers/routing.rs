@@ -14,8 +14,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::KvmError;
 use crate::error::{call, named};
 
-/// The number under which the kernel's interval timer raises its interrupt. No device of ours uses it.
-const PIT_GSI: u32 = 0;
 /// The most messages that are carried by events: a file descriptor each.
 const MOST: usize = 64;
 
@@ -35,8 +33,6 @@ struct Carried {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The kernel's interval timer is connected.
-    pit: bool,
     /// Whether messages are carried by events.
     by_event: bool,
     carried: Vec<Carried>,
@@ -66,21 +62,6 @@ impl Routing {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Connects the kernel's interval timer to the controllers, or disconnects it.
-    pub(crate) fn connect_pit(&self, machine: &VmFd, connected: bool) -> Result<(), KvmError> {
-        let mut state = self.state();
-        if state.pit == connected {
-            return Ok(());
-        }
-        state.pit = connected;
-        state.apply(machine)
-    }
-
-    /// Whether it is connected.
-    pub(crate) fn pit_is_connected(&self) -> bool {
-        self.state().pit
     }
 
     /// Sends a message; one that nobody takes is lost, as on the bus.
@@ -208,10 +189,6 @@ impl State {
                 8..16 => entries.push(to_pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8)),
                 _ => {}
             }
-        }
-        if self.pit {
-            entries.push(to_pin(PIT_GSI, KVM_IRQCHIP_IOAPIC, TIMER_GSI));
-            entries.push(to_pin(PIT_GSI, KVM_IRQCHIP_PIC_MASTER, 0));
         }
         for (gsi, carried) in (IO_APIC_PINS..).zip(&self.carried) {
             entries.push(to_message(gsi, carried.message));
