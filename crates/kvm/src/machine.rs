@@ -201,10 +201,10 @@ impl KvmMachine {
             .send(&self.machine, (address, data))
     }
 
-    /// How many messages of devices reach the controllers by events, and not by a call each.
-    pub fn messages_by_event(&self) -> usize {
+    /// How many messages of devices have reached the controllers by events, and not by a call each.
+    pub fn messages_by_event(&self) -> u64 {
         let controllers = self.controllers.as_ref();
-        controllers.map_or(0, |controllers| controllers.routing.carried())
+        controllers.map_or(0, |controllers| controllers.routing.sent_by_event())
     }
 
     fn controllers(&self) -> Result<&Controllers, KvmError> {
