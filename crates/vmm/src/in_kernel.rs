@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tempfile::TempDir;
-use trapgate_engine::probe::EngineKind;
+use trapgate_engine::probe::{EngineKind, Host};
 use trapgate_kvm::{Facts, InKernel};
 
 use crate::crossing::{Die, choice, constructor, hooks};
+use crate::engines::OnKvm;
 use crate::{Content, DiskConfig, Machine, MachineConfig, Outcome, Snapshot, lock};
 
 /// Long enough that a guest that is not done by then never will be.
@@ -99,11 +100,17 @@ fn disk_is_read_and_interrupts_once_for_each_sector_whatever_the_kernel_does() {
         assert!(expected.lines().any(|said| said == line), "{expected}");
     }
     for in_kernel in combinations().filter(|wanted| *wanted == wanted.and(facts.in_kernel())) {
-        let (machine, said) = start(EngineKind::Kvm, in_kernel, config.clone());
+        let said = Said::default();
+        let make = OnKvm::new(&Host::probe(), in_kernel);
+        let choice = choice(EngineKind::Kvm);
+        let machine = Machine::start_on(config.clone(), hooks(&said), choice, &make).unwrap();
         assert_eq!(end(&machine, &said), expected, "{in_kernel:?}");
         let doorbells = machine.brake.doorbells.as_ref();
         let by_event = doorbells.map_or(0, |doorbells| doorbells.count());
         assert_eq!(by_event, usize::from(in_kernel.ioeventfd), "{in_kernel:?}");
+        // Of 200 that are sent, the first ones after the vector changes go the other way.
+        let by_event = make.machine().unwrap().messages_by_event();
+        assert_eq!(by_event > 150, in_kernel.irqfd, "{in_kernel:?}: {by_event}");
     }
 }
 
