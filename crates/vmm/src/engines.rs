@@ -163,6 +163,12 @@ impl OnKvm {
             machine: OnceCell::new(),
         }
     }
+
+    /// The machine, once there is one.
+    #[cfg(test)]
+    pub(crate) fn machine(&self) -> Option<&KvmMachine> {
+        self.machine.get().map(Arc::as_ref)
+    }
 }
 
 impl Constructor for OnKvm {
@@ -201,9 +207,7 @@ impl Constructor for OnKvm {
 /// What a kernel that can do `able` is to do for machines.
 fn in_kernel(host: &Host, able: InKernel) -> InKernel {
     if host.kvm.is_hardware() {
-        // On a host that is busy the kernel's interval timer can lose an interrupt over a pause, or gain one: the
-        // chipset's does not.
-        return InKernel { pit: false, ..able };
+        return able;
     }
     // The chipset's controllers are slower and exact. Where guests are slow anyhow, exact is better: the local
     // APIC of a paravirtual KVM shows nothing in service. Doorbells are exact everywhere.
