@@ -214,7 +214,8 @@ fn op_lar(cpu: &mut Cpu, op: &Op) -> Step {
     };
     let found = cpu.visible_descriptor(selector)?.filter(known);
     if let Some(descriptor) = found {
-        let rights = (descriptor.0 >> 32) as u32 & 0x00f0_ff00;
+        // The manual leaves the limit's bits undefined; processors give them.
+        let rights = (descriptor.0 >> 32) as u32 & 0x00ff_ff00;
         write_result(cpu, op, rights);
     }
     cpu.set_zero_flag(found.is_some());

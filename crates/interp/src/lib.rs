@@ -21,6 +21,7 @@ mod events;
 mod flag_control;
 mod flags;
 mod frame;
+mod gather;
 mod hints;
 mod identity;
 mod iret;

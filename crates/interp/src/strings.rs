@@ -49,6 +49,10 @@ fn advance(cpu: &mut Cpu, op: &Op, register: usize, step: u64) {
 trait Element {
     /// Whether REPE and REPNE look at ZF after it.
     const COMPARES: bool = false;
+    /// What is checked even if there are no elements.
+    fn begin<T: Width>(_: &mut Cpu) -> Step {
+        Ok(())
+    }
     /// Does one element, index registers included.
     fn once<T: Width>(cpu: &mut Cpu, op: &Op) -> Step;
     /// Does up to `count` elements at once, where that can be done fast; says how many. Registers
@@ -63,6 +67,7 @@ fn single<E: Element, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn repeated<E: Element, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
+    E::begin::<T>(cpu)?;
     let mut until_poll = POLL;
     let flags = cpu.flags;
     loop {
@@ -233,10 +238,11 @@ impl Element for Compare {
 
     #[inline(always)]
     fn once<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-        let from = source::<T>(cpu, op)?;
-        let a = cpu.read::<T>(from, op.segment)?;
+        // The host CPU reads them in this order, which shows in faults.
         let to = destination::<T>(cpu, op, false)?;
         let b = cpu.read::<T>(to, ES)?;
+        let from = source::<T>(cpu, op)?;
+        let a = cpu.read::<T>(from, op.segment)?;
         let result = T::from_u64(a.to_u64().wrapping_sub(b.to_u64()));
         cpu.flags.sub(a, b, result);
         let step = cpu.string_step(T::BYTES);
@@ -267,6 +273,10 @@ impl Element for Scan {
 struct Input;
 
 impl Element for Input {
+    fn begin<T: Width>(cpu: &mut Cpu) -> Step {
+        cpu.check_port(cpu.regs.gpr[RDX] as u16, T::BYTES)
+    }
+
     fn once<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         let port = cpu.regs.gpr[RDX] as u16;
         cpu.check_port(port, T::BYTES)?;
@@ -284,6 +294,10 @@ impl Element for Input {
 struct Output;
 
 impl Element for Output {
+    fn begin<T: Width>(cpu: &mut Cpu) -> Step {
+        cpu.check_port(cpu.regs.gpr[RDX] as u16, T::BYTES)
+    }
+
     fn once<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         let port = cpu.regs.gpr[RDX] as u16;
         cpu.check_port(port, T::BYTES)?;

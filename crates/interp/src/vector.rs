@@ -127,19 +127,7 @@ impl Cpu {
                     return Err(self.raise(Exception::NM));
                 }
             }
-            Class::Avx => {
-                let enabled = xcr0::SSE | xcr0::AVX;
-                if !self.is_protected()
-                    || self.is_vm86()
-                    || self.sys.cr4 & cr4::OSXSAVE == 0
-                    || self.sys.xcr0 & enabled != enabled
-                {
-                    return self.ud();
-                }
-                if task_switched {
-                    return Err(self.raise(Exception::NM));
-                }
-            }
+            Class::Avx => self.check_avx()?,
             Class::VexInteger => {
                 if !self.is_protected() || self.is_vm86() {
                     return self.ud();
@@ -156,6 +144,22 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn check_sse(&mut self) -> Step {
         if self.sys.cr0 & cr0::EM != 0 || self.sys.cr4 & cr4::OSFXSR == 0 {
+            return self.ud();
+        }
+        if self.sys.cr0 & cr0::TS != 0 {
+            return Err(self.raise(Exception::NM));
+        }
+        Ok(())
+    }
+
+    /// #UD or #NM for an instruction of AVX.
+    pub(crate) fn check_avx(&mut self) -> Step {
+        let enabled = xcr0::SSE | xcr0::AVX;
+        if !self.is_protected()
+            || self.is_vm86()
+            || self.sys.cr4 & cr4::OSXSAVE == 0
+            || self.sys.xcr0 & enabled != enabled
+        {
             return self.ud();
         }
         if self.sys.cr0 & cr0::TS != 0 {
@@ -220,6 +224,11 @@ impl Cpu {
         operand: MemoryOperand,
         linear: u64,
     ) -> Result<Outcome, Stop> {
+        let thunk = &self.thunks.entries[number].thunk;
+        let can_raise = thunk.class == Class::X87 || thunk.simd_float;
+        if operand.access == ThunkAccess::Write && operand.mask.is_none() && can_raise {
+            return self.run_before_store(op, number, operand, linear);
+        }
         let mut bounce = Bounce([0; 128]);
         let selected = self.selected_elements(operand);
         let lock = operand
@@ -227,31 +236,76 @@ impl Cpu {
             .then(|| BUS_LOCK.lock().unwrap_or_else(PoisonError::into_inner));
         for (start, length) in selected.iter() {
             let at = self.advance(linear, start as u64);
-            if operand.access != ThunkAccess::Read {
-                self.probe(at, length as u64, Access::Write, op.segment)?;
+            self.check_operand(op, operand, at, length)?;
+            // Stores must not read: there may be a device.
+            if operand.access != ThunkAccess::Write {
+                self.read_elements(at, &mut bounce.0[start..start + length], op.segment)?;
             }
-            // An x87 store that meets an unmasked exception leaves memory as it was, so it needs
-            // the old contents. Other stores must not read: there may be a device.
-            let class = self.thunks.entries[number].thunk.class;
-            if operand.access == ThunkAccess::Write && class != Class::X87 {
-                continue;
-            }
-            self.read_bytes(at, &mut bounce.0[start..start + length], op.segment)?;
         }
-        // SAFETY: the buffer is ours, larger than any operand, and aligned for all.
-        let outcome = unsafe {
-            self.thunks.entries[number]
-                .thunk
-                .run(&mut self.regs, bounce.0.as_mut_ptr())
-        };
+        let outcome = self.run_on(number, &mut bounce);
         if operand.access != ThunkAccess::Read && outcome == Outcome::Done {
             for (start, length) in selected.iter() {
                 let at = self.advance(linear, start as u64);
-                self.write_bytes(at, &bounce.0[start..start + length], op.segment)?;
+                self.write_elements(at, &bounce.0[start..start + length], op.segment)?;
             }
         }
         drop(lock);
         Ok(outcome)
+    }
+
+    /// A store whose own exceptions come before those of memory: one that is unmasked leaves memory alone, so that
+    /// it cannot fault either.
+    fn run_before_store(
+        &mut self,
+        op: &Op,
+        number: usize,
+        operand: MemoryOperand,
+        linear: u64,
+    ) -> Result<Outcome, Stop> {
+        let before = self.regs.clone();
+        let mut bounce = Bounce([0; 128]);
+        let outcome = self.run_on(number, &mut bounce);
+        if outcome != Outcome::Done {
+            return Ok(outcome);
+        }
+        let size = operand.size;
+        if before.x87.control_word() & 0x3f != 0x3f && bounce.0[..size].iter().all(|&byte| byte == 0) {
+            // Zeros were stored, or nothing.
+            let after = std::mem::replace(&mut self.regs, before.clone());
+            let mut other = Bounce([0xff; 128]);
+            self.run_on(number, &mut other);
+            self.regs = after;
+            if other.0[..size].iter().all(|&byte| byte == 0xff) {
+                return Ok(outcome);
+            }
+        }
+        let stored = self
+            .check_operand(op, operand, linear, size)
+            .and_then(|()| self.write_elements(linear, &bounce.0[..size], op.segment));
+        if let Err(stop) = stored {
+            self.regs = before;
+            return Err(stop);
+        }
+        Ok(outcome)
+    }
+
+    fn run_on(&mut self, number: usize, bounce: &mut Bounce) -> Outcome {
+        // SAFETY: the buffer is ours, larger than any operand, and aligned for all.
+        unsafe {
+            self.thunks.entries[number]
+                .thunk
+                .run(&mut self.regs, bounce.0.as_mut_ptr())
+        }
+    }
+
+    /// Faults as an access to part of a memory operand would.
+    fn check_operand(&mut self, op: &Op, operand: MemoryOperand, at: u64, length: usize) -> Step {
+        let (length, alignment) = (length as u64, operand.checked_alignment as u64);
+        if operand.access == ThunkAccess::Read {
+            return self.check_access(at, op.segment, length, alignment, Access::Read);
+        }
+        self.check_access(at, op.segment, length, alignment, Access::Write)?;
+        self.probe_elements(at, length, Access::Write, op.segment)
     }
 
     /// The parts of a memory operand that are really accessed: all of it, or the elements that the

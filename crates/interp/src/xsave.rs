@@ -365,6 +365,8 @@ fn op_xsave<const OPT: bool>(cpu: &mut Cpu, op: &Op) -> Step {
     let count = cpu.vector_count();
 
     let header = cpu.advance(linear, HEADER_AT as u64);
+    // It is written too, so a fault is one of a write.
+    cpu.probe(header, 8, Access::Write, op.segment)?;
     let old: u64 = cpu.read(header, op.segment)?;
     let bits = old & !requested | used & requested;
 

@@ -543,6 +543,8 @@ impl Making<'_> {
             M::Jmp | M::Call => {
                 let destination = self.destination();
                 if instruction.is_jmp_far_indirect() || instruction.is_call_far_indirect() {
+                    // What becomes of the upper half in compatibility mode is the processor's choice.
+                    self.start.gpr[gpr::RSP] &= 0xffff_ffff;
                     let size = instruction.memory_size().size().max(4) - 2;
                     let mut bytes = destination.to_le_bytes()[..size].to_vec();
                     let selector = self.random.pick(&SELECTORS);

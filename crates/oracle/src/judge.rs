@@ -8,7 +8,7 @@ use trapgate_x86::registers::rflags;
 use crate::cases::Piece;
 use crate::layout::{record as at, vector};
 use crate::record::{Start, XSAVE_BYTES, quad};
-use crate::undefined;
+use crate::undefined::{self, Residue};
 
 /// What of the host CPU's own is no fault of an engine that lacks it.
 #[derive(Clone, Copy, Debug)]
@@ -130,8 +130,11 @@ pub fn differences(
     if fault {
         word("CS", at::CODE_SEGMENT, 0);
     }
+    let compatibility = fault && quad(native, at::CODE_SEGMENT) == 0x23;
     for register in 0..16 {
         let ignored = match piece {
+            // What upper halves are after a change of mode is undefined (SDM vol. 1, 3.4.1.1).
+            _ if compatibility => !0xffff_ffff,
             Some(piece) if scope.result || scope.random => {
                 let instruction = &piece.instruction;
                 let destination = instruction.op_kind(0) == OpKind::Register
@@ -142,11 +145,24 @@ pub fn differences(
         };
         word(REGISTERS[register], at::GPR + register * 8, ignored);
     }
-    vectors(host, scope.x87, native, engine, &mut found);
+    let mxcsr = quad(input, at::XSAVE + 24) as u32;
+    let residue = match piece {
+        Some(piece) if fault => undefined::residue(&piece.instruction, mxcsr, kind),
+        _ => Residue::default(),
+    };
+    vectors(host, scope.x87, residue, native, engine, &mut found);
     let mut at = at::MEMORY;
     for window in start.windows {
         let length = window.length() as usize;
-        memory_differences(window.address, &native[at..at + length], &engine[at..at + length], &scope, host, piece, &mut found);
+        if !residue.memory {
+            memory_differences(
+                window.address,
+                &native[at..at + length],
+                &engine[at..at + length],
+                &scope,
+                &mut found,
+            );
+        }
         at += length;
     }
     found
@@ -162,14 +178,11 @@ fn memory_differences(
     native: &[u8],
     engine: &[u8],
     scope: &Scope,
-    host: Host,
-    piece: Option<&Piece>,
     found: &mut Vec<String>,
 ) {
     if native == engine || scope.result {
         return;
     }
-    let _ = (host, piece);
     let mut text = String::new();
     let mut some = 0;
     for (index, (native, engine)) in native.chunks(8).zip(engine.chunks(8)).enumerate() {
@@ -206,11 +219,28 @@ fn expanded(record: &[u8]) -> [u8; XSAVE_BYTES] {
     image
 }
 
-fn vectors(host: Host, x87: bool, native: &[u8], engine: &[u8], found: &mut Vec<String>) {
+fn vectors(
+    host: Host,
+    x87: bool,
+    residue: Residue,
+    native: &[u8],
+    engine: &[u8],
+    found: &mut Vec<String>,
+) {
     if native[at::XSAVE..at::MEMORY] == engine[at::XSAVE..at::MEMORY] {
         return;
     }
-    let (native, engine) = (expanded(native), expanded(engine));
+    let (mut native, mut engine) = (expanded(native), expanded(engine));
+    for image in [&mut native, &mut engine] {
+        if residue.mmx {
+            image[3] &= !0x38;
+            image[4] = 0;
+            image[32..160].fill(0);
+        }
+        if residue.precision {
+            image[24] &= !0x20;
+        }
+    }
     let mut part = |name: &str, from: usize, length: usize| {
         let (native, engine) = (&native[from..from + length], &engine[from..from + length]);
         if native != engine {

@@ -115,7 +115,8 @@ pub fn result(instruction: &Instruction, gpr: &[u64; 16]) -> bool {
 /// Whether an instruction accesses memory in several parts whose order the manual does not say, so that the first to
 /// fault is the CPU's choice: the address, and where the parts lie on several pages the error code.
 pub fn order(instruction: &Instruction) -> bool {
-    matches!(
+    use iced_x86::Code;
+    matches!(instruction.code(), Code::Fld_m80fp | Code::Fstp_m80fp) || matches!(
         instruction.mnemonic(),
         M::Fxsave
             | M::Fxsave64
@@ -135,6 +136,9 @@ pub fn order(instruction: &Instruction) -> bool {
             | M::Iret
             | M::Iretd
             | M::Iretq
+            // Ten bytes are eight and two.
+            | M::Fbld
+            | M::Fbstp
             // Of several elements.
             | M::Vmaskmovps
             | M::Vmaskmovpd
@@ -150,4 +154,28 @@ pub fn order(instruction: &Instruction) -> bool {
 /// mapped. (SDM vol. 2, XSAVE, FXSAVE, "#AC": whether #AC is signaled in place of #GP varies with implementations.)
 pub fn either(vectors: [u64; 2]) -> bool {
     vectors.iter().all(|vector| matches!(vector, 12 | 13 | 14 | 17)) && vectors[0] != vectors[1]
+}
+
+/// What a fault leaves behind that the manual does not promise either way, and no program can rely on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Residue {
+    /// MMX stores enter MMX state before they fault: TOP, tags and the order of registers.
+    pub mmx: bool,
+    /// A store of ten bytes has written eight, or a CALL its return address below the stack pointer.
+    pub memory: bool,
+    /// Beside an unmasked underflow, whether the result would be exact: the host CPU rounds it as if the exponent had
+    /// no limit, which only it can.
+    pub precision: bool,
+}
+
+/// What of an outcome with a fault is not compared; `mxcsr` is before it.
+pub fn residue(instruction: &Instruction, mxcsr: u32, fault: u64) -> Residue {
+    use iced_x86::Code;
+    let memory = crate::profile::memory_operand(instruction);
+    Residue {
+        mmx: memory == Some(0) && instruction.op_register(1).is_mm(),
+        memory: matches!(instruction.code(), Code::Fstp_m80fp | Code::Fbstp_m80bcd)
+            || instruction.mnemonic() == M::Call,
+        precision: fault == 19 && mxcsr & 0x800 == 0,
+    }
 }
