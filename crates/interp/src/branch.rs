@@ -110,10 +110,19 @@ fn jump_if(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn call_to(cpu: &mut Cpu, target: u64, size: u64) -> Step {
-    let target = cpu.check_target(target, size)?;
+    // The host CPU pushes before it looks at the target, which shows in which of two faults comes.
+    let pointer = cpu.regs.gpr[RSP];
     cpu.push(size, cpu.rip)?;
-    cpu.rip = target;
-    Ok(())
+    match cpu.check_target(target, size) {
+        Ok(target) => {
+            cpu.rip = target;
+            Ok(())
+        }
+        Err(stop) => {
+            cpu.regs.gpr[RSP] = pointer;
+            Err(stop)
+        }
+    }
 }
 
 fn call(cpu: &mut Cpu, op: &Op) -> Step {

@@ -274,7 +274,6 @@ fn displacement_address_size(instruction: &Instruction) -> u64 {
     match instruction.memory_displ_size() {
         2 => 2,
         8 => 8,
-        4 if instruction.code_size() == iced_x86::CodeSize::Code64 => 8,
         _ => 4,
     }
 }

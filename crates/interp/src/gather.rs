@@ -66,7 +66,7 @@ fn op_gather(cpu: &mut Cpu, op: &Op) -> Step {
     // All bits of an element's mask become its highest, which a fault shows.
     for element in 0..length / bytes {
         let part = &mut cpu.regs.vector[mask].0[element * bytes..][..bytes];
-        let selected = element < count && part[bytes - 1] & 0x80 != 0;
+        let selected = part[bytes - 1] & 0x80 != 0;
         part.fill(if selected { 0xff } else { 0 });
     }
     cpu.regs.vector[mask].0[length..].fill(0);
@@ -87,7 +87,9 @@ fn op_gather(cpu: &mut Cpu, op: &Op) -> Step {
         let mut value = [0; 8];
         cpu.read_elements(linear, &mut value[..bytes], op.segment)?;
         // A fault at a later element shows what was done: the instruction goes on from there.
-        cpu.regs.vector[destination].0[at..at + bytes].copy_from_slice(&value[..bytes]);
+        let vector = &mut cpu.regs.vector[destination].0;
+        vector[at..at + bytes].copy_from_slice(&value[..bytes]);
+        vector[length..].fill(0);
         cpu.regs.vector[mask].0[at..at + bytes].fill(0);
     }
     cpu.regs.vector[mask].0.fill(0);
@@ -125,9 +127,8 @@ fn op_maskmovq(cpu: &mut Cpu, op: &Op) -> Step {
     }
     let data = cpu.regs.x87.mmx_register(usize::from(op.dst));
     let mask = cpu.regs.x87.mmx_register(usize::from(op.src));
-    store_selected(cpu, op, &data, &mask)?;
     cpu.regs.x87.enter_mmx();
-    Ok(())
+    store_selected(cpu, op, &data, &mask)
 }
 
 /// Stores the bytes whose mask has its highest bit set: all of them, or on a fault none.

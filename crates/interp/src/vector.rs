@@ -84,7 +84,19 @@ pub(crate) fn op_thunk(cpu: &mut Cpu, op: &Op) -> Step {
                 .thunk
                 .run(&mut cpu.regs, std::ptr::null_mut())
         },
-        Some(operand) => cpu.run_with_memory(op, number, operand)?,
+        Some(operand) => match cpu.run_with_memory(op, number, operand) {
+            Ok(outcome) => outcome,
+            Err(stop) => {
+                // A store has made TOP 0 before it faults, on the host CPU; the tags it has not changed.
+                let entry = &cpu.thunks.entries[number];
+                if entry.thunk.class == Class::Mmx && operand.access == ThunkAccess::Write {
+                    let tags = cpu.regs.x87.tags();
+                    cpu.regs.x87.enter_mmx();
+                    cpu.regs.x87.0[4] = tags;
+                }
+                return Err(stop);
+            }
+        },
     };
     match outcome {
         Outcome::Done => {}
@@ -273,7 +285,7 @@ impl Cpu {
             // Zeros were stored, or nothing.
             let after = std::mem::replace(&mut self.regs, before.clone());
             let mut other = Bounce([0xff; 128]);
-            self.run_on(number, &mut other);
+            let _ = self.run_on(number, &mut other);
             self.regs = after;
             if other.0[..size].iter().all(|&byte| byte == 0xff) {
                 return Ok(outcome);

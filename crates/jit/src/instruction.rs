@@ -298,7 +298,9 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         return Kind::String(string);
     }
     if let Some(plan) = plan(instruction, mode) {
-        return if plan.harmless.bit_offset && mode.is_compatibility() {
+        let short = mode.is_compatibility() || has_short_address(instruction);
+        return if plan.harmless.bit_offset && short {
+            // The address wraps after the offset's upper bits were added.
             Kind::Operate
         } else if plan.harmless.bit_offset {
             Kind::BitOfMemory(plan)
@@ -448,7 +450,12 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
         ),
         indexes: matches!(
             instruction.mnemonic(),
-            Mnemonic::Pcmpestri | Mnemonic::Pcmpistri | Mnemonic::Vpcmpestri | Mnemonic::Vpcmpistri
+            Mnemonic::Pcmpestri
+                | Mnemonic::Pcmpestri64
+                | Mnemonic::Pcmpistri
+                | Mnemonic::Vpcmpestri
+                | Mnemonic::Vpcmpestri64
+                | Mnemonic::Vpcmpistri
         ),
         high: false,
         detour: false,
@@ -551,6 +558,13 @@ pub(crate) fn can_address(instruction: &Instruction) -> bool {
         register == Register::None || register.is_gpr64() || register.is_gpr32()
     };
     (base == Register::RIP || register(base)) && register(index)
+}
+
+/// Whether addresses are those of the address-size prefix.
+fn has_short_address(instruction: &Instruction) -> bool {
+    instruction.memory_base().is_gpr32()
+        || instruction.memory_index().is_gpr32()
+        || instruction.memory_displ_size() == 4
 }
 
 /// The guest's RCX as a count goes to the host's.

@@ -17,8 +17,10 @@ pub struct Piece {
     pub slot: usize,
     /// Its bytes.
     pub bytes: Vec<u8>,
-    /// What they are; invalid if no instruction.
+    /// What they are.
     pub instruction: Instruction,
+    /// They are no instruction, or one that its prefixes forbid; then [`Self::instruction`] is what it would be without.
+    pub undefined: bool,
     /// Where it lies.
     pub ip: u64,
     /// 64 or 32.
@@ -48,7 +50,8 @@ impl Piece {
         // As the interpreter has it: F3 before WBINVD means nothing in the profiles.
         let options = DecoderOptions::NO_WBNOINVD;
         let mut instruction = Decoder::with_ip(bits, &bytes, ip, options).decode();
-        if instruction.is_invalid() {
+        let undefined = instruction.is_invalid();
+        if undefined {
             let lenient = options | DecoderOptions::NO_INVALID_CHECK;
             instruction = Decoder::with_ip(bits, &bytes, ip, lenient).decode();
         }
@@ -61,6 +64,7 @@ impl Piece {
             slot,
             bytes,
             instruction,
+            undefined,
             ip,
             bits,
         }
@@ -118,6 +122,26 @@ pub fn target(random: &mut Random, size: u64, long: bool) -> u64 {
     }
 }
 
+/// What the cases of a batch have in common: the translator has other code for each of these, and a batch of all of
+/// them would be about going from one to the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Climate {
+    /// MXCSR may leave exceptions unmasked.
+    pub unmasked: bool,
+    /// RFLAGS.AC may be set: misaligned accesses fault.
+    pub aligned: bool,
+}
+
+impl Climate {
+    /// One of them.
+    pub fn pick(random: &mut Random) -> Self {
+        Self {
+            unmasked: random.one_in(5),
+            aligned: random.one_in(8),
+        }
+    }
+}
+
 /// Makes cases; one for each thread.
 pub struct Maker {
     images: Images,
@@ -142,8 +166,13 @@ impl Maker {
     }
 
     /// Writes a case for a piece of code into a record that holds zeros or an older one.
-    pub fn make(&self, piece: &Piece, random: &mut Random, record: &mut [u8]) {
+    pub fn make(&self, piece: &Piece, climate: Climate, random: &mut Random, record: &mut [u8]) {
         record[at::XSAVE..at::MEMORY].copy_from_slice(self.images.pick(random));
+        if !climate.unmasked {
+            // All exceptions masked.
+            record[at::XSAVE + 24] |= 0x80;
+            record[at::XSAVE + 25] |= 0x1f;
+        }
         let mut making = Making {
             piece,
             random,
@@ -151,7 +180,7 @@ impl Maker {
             record,
             operand: 0,
         };
-        making.registers();
+        making.registers(climate);
         making.vectors();
         making.stack();
         making.operands();
@@ -167,15 +196,16 @@ impl Making<'_> {
         self.piece.bits == 64
     }
 
-    fn registers(&mut self) {
+    fn registers(&mut self, climate: Climate) {
         let random = &mut *self.random;
         for register in &mut self.start.gpr {
             *register = random.integer();
         }
         let bits = random.next();
         let mut flags = rflags::ONE | rflags::IF | bits & rflags::ARITHMETIC;
-        for (chance, flag) in [(8, rflags::DF), (24, rflags::AC), (40, rflags::NT), (4, rflags::ID)] {
-            if random.one_in(chance) {
+        for (chance, flag) in [(8, rflags::DF), (3, rflags::AC), (40, rflags::NT), (4, rflags::ID)] {
+            let allowed = flag != rflags::AC || climate.aligned;
+            if allowed && random.one_in(chance) {
                 flags |= flag;
             }
         }

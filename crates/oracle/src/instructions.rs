@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl};
+use iced_x86::{Code, FlowControl};
 use trapgate_x86::profile::Level;
 
-use crate::cases::{Maker, Piece, landing, target};
+use crate::cases::{Climate, Maker, Piece, landing, target};
 use crate::encodings::{Encoding, Form, Surroundings, encodings, write};
 use crate::engine::{Engine, EngineError, Kind, prepare};
 use crate::judge::{self, Host};
@@ -190,6 +190,7 @@ fn make(batch: &mut Batch, number: u64, shared: &Shared<'_>, maker: &Maker) {
     let settings = shared.settings;
     let mut random = Random(settings.seed ^ number.wrapping_mul(0xd134_2543_de82_ef95));
     random.next();
+    let climate = Climate::pick(&mut random);
     batch.pieces.clear();
     batch.cases.clear();
     let area = SLOTS * 2 * PAGE as usize;
@@ -216,9 +217,15 @@ fn make(batch: &mut Batch, number: u64, shared: &Shared<'_>, maker: &Maker) {
         let at = CODE_AT + slot * 2 * PAGE as usize;
         place(&mut batch.arena[at..at + 2 * PAGE as usize], &piece);
         let index = batch.pieces.len();
-        for _ in 0..EACH {
+        // What is no instruction, or too long, is soon told.
+        let each = match encoding {
+            Some(encoding) if encoding.form == Form::TooLong => 2,
+            _ if piece.undefined => 4,
+            _ => EACH,
+        };
+        for _ in 0..each {
             let case = batch.cases.len();
-            maker.make(&piece, &mut random, of_mut(&mut batch.arena[IN_AT..], case));
+            maker.make(&piece, climate, &mut random, of_mut(&mut batch.arena[IN_AT..], case));
             batch.cases.push(index);
         }
         batch.pieces.push((piece, encoding));
@@ -302,9 +309,7 @@ fn finish(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Option<Piece> {
     let piece = Piece::new(slot, bytes, ip, bits);
     let instruction = &piece.instruction;
     // What is no instruction has no end: how much of it is fetched before #UD is the CPU's choice.
-    if Decoder::with_ip(bits, &piece.bytes, ip, DecoderOptions::NO_WBNOINVD).decode().is_invalid()
-        && piece.ip % PAGE > PAGE - 32
-    {
+    if piece.undefined && piece.ip % PAGE > PAGE - 32 {
         return None;
     }
     let known = instruction.code() == Code::INVALID

@@ -232,13 +232,11 @@ fn vectors(
     }
     let (mut native, mut engine) = (expanded(native), expanded(engine));
     for image in [&mut native, &mut engine] {
-        if residue.mmx {
-            image[3] &= !0x38;
-            image[4] = 0;
-            image[32..160].fill(0);
-        }
         if residue.precision {
             image[24] &= !0x20;
+        }
+        if residue.noted {
+            image[24] &= !0x3f;
         }
     }
     let mut part = |name: &str, from: usize, length: usize| {

@@ -159,23 +159,22 @@ pub fn either(vectors: [u64; 2]) -> bool {
 /// What a fault leaves behind that the manual does not promise either way, and no program can rely on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Residue {
-    /// MMX stores enter MMX state before they fault: TOP, tags and the order of registers.
-    pub mmx: bool,
-    /// A store of ten bytes has written eight, or a CALL its return address below the stack pointer.
+    /// A store of ten bytes has written eight, or a far CALL one word of two.
     pub memory: bool,
-    /// Beside an unmasked underflow, whether the result would be exact: the host CPU rounds it as if the exponent had
-    /// no limit, which only it can.
+    /// VCVTPS2PH has noted masked exceptions in MXCSR before its store faults.
+    pub noted: bool,
+    /// Beside an unmasked overflow or underflow, whether the result would be exact: the host CPU rounds it as if the
+    /// exponent had no limit, which only it can.
     pub precision: bool,
 }
 
 /// What of an outcome with a fault is not compared; `mxcsr` is before it.
 pub fn residue(instruction: &Instruction, mxcsr: u32, fault: u64) -> Residue {
     use iced_x86::Code;
-    let memory = crate::profile::memory_operand(instruction);
     Residue {
-        mmx: memory == Some(0) && instruction.op_register(1).is_mm(),
         memory: matches!(instruction.code(), Code::Fstp_m80fp | Code::Fbstp_m80bcd)
-            || instruction.mnemonic() == M::Call,
-        precision: fault == 19 && mxcsr & 0x800 == 0,
+            || instruction.is_call_far_indirect(),
+        noted: instruction.mnemonic() == M::Vcvtps2ph && fault != 19,
+        precision: fault == 19 && mxcsr & 0xc00 != 0xc00,
     }
 }
