@@ -137,7 +137,9 @@ fn store_selected(cpu: &mut Cpu, op: &Op, data: &[u8], mask: &[u8]) -> Step {
     let segment = usize::from(op.segment);
     let linear = cpu.segment_address(segment, offset, data.len() as u64, true)?;
     // Bytes that are not selected may fault as well (SDM vol. 2B, MASKMOVDQU), and do on the host CPU.
-    cpu.probe_elements(linear, data.len() as u64, Access::Write, op.segment)?;
+    let length = data.len() as u64;
+    cpu.check_access(linear, op.segment, length, 8, Access::Write)?;
+    cpu.probe_elements(linear, length, Access::Write, op.segment)?;
     let mut start = 0;
     for run in mask.chunk_by(|one, next| one & 0x80 == next & 0x80) {
         let end = start + run.len();

@@ -102,8 +102,8 @@ pub fn differences(
     // Linux tells programs that all pages of the upper half are present.
     let hidden = u64::from(kind == 14 && address >= PROGRAMS_END);
     // Several parts, on several pages.
-    let by_parts = order && kind == 14
-        && address.abs_diff(quad(engine, at::ADDRESS)) < 1024;
+    let distance = address.wrapping_sub(quad(engine, at::ADDRESS)) as i32;
+    let by_parts = order && kind == 14 && distance.unsigned_abs() < 1024;
     word("address", at::ADDRESS, if by_parts { u64::MAX } else { 0 });
     word("error code", at::ERROR, hidden | u64::from(by_parts));
     word("RFLAGS", at::FLAGS, scope.undefined | if scope.random { rflags::ARITHMETIC } else { 0 });
@@ -150,7 +150,7 @@ pub fn differences(
         Some(piece) if fault => undefined::residue(&piece.instruction, mxcsr, kind),
         _ => Residue::default(),
     };
-    vectors(host, scope.x87, residue, native, engine, &mut found);
+    vectors(host, piece.is_none(), scope.x87, residue, native, engine, &mut found);
     let mut at = at::MEMORY;
     for window in start.windows {
         let length = window.length() as usize;
@@ -221,6 +221,7 @@ fn expanded(record: &[u8]) -> [u8; XSAVE_BYTES] {
 
 fn vectors(
     host: Host,
+    programs: bool,
     x87: bool,
     residue: Residue,
     native: &[u8],
@@ -250,7 +251,7 @@ fn vectors(
     part("FTW", 4, 2);
     // Without a pending exception some CPUs leave these as they are.
     let pending = native[2] & 0x80 != 0;
-    if !x87 || pending || !host.fdp_on_exceptions {
+    if !x87 || pending && !programs || !host.fdp_on_exceptions {
         part("FOP", 6, 2);
         part("FDP", 16, 8);
     }
