@@ -273,12 +273,11 @@ fn op_arpl(cpu: &mut Cpu, op: &Op) -> Step {
     let adjusted = |selector: u16| selector & !3 | u16::from(least);
     let raised;
     if op.has_memory() {
-        let mut lower = false;
-        cpu.modify(op, |_, selector: u16| {
-            lower = rpl(selector) < least;
-            if lower { adjusted(selector) } else { selector }
-        })?;
-        raised = lower;
+        let selector = cpu.load::<u16>(op)?;
+        raised = rpl(selector) < least;
+        if raised {
+            cpu.store(op, adjusted(selector))?;
+        }
     } else {
         let selector = cpu.reg::<u16>(op.dst);
         raised = rpl(selector) < least;

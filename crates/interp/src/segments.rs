@@ -301,6 +301,10 @@ fn op_mov_from_segment(cpu: &mut Cpu, op: &Op) -> Step {
 
 fn op_push_segment(cpu: &mut Cpu, op: &Op) -> Step {
     let selector = cpu.sys.segments[usize::from(op.dst).min(5)].selector;
+    if op.operand_size() == 4 {
+        // The upper half of the doubleword stays as it was on the stack (SDM vol. 2B, PUSH).
+        return cpu.push_low(4, selector);
+    }
     cpu.push(op.operand_size(), u64::from(selector))
 }
 

@@ -49,6 +49,8 @@ fn advance(cpu: &mut Cpu, op: &Op, register: usize, step: u64) {
 trait Element {
     /// Whether REPE and REPNE look at ZF after it.
     const COMPARES: bool = false;
+    /// Index registers that a repeated instruction with 32-bit addresses zero-extends before its first element.
+    const EXTENDED: &'static [usize] = &[];
     /// What is checked even if there are no elements.
     fn begin<T: Width>(_: &mut Cpu) -> Step {
         Ok(())
@@ -68,6 +70,13 @@ fn single<E: Element, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
 
 fn repeated<E: Element, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
     E::begin::<T>(cpu)?;
+    if op.address_size() == 4 && cpu.is_64bit() {
+        // Even if there are no elements, or the first one faults: the host CPU does so.
+        cpu.regs.gpr[RCX] &= 0xffff_ffff;
+        for &register in E::EXTENDED {
+            cpu.regs.gpr[register] &= 0xffff_ffff;
+        }
+    }
     let mut until_poll = POLL;
     let flags = cpu.flags;
     loop {
@@ -123,6 +132,8 @@ fn can_bulk(cpu: &Cpu, op: &Op) -> bool {
 struct Move;
 
 impl Element for Move {
+    const EXTENDED: &'static [usize] = &[RSI, RDI];
+
     #[inline(always)]
     fn once<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         let from = source::<T>(cpu, op)?;
@@ -175,6 +186,8 @@ fn copy<T: Width>(from: HostAddress, to: HostAddress, count: u64) {
 struct Store;
 
 impl Element for Store {
+    const EXTENDED: &'static [usize] = &[RDI];
+
     #[inline(always)]
     fn once<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         let to = destination::<T>(cpu, op, true)?;

@@ -193,6 +193,10 @@ impl Cpu {
         number: usize,
         operand: MemoryOperand,
     ) -> Result<Outcome, Stop> {
+        if operand.mask.is_some() && self.selected_elements(operand).count == 0 {
+            // No access at all, so none that its segment could refuse.
+            return Ok(self.run_on(number, &mut Bounce([0; 128])));
+        }
         let size = operand.size as u64;
         let write = operand.access != ThunkAccess::Read;
         let mut linear = self.operand_address(op, size, write)?;

@@ -402,11 +402,8 @@ fn op_xrstor(cpu: &mut Cpu, op: &Op) -> Step {
     let bytes = area_bytes(requested);
     let linear = cpu.aligned_operand(op, bytes, 64, false)?;
     let mut area = [0; XSAVE_BYTES];
-    cpu.read_bytes(linear, &mut area[..HEADER_AT + HEADER_BYTES], op.segment)?;
-    if state_bits(&area) & requested & xcr0::AVX != 0 {
-        let at = cpu.advance(linear, YMM_AT as u64);
-        cpu.read_bytes(at, &mut area[YMM_AT..], op.segment)?;
-    }
+    // What XSTATE_BV says is not there is read as well, by the host CPU.
+    cpu.read_bytes(linear, &mut area[..bytes], op.segment)?;
     if !is_restorable(&area, cpu.sys.xcr0, requested) {
         return cpu.gp0();
     }

@@ -258,10 +258,14 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         Code::Push_rm64 => return Kind::PushRegister(number(instruction.op0_register())),
         Code::Pop_r64 => return Kind::Pop(number(instruction.op0_register())),
         Code::Leaveq => return Kind::Leave,
-        Code::Div_rm32 => return divide(false, false),
-        Code::Div_rm64 => return divide(false, true),
-        Code::Idiv_rm32 => return divide(true, false),
-        Code::Idiv_rm64 => return divide(true, true),
+        Code::Div_rm32 | Code::Div_rm64 | Code::Idiv_rm32 | Code::Idiv_rm64 => {
+            let memory = instruction.op0_kind() == OpKind::Memory;
+            return if memory && !can_address(instruction) {
+                Kind::Operate
+            } else {
+                divide(instruction)
+            };
+        }
         Code::Pushfq => return Kind::PushFlags,
         Code::Popfq => return Kind::PopFlags,
         Code::Cli if !mode.is_user() => return Kind::Interrupts(false),
@@ -281,7 +285,9 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         }
         Code::Wrfsbase_r64 if mode.has_bases() => return Kind::WriteBase(sreg::FS),
         Code::Wrgsbase_r64 if mode.has_bases() => return Kind::WriteBase(sreg::GS),
-        Code::Fnstcw_m2byte if mode.has_sse() && can_address(instruction) => {
+        Code::Fnstcw_m2byte
+            if mode.has_sse() && can_address(instruction) && !writes_code(instruction, mode) =>
+        {
             return Kind::ControlWord;
         }
         Code::Mov_rm16_Sreg if instruction.op0_kind() == OpKind::Register => {
@@ -297,7 +303,8 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
     if let Some(string) = string(instruction) {
         return Kind::String(string);
     }
-    if let Some(plan) = plan(instruction, mode) {
+    let refused = writes_code(instruction, mode);
+    if let Some(plan) = plan(instruction, mode).filter(|plan| !(refused && plan.writes_memory)) {
         let short = mode.is_compatibility() || has_short_address(instruction);
         return if plan.harmless.bit_offset && short {
             // The address wraps after the offset's upper bits were added.
@@ -342,8 +349,11 @@ fn string(instruction: &Instruction) -> Option<Text> {
     })
 }
 
-fn divide(signed: bool, wide: bool) -> Kind {
-    Kind::Divide { signed, wide }
+fn divide(instruction: &Instruction) -> Kind {
+    Kind::Divide {
+        signed: instruction.mnemonic() == Mnemonic::Idiv,
+        wide: matches!(instruction.code(), Code::Div_rm64 | Code::Idiv_rm64),
+    }
 }
 
 fn transfer(instruction: &Instruction) -> Option<Kind> {
@@ -558,6 +568,11 @@ pub(crate) fn can_address(instruction: &Instruction) -> bool {
         register == Register::None || register.is_gpr64() || register.is_gpr32()
     };
     (base == Register::RIP || register(base)) && register(index)
+}
+
+/// Whether a store would go to the code segment, which the interpreter refuses.
+fn writes_code(instruction: &Instruction, mode: Mode) -> bool {
+    mode.is_compatibility() && instruction.memory_segment() == Register::CS
 }
 
 /// Whether addresses are those of the address-size prefix.

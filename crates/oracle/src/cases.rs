@@ -212,7 +212,7 @@ impl Making<'_> {
         self.start.flags = flags;
         self.start.rip = self.piece.ip;
         self.start.compatibility = self.piece.bits == 32;
-        self.start.bases = [DATA, random.next() >> 18];
+        self.start.bases = [DATA, random.next() >> if self.start.compatibility { 34 } else { 18 }];
     }
 
     /// Fresh values for the vector registers that are named.
@@ -365,9 +365,11 @@ impl Making<'_> {
             _ => None,
         };
         let mut offset = wanted;
-        if let Some(which) = segment.filter(|_| long) {
+        if let Some(which) = segment {
             offset = match self.random.below(3) {
                 0 => self.random.below(0x1000),
+                // What goes over the end of a segment of 4 GiB is the processor's choice.
+                _ if !long => self.random.next() >> 34,
                 1 => (self.random.below(0x1000) + 8).wrapping_neg() & mask,
                 _ => self.random.next() >> 18 & mask,
             };
@@ -376,7 +378,11 @@ impl Making<'_> {
             }
             let wanted_base = wanted.wrapping_sub(offset);
             // The base itself has to be canonical.
-            self.start.bases[which] = ((wanted_base << 16) as i64 >> 16) as u64;
+            self.start.bases[which] = if long {
+                ((wanted_base << 16) as i64 >> 16) as u64
+            } else {
+                wanted_base & 0xffff_ffff
+            };
         }
         let displacement = instruction.memory_displacement64();
         let scale = u64::from(instruction.memory_index_scale());
@@ -408,10 +414,11 @@ impl Making<'_> {
             }
         }
         // Where it is, whatever was wanted: registers may play two parts.
-        self.operand = self.effective(instruction, mask).wrapping_add(match segment {
-            Some(which) if long => self.start.bases[which],
-            _ => 0,
-        });
+        let base = segment.map_or(0, |which| self.start.bases[which]);
+        self.operand = self.effective(instruction, mask).wrapping_add(base);
+        if !long {
+            self.operand &= 0xffff_ffff;
+        }
     }
 
     /// Sets a register that an address is made of.
@@ -574,7 +581,7 @@ impl Making<'_> {
                 let destination = self.destination();
                 if instruction.is_jmp_far_indirect() || instruction.is_call_far_indirect() {
                     // What becomes of the upper half in compatibility mode is the processor's choice.
-                    self.start.gpr[gpr::RSP] &= 0xffff_ffff;
+                    self.start.gpr[gpr::RSP] = self.start.gpr[gpr::RSP] & 0xffff_ffff | 0x1000;
                     let size = instruction.memory_size().size().max(4) - 2;
                     let mut bytes = destination.to_le_bytes()[..size].to_vec();
                     let selector = self.random.pick(&SELECTORS);

@@ -43,6 +43,8 @@ pub enum Form {
     Rep,
     /// REPNE, and memory if there is a form with it.
     Repne,
+    /// REP or REPNE of a string instruction with addresses of the other size.
+    RepAddresses,
     /// The operand-size prefix once more, or where it means nothing.
     OperandSize,
     /// A REX prefix more.
@@ -165,6 +167,9 @@ pub fn encodings(level: Level, bits: u32) -> Vec<Encoding> {
                 put(form);
             }
         }
+        if code.is_string_instruction() {
+            put(Form::RepAddresses);
+        }
         if shape.offset {
             put(Form::Absolute);
         }
@@ -216,6 +221,10 @@ pub fn write(encoding: Encoding, around: &Surroundings, random: &mut Random) -> 
         Form::Lock => bytes.insert(0, 0xf0),
         Form::Rep => bytes.insert(0, 0xf3),
         Form::Repne => bytes.insert(0, 0xf2),
+        Form::RepAddresses => {
+            bytes.insert(0, 0x67);
+            bytes.insert(0, random.pick(&[0xf2, 0xf3]));
+        }
         Form::OperandSize => bytes.insert(0, 0x66),
         Form::Rex => {
             let at = bytes.iter().position(|byte| !is_prefix(*byte))?;

@@ -87,7 +87,9 @@ pub fn differences(
     let address = quad(native, at::ADDRESS);
     let order = piece.is_some_and(|piece| undefined::order(&piece.instruction));
     let others = quad(engine, at::VECTOR);
-    if order && undefined::either([kind, others]) {
+    // So is what an access does that goes over the end of a segment of 4 GiB (SDM vol. 3A, 6.3).
+    let wraps = start.compatibility && address.max(quad(engine, at::ADDRESS)) >> 4 == 0xfff_ffff;
+    if (order || wraps) && undefined::either([kind, others]) {
         // Which of several faults comes first is the CPU's choice.
         return found;
     }
@@ -132,16 +134,18 @@ pub fn differences(
     }
     let compatibility = fault && quad(native, at::CODE_SEGMENT) == 0x23;
     for register in 0..16 {
-        let ignored = match piece {
+        let destination = piece.is_some_and(|piece| {
+            let instruction = &piece.instruction;
+            instruction.op_kind(0) == OpKind::Register
+                && instruction.op_register(0).full_register().number() == register
+        });
+        let ignored = if destination && (scope.result || scope.random) {
+            u64::MAX
+        } else if compatibility {
             // What upper halves are after a change of mode is undefined (SDM vol. 1, 3.4.1.1).
-            _ if compatibility => !0xffff_ffff,
-            Some(piece) if scope.result || scope.random => {
-                let instruction = &piece.instruction;
-                let destination = instruction.op_kind(0) == OpKind::Register
-                    && instruction.op_register(0).full_register().number() == register;
-                if destination { u64::MAX } else { 0 }
-            }
-            _ => 0,
+            !0xffff_ffff
+        } else {
+            0
         };
         word(REGISTERS[register], at::GPR + register * 8, ignored);
     }
