@@ -8,8 +8,8 @@ use crate::op::{AddressForm, Handler, NO_REGISTER, Op, RIP_REGISTER, attribute};
 use crate::quiet::Traits;
 use crate::vector::Lowered;
 use crate::{
-    arithmetic, branch, control, debug, entropy, events, flag_control, gather, hints, identity, legacy,
-    moves, msr, port, quiet, segments, stack, strings, transfer, vector, xsave,
+    arithmetic, branch, control, debug, entropy, events, flag_control, gather, hints, identity,
+    legacy, moves, msr, port, quiet, segments, stack, strings, transfer, vector, xsave,
 };
 
 /// Bytes of the longest instruction.
@@ -249,7 +249,9 @@ fn address_size(instruction: &Instruction) -> u64 {
                 return match register {
                     Register::None => displacement_address_size(instruction),
                     // The index of a gather.
-                    register if register.is_vector_register() => displacement_address_size(instruction),
+                    register if register.is_vector_register() => {
+                        displacement_address_size(instruction)
+                    }
                     Register::EIP => 4,
                     Register::RIP => 8,
                     register => register.size() as u64,

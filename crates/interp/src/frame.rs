@@ -218,8 +218,11 @@ impl Cpu {
         let low = stack.pointer.wrapping_add(depth) & stack.mask;
         if stack.is_contiguous(low, total) {
             let linear = self.stack_address(stack, low, total)?;
-            if let (8, Some(host)) = (size, self.tlb.find(stack.view, Access::Read, linear, size * values.len() as u64))
-            {
+            if let (8, Some(host)) = (
+                size,
+                self.tlb
+                    .find(stack.view, Access::Read, linear, size * values.len() as u64),
+            ) {
                 for (index, value) in values.iter_mut().enumerate() {
                     *value = host.offset(index as u64 * 8).load_u64();
                 }

@@ -151,3 +151,103 @@ fn store_selected(cpu: &mut Cpu, op: &Op, data: &[u8], mask: &[u8]) -> Step {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use trapgate_x86::Vector;
+    use trapgate_x86::registers::{cr4, gpr, xcr0};
+
+    use crate::cpu::Cpu;
+    use crate::testing::{UD, UNMAPPED, execute, fault, long_cpu, unmap_page};
+
+    const DATA: u64 = 0x20_0000;
+    /// vpgatherdd xmm1, [rax + xmm2 * 4], xmm3
+    const GATHER: [u8; 6] = [0xc4, 0xe2, 0x61, 0x90, 0x0c, 0x90];
+
+    fn avx_cpu() -> Cpu {
+        let (mut cpu, _) = long_cpu();
+        cpu.sys.cr4 |= cr4::OSXSAVE;
+        cpu.sys.xcr0 = xcr0::X87 | xcr0::SSE | xcr0::AVX;
+        for element in 0..64u32 {
+            let at = DATA + u64::from(element) * 4;
+            cpu.memory
+                .write(at, &(element + 100).to_le_bytes())
+                .unwrap();
+        }
+        cpu.regs.gpr[gpr::RAX] = DATA + 32 * 4;
+        cpu
+    }
+
+    fn doublewords(values: [i32; 4]) -> u128 {
+        let bytes: Vec<u8> = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        u128::from_le_bytes(bytes.try_into().unwrap())
+    }
+
+    #[test]
+    fn gather_loads_the_elements_that_the_mask_selects() {
+        let mut cpu = avx_cpu();
+        cpu.regs.vector[1].0 = [0x55; 32];
+        cpu.regs.set_xmm(2, doublewords([1, -2, 3, 4]));
+        cpu.regs.set_xmm(3, doublewords([-1, i32::MIN, 1, -1]));
+        execute(&mut cpu, &GATHER).unwrap();
+        let expected = doublewords([133, 130, 0x5555_5555, 136]);
+        assert_eq!(cpu.regs.xmm(1), expected);
+        assert_eq!(cpu.regs.vector[1].0[16..], [0; 16]);
+        assert_eq!(cpu.regs.vector[3].0, [0; 32]);
+    }
+
+    #[test]
+    fn gather_that_faults_has_done_the_elements_before() {
+        let mut cpu = avx_cpu();
+        unmap_page(&mut cpu);
+        cpu.regs.gpr[gpr::RAX] = UNMAPPED - 8;
+        cpu.memory.write(UNMAPPED - 8, &7u32.to_le_bytes()).unwrap();
+        cpu.regs.set_xmm(2, doublewords([0, 2, 0, 0]));
+        cpu.regs.set_xmm(3, doublewords([-1; 4]));
+        assert_eq!(fault(&mut cpu, &GATHER), (Vector::PF, Some(0)));
+        assert_eq!(cpu.exception.address, UNMAPPED);
+        assert_eq!(cpu.regs.xmm(1), 7);
+        assert_eq!(cpu.regs.xmm(3), doublewords([0, -1, -1, -1]));
+    }
+
+    #[test]
+    fn gather_into_its_own_mask_or_index_is_undefined() {
+        for register in [2, 3] {
+            let mut cpu = avx_cpu();
+            let mut code = GATHER;
+            code[4] = 0x04 | register << 3;
+            assert_eq!(fault(&mut cpu, &code), UD, "xmm{register}");
+        }
+    }
+
+    #[test]
+    fn masked_move_stores_selected_bytes() {
+        let mut cpu = avx_cpu();
+        cpu.regs.gpr[gpr::RDI] = DATA;
+        cpu.regs.vector[1].0[..16].copy_from_slice(&[7; 16]);
+        cpu.regs.vector[2].0[..4].copy_from_slice(&[0x80, 0x7f, 0xff, 0]);
+        cpu.memory.write(DATA, &[1; 16]).unwrap();
+        // maskmovdqu xmm1, xmm2
+        execute(&mut cpu, &[0x66, 0x0f, 0xf7, 0xca]).unwrap();
+        let mut stored = [0; 16];
+        cpu.memory.read(DATA, &mut stored).unwrap();
+        assert_eq!(stored, [7, 1, 7, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]);
+
+        // maskmovq mm0, mm1
+        cpu.regs.x87.set_status_word(3 << 11);
+        cpu.regs
+            .x87
+            .set_stack_register(5, [9, 8, 7, 6, 5, 4, 3, 2, 0, 0]);
+        cpu.regs
+            .x87
+            .set_stack_register(6, [0xff, 0, 0, 0, 0, 0, 0, 0x80, 0, 0]);
+        execute(&mut cpu, &[0x0f, 0xf7, 0xc1]).unwrap();
+        cpu.memory.read(DATA, &mut stored).unwrap();
+        assert_eq!(stored[..8], [9, 1, 7, 1, 1, 1, 1, 2]);
+        assert_eq!(cpu.regs.x87.status_word() >> 11 & 7, 0, "TOP");
+        assert_eq!(cpu.regs.x87.tags(), 0xff);
+    }
+}

@@ -278,13 +278,23 @@ impl Cpu {
     }
 
     /// As [`Self::read_bytes`], of an operand that need not be aligned whatever EFLAGS.AC says.
-    pub(crate) fn read_elements(&mut self, linear: u64, data: &mut [u8], segment: u8) -> Result<(), Stop> {
+    pub(crate) fn read_elements(
+        &mut self,
+        linear: u64,
+        data: &mut [u8],
+        segment: u8,
+    ) -> Result<(), Stop> {
         self.check_access(linear, segment, data.len() as u64, 1, Access::Read)?;
         self.read_bytes_as(linear, data, self.plain_view)
     }
 
     /// As [`Self::write_bytes`], of an operand that need not be aligned whatever EFLAGS.AC says.
-    pub(crate) fn write_elements(&mut self, linear: u64, data: &[u8], segment: u8) -> Result<(), Stop> {
+    pub(crate) fn write_elements(
+        &mut self,
+        linear: u64,
+        data: &[u8],
+        segment: u8,
+    ) -> Result<(), Stop> {
         self.check_access(linear, segment, data.len() as u64, 1, Access::Write)?;
         self.write_bytes_as(linear, data, self.plain_view)
     }
@@ -482,6 +492,26 @@ mod tests {
             cpu.regs.gpr[gpr::RBP] = 1 << 60;
             let code: Vec<u8> = prefix.into_iter().chain(access.iter().copied()).collect();
             assert_eq!(fault(&mut cpu, &code), (vector, Some(0)), "{code:02x?}");
+        }
+    }
+
+    /// The host CPU's order: an address that is not canonical, a misaligned one, one whose end is not canonical.
+    #[test]
+    fn alignment_check_comes_between_the_two_ends_of_an_operand() {
+        use trapgate_x86::registers::{cr0, rflags};
+        for (address, vector) in [
+            ((1 << 47) + 1, Vector::GP),
+            ((1 << 47) - 3, Vector::AC),
+            ((1 << 47) - 4, Vector::AC),
+        ] {
+            let (mut cpu, _) = long_cpu();
+            crate::testing::set_cpl(&mut cpu, 3);
+            cpu.sys.cr0 |= cr0::AM;
+            cpu.set_rflags(rflags::AC);
+            cpu.regs.gpr[gpr::RAX] = address;
+            // mov rcx, [rax]
+            let raised = fault(&mut cpu, &[0x48, 0x8b, 0x08]);
+            assert_eq!(raised, (vector, Some(0)), "{address:#x}");
         }
     }
 }

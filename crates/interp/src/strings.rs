@@ -383,3 +383,44 @@ pub(crate) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use trapgate_x86::registers::gpr;
+
+    use super::*;
+    use crate::testing::{GP0, execute, fault, long_cpu, set_cpl};
+
+    /// As the host CPU does.
+    #[test]
+    fn repeated_instruction_with_short_addresses_extends_its_registers_even_for_no_element() {
+        let high = 0x1234_5678_0000_0000;
+        // rep movs, stos, lods, scas with 32-bit addresses: whether RSI and RDI are extended.
+        for (opcode, source, target) in [
+            (0xa4, true, true),
+            (0xaa, false, true),
+            (0xac, false, false),
+            (0xae, false, false),
+        ] {
+            let (mut cpu, _) = long_cpu();
+            for register in [gpr::RCX, gpr::RSI, gpr::RDI] {
+                cpu.regs.gpr[register] = high;
+            }
+            execute(&mut cpu, &[0xf3, 0x67, opcode]).unwrap();
+            assert_eq!(cpu.regs.gpr[gpr::RCX], 0, "{opcode:#x}");
+            assert_eq!(cpu.regs.gpr[gpr::RSI] == 0, source, "{opcode:#x}");
+            assert_eq!(cpu.regs.gpr[gpr::RDI] == 0, target, "{opcode:#x}");
+        }
+    }
+
+    #[test]
+    fn right_to_a_port_is_needed_even_for_no_element() {
+        for opcode in [0x6c, 0x6e] {
+            let (mut cpu, _) = long_cpu();
+            set_cpl(&mut cpu, 3);
+            cpu.sys.tr.limit = 0;
+            cpu.regs.gpr[gpr::RCX] = 0;
+            assert_eq!(fault(&mut cpu, &[0xf3, opcode]), GP0, "{opcode:#x}");
+        }
+    }
+}

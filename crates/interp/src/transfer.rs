@@ -137,7 +137,11 @@ impl Cpu {
         let code = loaded(descriptor, selector & !3 | u16::from(level));
         let is_64bit = self.is_long() && code.has(access::L);
         // An offset of 64 bits loses its upper half on the way to compatibility mode.
-        let offset = if is_64bit { offset } else { offset & 0xffff_ffff };
+        let offset = if is_64bit {
+            offset
+        } else {
+            offset & 0xffff_ffff
+        };
         if call {
             self.check_room(&Stack::current(self, 0), size, 2)?;
         }

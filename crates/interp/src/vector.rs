@@ -285,7 +285,9 @@ impl Cpu {
             return Ok(outcome);
         }
         let size = operand.size;
-        if before.x87.control_word() & 0x3f != 0x3f && bounce.0[..size].iter().all(|&byte| byte == 0) {
+        if before.x87.control_word() & 0x3f != 0x3f
+            && bounce.0[..size].iter().all(|&byte| byte == 0)
+        {
             // Zeros were stored, or nothing.
             let after = std::mem::replace(&mut self.regs, before.clone());
             let mut other = Bounce([0xff; 128]);
@@ -449,4 +451,64 @@ pub(crate) enum Lowered {
     Done,
     /// Not before the thunk table was cleared.
     TableFull,
+}
+
+#[cfg(test)]
+mod tests {
+    use trapgate_x86::registers::{cr4, gpr, xcr0};
+
+    use super::*;
+    use crate::testing::{UNMAPPED, execute, fault, long_cpu, unmap_page};
+
+    const INFINITY: [u8; 10] = [0, 0, 0, 0, 0, 0, 0, 0x80, 0xff, 0x7f];
+
+    /// FISTP of what is no integer raises the invalid-operation exception: unmasked it stores nothing, so there is
+    /// nothing that could fault.
+    #[test]
+    fn x87_store_with_an_unmasked_exception_does_not_fault() {
+        for (control, pending) in [(0x37f, false), (0x37e, true)] {
+            let (mut cpu, _) = long_cpu();
+            unmap_page(&mut cpu);
+            cpu.regs.x87.set_control_word(control);
+            cpu.regs.x87.set_stack_register(0, INFINITY);
+            cpu.regs.x87.0[4] = 1;
+            cpu.regs.gpr[gpr::RAX] = UNMAPPED;
+            // fistp dword [rax]
+            let code = [0xdb, 0x18];
+            if pending {
+                execute(&mut cpu, &code).unwrap();
+                assert!(cpu.regs.x87.exception_pending());
+                assert_eq!(cpu.regs.x87.tags(), 1, "it is not popped");
+            } else {
+                assert_eq!(fault(&mut cpu, &code), (Vector::PF, Some(2)));
+                assert_eq!(cpu.regs.x87.status_word() & 0x3f, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn conversion_to_half_precision_raises_its_exception_before_that_of_its_store() {
+        let (mut cpu, _) = long_cpu();
+        unmap_page(&mut cpu);
+        cpu.sys.cr4 |= cr4::OSXSAVE;
+        cpu.sys.xcr0 = xcr0::X87 | xcr0::SSE | xcr0::AVX;
+        cpu.regs.gpr[gpr::RAX] = UNMAPPED;
+        cpu.regs.set_xmm(1, u128::from(1e20_f32.to_bits()));
+        // vcvtps2ph [rax], xmm1, 0
+        let code = [0xc4, 0xe3, 0x79, 0x1d, 0x08, 0];
+        assert_eq!(fault(&mut cpu, &code), (Vector::PF, Some(2)));
+        // Overflow unmasked.
+        cpu.regs.mxcsr = 0x1b80;
+        assert_eq!(fault(&mut cpu, &code), (Vector::XM, None));
+    }
+
+    #[test]
+    fn masked_move_of_nothing_looks_at_no_address() {
+        let (mut cpu, _) = long_cpu();
+        cpu.sys.cr4 |= cr4::OSXSAVE;
+        cpu.sys.xcr0 = xcr0::X87 | xcr0::SSE | xcr0::AVX;
+        cpu.regs.gpr[gpr::RAX] = 1 << 60;
+        // vmaskmovps [rax], xmm1, xmm2
+        execute(&mut cpu, &[0xc4, 0xe2, 0x71, 0x2e, 0x10]).unwrap();
+    }
 }

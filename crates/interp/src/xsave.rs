@@ -333,7 +333,8 @@ fn op_fxsave(cpu: &mut Cpu, op: &Op) -> Step {
     store_x87(&cpu.regs, &mut area, op.code != 0);
     store_mxcsr(&cpu.regs, &mut area);
     store_xmm(&cpu.regs, &mut area, count);
-    // What follows the registers is software's, or reserved and not written.
+    // What follows the registers is software's, or reserved and not written: but it must be there.
+    cpu.probe(linear, LEGACY_BYTES as u64, Access::Write, op.segment)?;
     let mut runs = Runs::default();
     runs.push(0, XMM_AT + 16 * count);
     cpu.write_runs(linear, op.segment, &area, &runs)
@@ -365,8 +366,8 @@ fn op_xsave<const OPT: bool>(cpu: &mut Cpu, op: &Op) -> Step {
     let count = cpu.vector_count();
 
     let header = cpu.advance(linear, HEADER_AT as u64);
-    // It is written too, so a fault is one of a write.
-    cpu.probe(header, 8, Access::Write, op.segment)?;
+    // The host CPU wants to write all of it, also what it leaves as it is.
+    cpu.probe(linear, area_bytes(requested) as u64, Access::Write, op.segment)?;
     let old: u64 = cpu.read(header, op.segment)?;
     let bits = old & !requested | used & requested;
 

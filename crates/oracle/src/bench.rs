@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use trapgate_x86::profile::Level;
 
 use crate::engine::{Engine, EngineError, Kind, prepare};
-use crate::layout::{ARENA_BYTES, CODE_AT, CONTROL_AT, IN_AT, OUT_AT, PAGE, RECORD, SLOTS, record_in, record_out};
+use crate::layout::{
+    ARENA_BYTES, CODE_AT, CONTROL_AT, IN_AT, OUT_AT, PAGE, RECORD, SLOTS, record_in, record_out,
+};
 use crate::monitor::control;
 use crate::native::{Native, NativeError};
 use crate::record::{of, put};
@@ -113,7 +115,10 @@ impl Bench {
     ) -> Result<(), OracleError> {
         begin(arena, first, cases);
         let shared = self.native.arena();
-        for (from, length) in [(IN_AT, total * RECORD), (CODE_AT, SLOTS * 2 * PAGE as usize)] {
+        for (from, length) in [
+            (IN_AT, total * RECORD),
+            (CODE_AT, SLOTS * 2 * PAGE as usize),
+        ] {
             shared[from..from + length].copy_from_slice(&arena[from..from + length]);
         }
         begin(shared, first, cases);
@@ -132,6 +137,9 @@ impl Bench {
     /// What a case left natively, and on each engine.
     pub fn outcome(&mut self, case: usize) -> (&[u8], impl Iterator<Item = &[u8]>) {
         let native = of(&self.native.arena()[OUT_AT..], case);
-        (native, self.outcomes.iter().map(move |outcomes| of(outcomes, case)))
+        (
+            native,
+            self.outcomes.iter().map(move |outcomes| of(outcomes, case)),
+        )
     }
 }

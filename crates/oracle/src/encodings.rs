@@ -1,7 +1,8 @@
 //! Encodings: each instruction of the decoder's tables in each form that it can be written in.
 
 use iced_x86::{
-    Code, CodeSize, Encoder, EncodingKind, Instruction, OpCodeInfo, OpCodeOperandKind as Kind, OpKind, Register,
+    Code, CodeSize, Encoder, EncodingKind, Instruction, OpCodeInfo, OpCodeOperandKind as Kind,
+    OpKind, Register,
 };
 use trapgate_x86::profile::Level;
 
@@ -231,7 +232,10 @@ pub fn write(encoding: Encoding, around: &Surroundings, random: &mut Random) -> 
             if bytes[at] & 0xf0 == 0x40 {
                 bytes[at] |= random.next() as u8 & 0xf;
             } else {
-                bytes.insert(at, 0x40 | if legacy { random.next() as u8 & 0xf } else { 0 });
+                bytes.insert(
+                    at,
+                    0x40 | if legacy { random.next() as u8 & 0xf } else { 0 },
+                );
             }
         }
         Form::EarlyRex => {
@@ -249,7 +253,8 @@ pub fn write(encoding: Encoding, around: &Surroundings, random: &mut Random) -> 
     Some(bytes)
 }
 
-fn is_prefix(byte: u8) -> bool {
+/// Whether a byte is a prefix, beside REX.
+pub fn is_prefix(byte: u8) -> bool {
     matches!(
         byte,
         0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3
@@ -281,7 +286,8 @@ fn instruction(
             memory(&mut instruction, index, form?, around, None, random)?;
             continue;
         }
-        let any = |first: Register, count: u64, random: &mut Random| first + random.below(count) as u32;
+        let any =
+            |first: Register, count: u64, random: &mut Random| first + random.below(count) as u32;
         let chosen = match kind {
             Kind::mem_vsib32x | Kind::mem_vsib64x | Kind::mem_vsib32y | Kind::mem_vsib64y => {
                 let first = match kind {
@@ -290,7 +296,14 @@ fn instruction(
                 };
                 vector += 1;
                 let register = first + ((vectors + vector * 3) % registers) as u32;
-                memory(&mut instruction, index, form?, around, Some(register), random)?;
+                memory(
+                    &mut instruction,
+                    index,
+                    form?,
+                    around,
+                    Some(register),
+                    random,
+                )?;
                 continue;
             }
             Kind::mem_offs => {
@@ -309,9 +322,11 @@ fn instruction(
             Kind::r8_or_mem | Kind::r8_reg | Kind::r8_opcode => {
                 any(Register::AL, if long { 20 } else { 8 }, random)
             }
-            Kind::r16_or_mem | Kind::r16_reg | Kind::r16_reg_mem | Kind::r16_rm | Kind::r16_opcode => {
-                any(Register::AX, registers, random)
-            }
+            Kind::r16_or_mem
+            | Kind::r16_reg
+            | Kind::r16_reg_mem
+            | Kind::r16_rm
+            | Kind::r16_opcode => any(Register::AX, registers, random),
             Kind::r32_or_mem
             | Kind::r32_reg
             | Kind::r32_reg_mem
@@ -414,10 +429,16 @@ fn instruction(
             Kind::seg_rSI | Kind::es_rDI | Kind::seg_rDI => {
                 let short = form == Some(Form::Addresses);
                 let [si, es_di, di] = match (long, short) {
-                    (true, false) => [OpKind::MemorySegRSI, OpKind::MemoryESRDI, OpKind::MemorySegRDI],
-                    (true, true) | (false, false) => {
-                        [OpKind::MemorySegESI, OpKind::MemoryESEDI, OpKind::MemorySegEDI]
-                    }
+                    (true, false) => [
+                        OpKind::MemorySegRSI,
+                        OpKind::MemoryESRDI,
+                        OpKind::MemorySegRDI,
+                    ],
+                    (true, true) | (false, false) => [
+                        OpKind::MemorySegESI,
+                        OpKind::MemoryESEDI,
+                        OpKind::MemorySegEDI,
+                    ],
                     (false, true) => [OpKind::MemorySegSI, OpKind::MemoryESDI, OpKind::MemorySegDI],
                 };
                 instruction.set_op_kind(

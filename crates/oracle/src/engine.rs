@@ -15,8 +15,8 @@ use trapgate_x86::registers::{cr0, cr4, efer, sreg, xcr0};
 use trapgate_x86::{CpuProfile, CpuState, Segment, TableRegister};
 
 use crate::layout::{
-    ARENA_BYTES, CODE_AT, CONTROL, CONTROL_AT, DATA_AT, EXIT_AT, IN_AT, MONITOR, MONITOR_AT, OUT_AT, PAGE, READ_ONLY,
-    RECORD, SLOTS, data_offset, record, regions, vector,
+    ARENA_BYTES, CODE_AT, CONTROL, CONTROL_AT, DATA_AT, EXIT_AT, IN_AT, MONITOR, MONITOR_AT,
+    OUT_AT, PAGE, READ_ONLY, RECORD, SLOTS, data_offset, record, regions, vector,
 };
 use crate::monitor::{OWN_HALF, control, entries};
 
@@ -151,7 +151,9 @@ impl Engine {
         let state = start(&profile);
         let world = Box::new(Nothing);
         let vcpu: Box<dyn Vcpu> = match kind {
-            Kind::Interpreter => Box::new(Interpreter::new(Arc::clone(&memory), world, profile, 0, 1)),
+            Kind::Interpreter => {
+                Box::new(Interpreter::new(Arc::clone(&memory), world, profile, 0, 1))
+            }
             Kind::Translator => {
                 let mut translating = Translating::new(Arc::clone(&memory), world, profile, 0, 1)?;
                 if modifying {
@@ -181,12 +183,7 @@ impl Engine {
     ///
     /// # Errors
     /// [`EngineError::Memory`], of which there is no reason.
-    pub fn load(
-        &mut self,
-        arena: &[u8],
-        cases: usize,
-        slots: usize,
-    ) -> Result<(), EngineError> {
+    pub fn load(&mut self, arena: &[u8], cases: usize, slots: usize) -> Result<(), EngineError> {
         let put = |at: usize, length: usize| self.memory.write(at as u64, &arena[at..at + length]);
         put(CONTROL_AT, 0x300)?;
         put(IN_AT, cases * RECORD)?;
@@ -380,8 +377,13 @@ impl Tables<'_> {
             }
             table = found & !0xfff;
         }
-        assert!(self.next <= MEMORY, "tables need {:#x} bytes", self.next - TABLES);
-        self.memory.write(table + (linear >> 12 & 0x1ff) * 8, &entry.to_le_bytes())
+        assert!(
+            self.next <= MEMORY,
+            "tables need {:#x} bytes",
+            self.next - TABLES
+        );
+        self.memory
+            .write(table + (linear >> 12 & 0x1ff) * 8, &entry.to_le_bytes())
     }
 }
 

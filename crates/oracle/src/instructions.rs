@@ -1,8 +1,8 @@
 //! The instruction oracle: single instructions in all their forms, natively and on the engines.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use iced_x86::{Code, FlowControl};
@@ -10,12 +10,12 @@ use trapgate_x86::profile::Level;
 
 use crate::bench::{Bench, OracleError, Times, arena, timed};
 use crate::cases::{Climate, Maker, Piece, landing, target};
-use crate::encodings::{Encoding, Form, Surroundings, encodings, write};
+use crate::encodings::{Encoding, Form, Surroundings, encodings, is_prefix, write};
 use crate::engine::Kind;
 use crate::judge::{self, Host};
 use crate::layout::record as at;
 use crate::layout::{CASES, CODE_AT, IN_AT, PAGE, SLOTS, code, data_offset, vector};
-use crate::profile::exclusion;
+use crate::profile::{admits, exclusion};
 use crate::random::Random;
 use crate::record::{of, of_mut, quad};
 
@@ -105,7 +105,9 @@ pub fn run(settings: &Settings) -> Result<Report, OracleError> {
     let mut list = Vec::new();
     for encoding in encodings(settings.level, settings.bits) {
         if let Some(part) = &settings.code
-            && !format!("{:?}", encoding.code).to_lowercase().contains(&part.to_lowercase())
+            && !format!("{:?}", encoding.code)
+                .to_lowercase()
+                .contains(&part.to_lowercase())
         {
             continue;
         }
@@ -117,7 +119,9 @@ pub fn run(settings: &Settings) -> Result<Report, OracleError> {
         }
     }
     if list.is_empty() {
-        return Err(OracleError::NoCode(settings.code.clone().unwrap_or_default()));
+        return Err(OracleError::NoCode(
+            settings.code.clone().unwrap_or_default(),
+        ));
     }
     report.encodings = list.len();
     // Neighbours in the table are alike; mixed, a batch has something of everything.
@@ -185,9 +189,9 @@ fn make(batch: &mut Batch, number: u64, shared: &Shared<'_>, maker: &Maker) {
         let mut written = None;
         for _ in 0..8 {
             written = if raw {
-                bytes(slot, &mut random, settings.bits).map(|piece| (piece, None))
+                bytes(slot, &mut random, settings).map(|piece| (piece, None))
             } else {
-                piece(encoding, slot, &mut random, settings.bits).map(|piece| (piece, Some(encoding)))
+                piece(encoding, slot, &mut random, settings).map(|piece| (piece, Some(encoding)))
             };
             if written.is_some() {
                 break;
@@ -207,7 +211,12 @@ fn make(batch: &mut Batch, number: u64, shared: &Shared<'_>, maker: &Maker) {
         };
         for _ in 0..each {
             let case = batch.cases.len();
-            maker.make(&piece, climate, &mut random, of_mut(&mut batch.arena[IN_AT..], case));
+            maker.make(
+                &piece,
+                climate,
+                &mut random,
+                of_mut(&mut batch.arena[IN_AT..], case),
+            );
             batch.cases.push(index);
         }
         batch.pieces.push((piece, encoding));
@@ -227,13 +236,21 @@ fn position(slot: usize, length: u64, random: &mut Random) -> u64 {
     }
 }
 
-fn piece(encoding: Encoding, slot: usize, random: &mut Random, bits: u32) -> Option<Piece> {
+fn piece(
+    encoding: Encoding,
+    slot: usize,
+    random: &mut Random,
+    settings: &Settings,
+) -> Option<Piece> {
+    let bits = settings.bits;
     let guess = position(slot, 1 + random.below(8), random);
     let mut around = Surroundings {
         ip: guess,
         target: target(random, 16, false),
         landing: landing(slot, guess, random),
-        near: guess.saturating_add_signed(random.next() as i8 as i64).max(code(slot)),
+        near: guess
+            .saturating_add_signed(random.next() as i8 as i64)
+            .max(code(slot)),
         bits,
     };
     if random.one_in(8) {
@@ -244,11 +261,11 @@ fn piece(encoding: Encoding, slot: usize, random: &mut Random, bits: u32) -> Opt
         around.near = guess + 40;
     }
     let bytes = write(encoding, &around, random)?;
-    finish(slot, bytes, guess, bits)
+    finish(slot, bytes, guess, settings)
 }
 
 /// Random bytes that are an instruction more often than not.
-fn bytes(slot: usize, random: &mut Random, bits: u32) -> Option<Piece> {
+fn bytes(slot: usize, random: &mut Random, settings: &Settings) -> Option<Piece> {
     let mut bytes = Vec::new();
     while random.one_in(3) && bytes.len() < 4 {
         bytes.push(random.pick(&[0x66, 0x67, 0xf0, 0xf2, 0xf3, 0x2e, 0x64, 0x65]));
@@ -269,25 +286,37 @@ fn bytes(slot: usize, random: &mut Random, bits: u32) -> Option<Piece> {
     }
     bytes.push(random.next() as u8);
     let modrm = random.next() as u8;
-    bytes.push(if random.one_in(2) { modrm | 0xc0 } else { modrm });
+    bytes.push(if random.one_in(2) {
+        modrm | 0xc0
+    } else {
+        modrm
+    });
     while bytes.len() < 16 {
-        bytes.push(if random.one_in(2) { 0 } else { random.next() as u8 });
+        bytes.push(if random.one_in(2) {
+            0
+        } else {
+            random.next() as u8
+        });
     }
-    let piece = Piece::new(slot, bytes.clone(), 0, bits);
+    let piece = Piece::new(slot, bytes.clone(), 0, settings.bits);
     let ip = position(slot, piece.bytes.len() as u64, random);
-    finish(slot, bytes, ip, bits)
+    finish(slot, bytes, ip, settings)
 }
 
 /// Admits a piece that ends in its slot's code, or where it ends, and of which the host can judge.
-fn finish(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Option<Piece> {
+fn finish(slot: usize, bytes: Vec<u8>, ip: u64, settings: &Settings) -> Option<Piece> {
+    let Settings { level, bits, .. } = *settings;
     let piece = Piece::new(slot, bytes, ip, bits);
     let instruction = &piece.instruction;
     // What is no instruction has no end: how much of it is fetched before #UD is the CPU's choice.
     if piece.undefined && piece.ip % PAGE > PAGE - 32 {
         return None;
     }
-    let known = instruction.code() == Code::INVALID
-        || crate::profile::admits(Level::V3, instruction.code(), bits)
+    // What has the prefix of AVX the host may know where the profile does not.
+    let opcode = piece.bytes.iter().find(|byte| !is_prefix(**byte));
+    let vex = matches!(opcode, Some(0xc4 | 0xc5));
+    let known = instruction.code() == Code::INVALID && (level == Level::V3 || !vex)
+        || admits(level, instruction.code(), bits)
         || instruction.op_code().fwait();
     if !known || exclusion(instruction).is_some() {
         return None;
@@ -295,7 +324,10 @@ fn finish(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Option<Piece> {
     // A jump to itself has no end; one into itself is another program.
     if matches!(
         instruction.flow_control(),
-        FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call | FlowControl::XbeginXabortXend
+        FlowControl::UnconditionalBranch
+            | FlowControl::ConditionalBranch
+            | FlowControl::Call
+            | FlowControl::XbeginXabortXend
     ) && instruction.near_branch_target() != 0
     {
         let to = instruction.near_branch_target();
@@ -304,7 +336,9 @@ fn finish(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Option<Piece> {
         }
     }
     // Operands that the code itself names must not be the code.
-    if instruction.is_ip_rel_memory_operand() && crate::layout::is_near(instruction.memory_displacement64()) {
+    if instruction.is_ip_rel_memory_operand()
+        && crate::layout::is_near(instruction.memory_displacement64())
+    {
         let to = instruction.memory_displacement64();
         if to < crate::layout::data(0) {
             return None;
@@ -363,11 +397,16 @@ fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
     loop {
         let number = shared.next.fetch_add(1, Ordering::Relaxed);
         let late = shared.begun.elapsed() >= settings.time;
-        if number >= settings.first + settings.batches || late || shared.stop.load(Ordering::Relaxed) {
+        if number >= settings.first + settings.batches
+            || late
+            || shared.stop.load(Ordering::Relaxed)
+        {
             break;
         }
         let mut times = Times::default();
-        timed(&mut times.making, || make(&mut batch, number, shared, &maker));
+        timed(&mut times.making, || {
+            make(&mut batch, number, shared, &maker)
+        });
         worker.judge(&mut batch, number, shared, &mut times)?;
     }
     let Ok(mut guard) = shared.report.lock() else {
@@ -438,13 +477,20 @@ impl Worker {
             let same = report
                 .differences
                 .iter()
-                .filter(|difference| difference.code == code && difference.engine == self.bench.engines[engine].kind())
+                .filter(|difference| {
+                    difference.code == code
+                        && difference.engine == self.bench.engines[engine].kind()
+                })
                 .count();
             if same < 2 {
                 let mut text = String::new();
                 formatter.format(&piece.instruction, &mut text);
                 let form = encoding.map(|encoding| encoding.form);
-                let bytes: String = piece.bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                let bytes: String = piece
+                    .bytes
+                    .iter()
+                    .map(|byte| format!("{byte:02x}"))
+                    .collect();
                 report.differences.push(Difference {
                     engine: self.bench.engines[engine].kind(),
                     code,
@@ -486,7 +532,11 @@ impl Worker {
             if found.is_empty() {
                 suspects.truncate(1);
                 for (engine, line) in suspects {
-                    found.push((engine, 0, vec![format!("in the batch, not in any case alone: {line}")]));
+                    found.push((
+                        engine,
+                        0,
+                        vec![format!("in the batch, not in any case alone: {line}")],
+                    ));
                 }
             }
         }
@@ -501,7 +551,11 @@ impl Worker {
             for (index, engine) in self.bench.engines.iter_mut().enumerate() {
                 engine.get(from, &mut self.data)?;
                 let native = &mut self.bench.native.arena()[from..from + PAGE as usize];
-                if let Some(position) = native.iter().zip(&self.data).position(|(one, other)| one != other) {
+                if let Some(position) = native
+                    .iter()
+                    .zip(&self.data)
+                    .position(|(one, other)| one != other)
+                {
                     let linear = crate::layout::data(0) + crate::layout::DATA_PAGES[page] * PAGE;
                     lines.push((
                         index,

@@ -58,7 +58,9 @@ pub fn differences(
 ) -> Vec<String> {
     let start = Start::read(input);
     let memory = at::MEMORY + (start.windows[0].length() + start.windows[1].length()) as usize;
-    if native[..at::MEMORY] == engine[..at::MEMORY] && native[at::MEMORY..memory] == engine[at::MEMORY..memory] {
+    if native[..at::MEMORY] == engine[..at::MEMORY]
+        && native[at::MEMORY..memory] == engine[at::MEMORY..memory]
+    {
         return Vec::new();
     }
     let mut found = Vec::new();
@@ -70,7 +72,11 @@ pub fn differences(
             // A fault comes before any flag changes.
             let at_itself = fault && quad(native, at::RIP) == piece.ip;
             Scope {
-                undefined: if at_itself { 0 } else { undefined::flags(instruction, &start.gpr) },
+                undefined: if at_itself {
+                    0
+                } else {
+                    undefined::flags(instruction, &start.gpr)
+                },
                 result: !at_itself && undefined::result(instruction, &start.gpr),
                 random: matches!(instruction.mnemonic(), Mnemonic::Rdrand | Mnemonic::Rdseed),
                 x87: instruction.mnemonic() as u32 != 0
@@ -108,7 +114,11 @@ pub fn differences(
     let by_parts = order && kind == 14 && distance.unsigned_abs() < 1024;
     word("address", at::ADDRESS, if by_parts { u64::MAX } else { 0 });
     word("error code", at::ERROR, hidden | u64::from(by_parts));
-    word("RFLAGS", at::FLAGS, scope.undefined | if scope.random { rflags::ARITHMETIC } else { 0 });
+    word(
+        "RFLAGS",
+        at::FLAGS,
+        scope.undefined | if scope.random { rflags::ARITHMETIC } else { 0 },
+    );
     word("FS base", at::BASES, 0);
     word("GS base", at::BASES + 8, 0);
     for (index, name) in ["DS", "ES", "FS", "GS"].into_iter().enumerate() {
@@ -154,7 +164,15 @@ pub fn differences(
         Some(piece) if fault => undefined::residue(&piece.instruction, mxcsr, kind),
         _ => Residue::default(),
     };
-    vectors(host, piece.is_none(), scope.x87, residue, native, engine, &mut found);
+    vectors(
+        host,
+        piece.is_none(),
+        scope.x87,
+        residue,
+        native,
+        engine,
+        &mut found,
+    );
     let mut at = at::MEMORY;
     for window in start.windows {
         let length = window.length() as usize;
@@ -174,7 +192,8 @@ pub fn differences(
 
 /// Names of the general registers.
 pub const REGISTERS: [&str; 16] = [
-    "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8", "R9", "R10", "R11", "R12", "R13", "R14", "R15",
+    "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8", "R9", "R10", "R11", "R12", "R13",
+    "R14", "R15",
 ];
 
 fn memory_differences(
@@ -247,7 +266,11 @@ fn vectors(
     let mut part = |name: &str, from: usize, length: usize| {
         let (native, engine) = (&native[from..from + length], &engine[from..from + length]);
         if native != engine {
-            found.push(format!("{name} {}, natively {}", hexadecimal(engine), hexadecimal(native)));
+            found.push(format!(
+                "{name} {}, natively {}",
+                hexadecimal(engine),
+                hexadecimal(native)
+            ));
         }
     };
     part("FCW", 0, 2);
@@ -268,7 +291,11 @@ fn vectors(
         part(&format!("XMM{register}"), 160 + register * 16, 16);
     }
     for register in 0..16 {
-        part(&format!("YMM{register}, upper half"), 576 + register * 16, 16);
+        part(
+            &format!("YMM{register}, upper half"),
+            576 + register * 16,
+            16,
+        );
     }
 }
 
@@ -304,7 +331,10 @@ pub fn describe(input: &[u8]) -> String {
     for window in start.windows {
         let length = window.length() as usize;
         if length != 0 {
-            let bytes: String = input[at..at + length].iter().map(|byte| format!("{byte:02x}")).collect();
+            let bytes: String = input[at..at + length]
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect();
             let _ = write!(text, "\n    {:#x}: {bytes}", window.address);
         }
         at += length;

@@ -98,7 +98,10 @@ fn main() -> ExitCode {
         })
         .collect();
     println!("seed {seed:#x}");
-    let (first, time) = (options.batch.unwrap_or(0), Duration::from_secs(options.seconds));
+    let (first, time) = (
+        options.batch.unwrap_or(0),
+        Duration::from_secs(options.seconds),
+    );
     let outcome = match &what {
         What::Instructions(options) => {
             let settings = instructions::Settings {

@@ -143,10 +143,12 @@ impl<C: Computing> Program<'_, C> {
                 }
                 // A load, and a store, where nothing is mapped.
                 1 => {
-                    code.raw(&[0x48, 0x8b, 0x04, 0x25]).word(self.place.nowhere as u32);
+                    code.raw(&[0x48, 0x8b, 0x04, 0x25])
+                        .word(self.place.nowhere as u32);
                 }
                 2 => {
-                    code.raw(&[0x48, 0x89, 0x04, 0x25]).word(self.place.nowhere as u32);
+                    code.raw(&[0x48, 0x89, 0x04, 0x25])
+                        .word(self.place.nowhere as u32);
                 }
                 // A return to an address that is not canonical.
                 3 => {
@@ -231,7 +233,11 @@ impl<C: Computing> Program<'_, C> {
             6 => {
                 let entry = self.place.table + self.random.below(PIECES) * 8;
                 // call or jmp [entry]
-                let form = if self.random.below(2) == 0 { 0x15 } else { 0x25 };
+                let form = if self.random.below(2) == 0 {
+                    0x15
+                } else {
+                    0x25
+                };
                 code.raw(&[0xff, form]).to(entry, 0);
             }
             _ => {}

@@ -132,7 +132,10 @@ impl Random {
                 // A small whole number.
                 let whole = self.below(2000) + 1;
                 let shift = whole.leading_zeros();
-                ((0x403e - shift) as u16 | (self.next() as u16 & 0x8000), whole << shift)
+                (
+                    (0x403e - shift) as u16 | (self.next() as u16 & 0x8000),
+                    whole << shift,
+                )
             }
             _ => (self.next() as u16, self.next()),
         };

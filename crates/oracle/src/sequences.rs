@@ -14,7 +14,8 @@ use crate::images::Images;
 use crate::judge::{self, Host};
 use crate::layout::record as at;
 use crate::layout::{
-    BACKED_DATA, CODE_AT, DATA_AT, EXIT, IN_AT, PAGE, READ_ONLY, SLOTS, code, data, data_offset, vector,
+    BACKED_DATA, CODE_AT, DATA_AT, EXIT, IN_AT, PAGE, READ_ONLY, SLOTS, code, data, data_offset,
+    vector,
 };
 use crate::programs::{PIECE, PIECES, Place, Program};
 use crate::random::Random;
@@ -82,11 +83,21 @@ fn place(slot: usize, random: &mut Random) -> Place {
 }
 
 /// Writes the program of a slot, its data and its record.
-fn write(arena: &mut [u8], slot: usize, straight: &mut Straight, images: &Images, random: &mut Random) {
+fn write(
+    arena: &mut [u8],
+    slot: usize,
+    straight: &mut Straight,
+    images: &Images,
+    random: &mut Random,
+) {
     let place = place(slot, random);
     let jumps = 10 + random.below(100);
     for chunk in arena[data_offset(slot, 0)..data_offset(slot, READ_ONLY)].chunks_mut(8) {
-        let value = if random.one_in(3) { random.lane() } else { random.next() };
+        let value = if random.one_in(3) {
+            random.lane()
+        } else {
+            random.next()
+        };
         chunk.copy_from_slice(&value.to_le_bytes());
     }
     let stack = data_offset(slot, 3);
@@ -106,7 +117,11 @@ fn write(arena: &mut [u8], slot: usize, straight: &mut Straight, images: &Images
         let piece = program.piece(number);
         let from = (piece.start - code(slot)) as usize;
         pages[from..from + piece.bytes.len()].copy_from_slice(&piece.bytes);
-        put(pages, TABLE as usize + number as usize * 8, place.base + number * PIECE);
+        put(
+            pages,
+            TABLE as usize + number as usize * 8,
+            place.base + number * PIECE,
+        );
     }
     put(pages, COUNTER as usize, jumps);
 
@@ -180,7 +195,10 @@ fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
     loop {
         let number = shared.next.fetch_add(1, Ordering::Relaxed);
         let late = shared.begun.elapsed() >= settings.time;
-        if number >= settings.first + settings.batches || late || shared.stop.load(Ordering::Relaxed) {
+        if number >= settings.first + settings.batches
+            || late
+            || shared.stop.load(Ordering::Relaxed)
+        {
             break;
         }
         let mut report = Report::default();
@@ -206,7 +224,15 @@ fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
             other => {
                 other?;
                 let begun = Instant::now();
-                judge_batch(&mut bench, host, &arena, &mut memory, number, settings, &mut report)?;
+                judge_batch(
+                    &mut bench,
+                    host,
+                    &arena,
+                    &mut memory,
+                    number,
+                    settings,
+                    &mut report,
+                )?;
                 times.comparing += begun.elapsed();
             }
         }
@@ -287,14 +313,21 @@ fn judge_batch(
                 let native = &native[area + from..area + from + length];
                 let ours = &ours[from..from + length];
                 if native != ours && !late[slot] {
-                    let first = native.iter().zip(ours).position(|(one, other)| one != other).unwrap_or(0);
+                    let first = native
+                        .iter()
+                        .zip(ours)
+                        .position(|(one, other)| one != other)
+                        .unwrap_or(0);
                     let end = (first + 16).min(length);
                     let line = format!(
                         "{name} at offset {first:#x}: {:02x?}, natively {:02x?}",
                         &ours[first..end],
                         &native[first..end]
                     );
-                    match found.iter_mut().find(|(e, s, _)| (*e, *s) == (engine, slot)) {
+                    match found
+                        .iter_mut()
+                        .find(|(e, s, _)| (*e, *s) == (engine, slot))
+                    {
                         Some((_, _, lines)) => lines.push(line),
                         None => found.push((engine, slot, vec![line])),
                     }
@@ -331,7 +364,8 @@ fn listing(arena: &[u8], slot: usize) -> String {
     for number in 0..PIECES as usize {
         let from = start + number * PIECE as usize;
         let bytes = &pages[from..from + PIECE as usize];
-        let mut decoder = Decoder::with_ip(64, bytes, code(slot) + from as u64, DecoderOptions::NONE);
+        let mut decoder =
+            Decoder::with_ip(64, bytes, code(slot) + from as u64, DecoderOptions::NONE);
         while decoder.can_decode() {
             let instruction = decoder.decode();
             if instruction.mnemonic() == Mnemonic::Int3 {

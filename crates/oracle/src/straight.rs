@@ -63,8 +63,9 @@ impl Straight {
             .filter(|encoding| {
                 let mut instruction = Instruction::default();
                 instruction.set_code(encoding.code);
-                let segments = (0..encoding.code.op_code().op_count())
-                    .any(|index| format!("{:?}", encoding.code.op_code().op_kind(index)).contains("seg"));
+                let segments = (0..encoding.code.op_code().op_count()).any(|index| {
+                    format!("{:?}", encoding.code.op_code().op_kind(index)).contains("seg")
+                });
                 FORMS.contains(&encoding.form)
                     && is_harmless(&instruction)
                     && !segments
@@ -88,7 +89,9 @@ impl Straight {
         };
         let seed = random.next();
         let probe = write(encoding, &around, &mut Random(seed))?;
-        let decode = |bytes: &[u8], ip| Decoder::with_ip(64, bytes, ip, DecoderOptions::NO_WBNOINVD).decode();
+        let decode = |bytes: &[u8], ip| {
+            Decoder::with_ip(64, bytes, ip, DecoderOptions::NO_WBNOINVD).decode()
+        };
         let instruction = decode(&probe, next);
         if !is_harmless(&instruction) || instruction.is_invalid() {
             return None;
@@ -96,11 +99,16 @@ impl Straight {
         let writes_stack_pointer = instruction.op_count() > 0
             && memory_operand(&instruction) != Some(0)
             && instruction.op_register(0).full_register() == Register::RSP;
-        if writes_stack_pointer || instruction.mnemonic() == Mnemonic::Xchg && uses(&instruction, Register::RSP) {
+        if writes_stack_pointer
+            || instruction.mnemonic() == Mnemonic::Xchg && uses(&instruction, Register::RSP)
+        {
             return None;
         }
         let mut code = Code::at(next);
-        if memory_operand(&instruction).is_some() && encoding.form != Form::Rip && encoding.form != Form::Absolute {
+        if memory_operand(&instruction).is_some()
+            && encoding.form != Form::Rip
+            && encoding.form != Form::Absolute
+        {
             let (base, index) = (instruction.memory_base(), instruction.memory_index());
             if !base.is_gpr64() || base == Register::RSP || base == index {
                 return None;
@@ -121,14 +129,20 @@ impl Straight {
             }
             // mov base, address
             let number = base.number() as u8;
-            code.raw(&[0x48 | number >> 3, 0xb8 | number & 7]).raw(&address.to_le_bytes());
+            code.raw(&[0x48 | number >> 3, 0xb8 | number & 7])
+                .raw(&address.to_le_bytes());
             if instruction.op_kind(1) == iced_x86::OpKind::Register
-                && matches!(instruction.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
+                && matches!(
+                    instruction.mnemonic(),
+                    Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+                )
             {
                 return None;
             }
-        } else if matches!(instruction.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
-            && memory_operand(&instruction).is_some()
+        } else if matches!(
+            instruction.mnemonic(),
+            Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+        ) && memory_operand(&instruction).is_some()
         {
             return None;
         }
@@ -142,7 +156,8 @@ impl Straight {
 }
 
 fn uses(instruction: &Instruction, register: Register) -> bool {
-    (0..instruction.op_count()).any(|operand| instruction.op_register(operand).full_register() == register)
+    (0..instruction.op_count())
+        .any(|operand| instruction.op_register(operand).full_register() == register)
 }
 
 impl Computing for Straight {
@@ -153,13 +168,16 @@ impl Computing for Straight {
                 continue;
             };
             // What the manual leaves undefined must not be looked at, nor seen in a fault.
-            if instruction.rflags_read() & undefined != 0 || matches!(instruction.mnemonic(), Mnemonic::Lahf) {
+            if instruction.rflags_read() & undefined != 0
+                || matches!(instruction.mnemonic(), Mnemonic::Lahf)
+            {
                 code.raw(&[0x3c, bytes[0]]); // cmp al, …
                 undefined = 0;
                 continue;
             }
-            let defined =
-                instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set();
+            let defined = instruction.rflags_written()
+                | instruction.rflags_cleared()
+                | instruction.rflags_set();
             undefined = undefined & !defined | instruction.rflags_undefined();
             code.raw(&bytes);
         }

@@ -52,22 +52,72 @@ pub const TABLE: [Row; 23] = [
     row(&[M::Xor], AF, When::Always, "XOR"),
     row(&[M::Test], AF, When::Always, "TEST"),
     row(&[M::Andn], AF | PF, When::Always, "ANDN"),
-    row(&[M::Blsi, M::Blsmsk, M::Blsr], AF | PF, When::Always, "BLSI, BLSMSK, BLSR"),
+    row(
+        &[M::Blsi, M::Blsmsk, M::Blsr],
+        AF | PF,
+        When::Always,
+        "BLSI, BLSMSK, BLSR",
+    ),
     row(&[M::Bextr], AF | SF | PF, When::Always, "BEXTR"),
     row(&[M::Bzhi], AF | PF, When::Always, "BZHI"),
-    row(&[M::Mul, M::Imul], SF | ZF | AF | PF, When::Always, "MUL, IMUL"),
+    row(
+        &[M::Mul, M::Imul],
+        SF | ZF | AF | PF,
+        When::Always,
+        "MUL, IMUL",
+    ),
     row(&[M::Div, M::Idiv], ALL, When::Always, "DIV, IDIV"),
-    row(&[M::Shl, M::Sal, M::Shr, M::Sar], AF, When::Count, "SAL/SAR/SHL/SHR"),
-    row(&[M::Shl, M::Sal, M::Shr, M::Sar], OF, When::CountAbove1, "SAL/SAR/SHL/SHR"),
-    row(&[M::Shl, M::Sal, M::Shr], CF, When::CountReachesSize, "SAL/SAR/SHL/SHR"),
-    row(&[M::Rol, M::Ror, M::Rcl, M::Rcr], OF, When::CountAbove1, "RCL/RCR/ROL/ROR"),
+    row(
+        &[M::Shl, M::Sal, M::Shr, M::Sar],
+        AF,
+        When::Count,
+        "SAL/SAR/SHL/SHR",
+    ),
+    row(
+        &[M::Shl, M::Sal, M::Shr, M::Sar],
+        OF,
+        When::CountAbove1,
+        "SAL/SAR/SHL/SHR",
+    ),
+    row(
+        &[M::Shl, M::Sal, M::Shr],
+        CF,
+        When::CountReachesSize,
+        "SAL/SAR/SHL/SHR",
+    ),
+    row(
+        &[M::Rol, M::Ror, M::Rcl, M::Rcr],
+        OF,
+        When::CountAbove1,
+        "RCL/RCR/ROL/ROR",
+    ),
     row(&[M::Shld, M::Shrd], AF, When::Count, "SHLD, SHRD"),
     row(&[M::Shld, M::Shrd], OF, When::CountAbove1, "SHLD, SHRD"),
     row(&[M::Shld, M::Shrd], ALL, When::CountAboveSize, "SHLD, SHRD"),
-    row(&[M::Bsf, M::Bsr], CF | OF | SF | AF | PF, When::Always, "BSF, BSR"),
-    row(&[M::Bt, M::Bts, M::Btr, M::Btc], OF | SF | AF | PF, When::Always, "BT, BTS, BTR, BTC"),
-    row(&[M::Lzcnt, M::Tzcnt], OF | SF | PF | AF, When::Always, "LZCNT, TZCNT"),
-    row(&[M::Aaa, M::Aas], OF | SF | ZF | PF, When::Always, "AAA, AAS"),
+    row(
+        &[M::Bsf, M::Bsr],
+        CF | OF | SF | AF | PF,
+        When::Always,
+        "BSF, BSR",
+    ),
+    row(
+        &[M::Bt, M::Bts, M::Btr, M::Btc],
+        OF | SF | AF | PF,
+        When::Always,
+        "BT, BTS, BTR, BTC",
+    ),
+    row(
+        &[M::Lzcnt, M::Tzcnt],
+        OF | SF | PF | AF,
+        When::Always,
+        "LZCNT, TZCNT",
+    ),
+    row(
+        &[M::Aaa, M::Aas],
+        OF | SF | ZF | PF,
+        When::Always,
+        "AAA, AAS",
+    ),
     row(&[M::Aad, M::Aam], OF | AF | CF, When::Always, "AAD, AAM"),
     row(&[M::Daa, M::Das], OF, When::Always, "DAA, DAS"),
 ];
@@ -116,9 +166,11 @@ pub fn result(instruction: &Instruction, gpr: &[u64; 16]) -> bool {
 /// fault is the CPU's choice: the address, and where the parts lie on several pages the error code.
 pub fn order(instruction: &Instruction) -> bool {
     use iced_x86::Code;
-    matches!(instruction.code(), Code::Fld_m80fp | Code::Fstp_m80fp) || matches!(
-        instruction.mnemonic(),
-        M::Fxsave
+    matches!(instruction.code(), Code::Fld_m80fp | Code::Fstp_m80fp)
+        || instruction.is_call_far_indirect()
+        || matches!(
+            instruction.mnemonic(),
+            M::Fxsave
             | M::Fxsave64
             | M::Fxrstor
             | M::Fxrstor64
@@ -147,13 +199,16 @@ pub fn order(instruction: &Instruction) -> bool {
             | M::Maskmovq
             | M::Maskmovdqu
             | M::Vmaskmovdqu
-    )
+        )
 }
 
 /// Two vectors of which an access in several parts may raise either: part of it not canonical, or not aligned, or not
 /// mapped. (SDM vol. 2, XSAVE, FXSAVE, "#AC": whether #AC is signaled in place of #GP varies with implementations.)
 pub fn either(vectors: [u64; 2]) -> bool {
-    vectors.iter().all(|vector| matches!(vector, 12 | 13 | 14 | 17)) && vectors[0] != vectors[1]
+    vectors
+        .iter()
+        .all(|vector| matches!(vector, 12 | 13 | 14 | 17))
+        && vectors[0] != vectors[1]
 }
 
 /// What a fault leaves behind that the manual does not promise either way, and no program can rely on.
