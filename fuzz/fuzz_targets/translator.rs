@@ -7,6 +7,8 @@
 mod code;
 #[path = "interpreter/scenery.rs"]
 mod scenery;
+#[path = "interpreter/void.rs"]
+mod void;
 #[path = "interpreter/watch.rs"]
 mod watch;
 
@@ -15,11 +17,12 @@ use std::sync::Arc;
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use scenery::{Guest, RAM};
-use trapgate_engine::{Exit, Refused, Signal, Vcpu, World};
+use trapgate_engine::{Exit, Signal, Vcpu};
 use trapgate_jit::{Lockstep, Translating};
 use trapgate_memory::{GuestMemory, RamRange};
 use trapgate_x86::profile::Level;
 use trapgate_x86::{CpuProfile, CpuState};
+use void::Void;
 
 /// Kicks after which a guest has run long enough.
 const PATIENCE: u32 = 3;
@@ -29,55 +32,6 @@ struct Input {
     v3: bool,
     interrupt: Option<u8>,
     guest: Guest,
-}
-
-/// Devices that are not there. What it answers depends on the questions only.
-struct Void {
-    interrupt: Option<u8>,
-    clock: u64,
-}
-
-impl World for Void {
-    fn read_memory(&mut self, gpa: u64, data: &mut [u8]) {
-        data.fill(gpa as u8);
-    }
-
-    fn write_memory(&mut self, _gpa: u64, _data: &[u8]) {}
-
-    fn read_port(&mut self, port: u16, _size: u8) -> u32 {
-        port.into()
-    }
-
-    fn write_port(&mut self, _port: u16, _size: u8, _value: u32) {}
-
-    fn take_interrupt(&mut self) -> Option<u8> {
-        self.interrupt.take()
-    }
-
-    fn read_apic_msr(&mut self, _index: u32) -> Result<u64, Refused> {
-        Err(Refused)
-    }
-
-    fn write_apic_msr(&mut self, _index: u32, _value: u64) -> Result<(), Refused> {
-        Err(Refused)
-    }
-
-    fn task_priority(&mut self) -> u8 {
-        0
-    }
-
-    fn set_task_priority(&mut self, _priority: u8) {}
-
-    fn clock(&mut self) -> u64 {
-        self.clock += 1_000;
-        self.clock
-    }
-
-    fn epoch(&mut self) -> u64 {
-        0
-    }
-
-    fn set_tsc_offset(&mut self, _offset: u64) {}
 }
 
 /// How a guest that came to an end by itself ended.

@@ -16,6 +16,7 @@ pub mod register {
     pub const DESTINATION_FORMAT: u32 = 0x0E;
     pub const SPURIOUS_VECTOR: u32 = 0x0F;
     pub const IN_SERVICE: u32 = 0x10;
+    pub const TRIGGER_MODE: u32 = 0x18;
     pub const REQUESTED: u32 = 0x20;
     pub const ERROR_STATUS: u32 = 0x28;
     pub const COMMAND_LOW: u32 = 0x30;

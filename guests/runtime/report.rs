@@ -72,13 +72,17 @@ pub fn describe(fault: &Fault, body: Option<Body>) {
 
 /// Prints `#XX`, with the error code in parentheses if the exception has one.
 pub fn print_name(fault: &Fault) {
-    let frame = &fault.frame;
-    match name(frame.vector) {
+    print_vector(fault.frame.vector, fault.frame.error);
+}
+
+/// The same of a vector and what was pushed for it.
+pub fn print_vector(vector: u64, error: u64) {
+    match name(vector) {
         Some(name) => print!("{name}"),
-        None => print!("vector {:#x}", frame.vector),
+        None => print!("vector {vector:#x}"),
     }
-    if has_error_code(frame.vector) {
-        print!("({:#x})", frame.error);
+    if has_error_code(vector) {
+        print!("({error:#x})");
     }
 }
 

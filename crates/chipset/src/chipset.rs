@@ -21,7 +21,7 @@ mod saved;
 #[cfg(test)]
 mod tests;
 
-pub use lent::ControllersState;
+pub use lent::{ControllersState, LentPit};
 pub use saved::{BoardState, ChipsetState, RestoreError};
 
 /// The access is refused: the vCPU must see #GP(0).
@@ -119,6 +119,8 @@ pub struct Chipset {
     deadline_is_stale: bool,
     /// Somebody else runs the interrupt controllers, see [`lent`].
     lent: bool,
+    /// And the interval timer.
+    pit_is_lent: bool,
     apics: Vec<LocalApic>,
     /// What [`interrupt_pending`](Self::interrupt_pending) answers, by vCPU.
     pending: Vec<bool>,
@@ -156,6 +158,7 @@ impl Chipset {
             pending: vec![false; config.cpus],
             lowest_priority_turn: 0,
             lent: false,
+            pit_is_lent: false,
             apics,
             io_apic: IoApic::new(),
             lines: [0; map::IO_APIC_PINS as usize],
@@ -431,6 +434,9 @@ impl Chipset {
     }
 
     fn settle_pit(&mut self, now: u64) {
+        if self.pit_is_lent {
+            return;
+        }
         let rose = self.pit.settle(now);
         let connected = !self.hpet.is_legacy();
         if rose && connected {
@@ -527,7 +533,7 @@ impl Chipset {
             .min()
             .unwrap_or(never);
         if !self.hpet.is_legacy() {
-            if self.is_heard(map::TIMER_GSI) {
+            if !self.pit_is_lent && self.is_heard(map::TIMER_GSI) {
                 deadline = deadline.min(self.pit.deadline().unwrap_or(never));
             }
             if self.is_heard(map::RTC_GSI) {
@@ -663,7 +669,12 @@ impl Chipset {
                 self.service_io_apic();
             }
         } else if let Some(offset) = offset_in(gpa, map::HPET_ADDRESS, map::HPET_SIZE) {
+            let was_legacy = self.hpet.is_legacy();
             self.hpet.write(offset, data, now);
+            if self.pit_is_lent && self.hpet.is_legacy() != was_legacy {
+                self.effects.timer_connected = Some(was_legacy);
+                self.has_effects = true;
+            }
             self.settle_hpet(now);
             // Legacy replacement may have connected or disconnected them.
             self.settle_pit(now);

@@ -11,11 +11,12 @@ use trapgate_api::directory::Name;
 use trapgate_api::operation::ResizeTerminal;
 
 use crate::clients::client;
+use crate::event::Event;
 use crate::failure::Failure;
 use crate::keyboard::{Keyboard, Sink};
 use crate::output::{HostOutput, Stream};
 use crate::progress::Progress;
-use crate::run::{Event, Verdict, output_failed};
+use crate::scene::{Verdict, output_failed};
 use crate::{signals, status, terminal};
 
 /// How long the guest may take to hear of the window's size.

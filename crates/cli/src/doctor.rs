@@ -169,6 +169,14 @@ impl Report {
                 Err(why) => ("not usable", why),
             };
             let _ = writeln!(text, "  {:11} {state:10}  {why}", engine.kind.name());
+            if !engine.in_kernel.is_empty() {
+                let _ = writeln!(
+                    text,
+                    "  {:24}in the kernel: {}",
+                    "",
+                    engine.in_kernel.join(", ")
+                );
+            }
         }
         let _ = match &self.choice {
             Ok((kind, reason)) => writeln!(text, "  `trapgate run` takes {kind}: {reason}"),
@@ -203,6 +211,7 @@ impl Report {
                     "name": engine.kind.name(),
                     "usable": engine.usable.is_ok(),
                     "reason": reason,
+                    "in_kernel": engine.in_kernel,
                 })
             })
             .collect();

@@ -10,8 +10,8 @@ use rustix::io::{Errno, read};
 use rustix::stdio::stdin;
 use trapgate_vmm::{PortHandle, SerialHandle};
 
+use crate::event::Event;
 use crate::failure::Failure;
-use crate::run::Event;
 
 /// Ctrl-], which leaves.
 const ESCAPE: u8 = 0x1d;

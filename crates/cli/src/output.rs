@@ -8,8 +8,8 @@ use rustix::io::{Errno, write};
 use rustix::stdio::{stderr, stdout};
 use trapgate_vmm::PortOutput;
 
+use crate::event::Event;
 use crate::progress::Progress;
-use crate::run::Event;
 
 /// Which of our two outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,7 +11,8 @@ use crate::curtain::Curtain;
 use crate::failure::Failure;
 use crate::keyboard::Keyboard;
 use crate::progress::Progress;
-use crate::run::{Console, NOTE_COMMAND, NOTE_GUEST, Origin, Scene, observe};
+use crate::run::observe;
+use crate::scene::{Console, NOTE_COMMAND, NOTE_GUEST, Origin, Scene};
 use crate::socket::{self, Socket};
 use crate::{detach, signals, status, terminal};
 

@@ -7,8 +7,8 @@ use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SI
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 
+use crate::event::Event;
 use crate::failure::Failure;
-use crate::run::Event;
 use crate::{status, terminal};
 
 /// Starts the thread that takes signals and reports them as [`Event`]s. A second one of those that end us ends
@@ -53,6 +53,12 @@ pub(crate) fn watch(events: Sender<Event>) -> Result<(), Failure> {
     };
     thread.spawn(watch).map_err(failed)?;
     Ok(())
+}
+
+/// Says which signal ends us, and gives the exit status.
+pub(crate) fn tell(signal: i32) -> u8 {
+    terminal::say(&format!("trapgate: {}", name(signal)));
+    exit_status(signal)
 }
 
 /// The exit status after this signal.

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use trapgate_image::{CacheDir, ImageError, Phase, StockImage, stock};
 
+use crate::event::Event;
 use crate::failure::Failure;
 use crate::progress::Progress;
-use crate::run::Event;
 
 /// How long an interrupted fetch may take to clean up after itself.
 const GRACE: Duration = Duration::from_secs(5);

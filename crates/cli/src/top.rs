@@ -16,8 +16,8 @@ use trapgate_api::operation::{GetCounters, GetInfo};
 
 use crate::arguments::TopArguments;
 use crate::clients::{client, open, print, printable};
+use crate::event::Event;
 use crate::failure::Failure;
-use crate::run::Event;
 use crate::stats::{columns, grouped, words};
 use crate::{signals, status, terminal};
 

@@ -6,6 +6,7 @@
 //! descriptors, memory slots or interrupt routes in it, so an engine can be anything that moves a
 //! [`CpuState`] forward.
 
+mod bare;
 mod counters;
 mod level;
 pub mod probe;
@@ -13,6 +14,7 @@ mod signals;
 
 use std::sync::Arc;
 
+pub use bare::NoDevices;
 pub use counters::{Cost, Costs, Counter, Measure, Observe};
 pub use signals::{Signal, Signals};
 use trapgate_x86::CpuState;

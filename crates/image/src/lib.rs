@@ -58,6 +58,7 @@ pub mod fuzzing;
 mod host;
 mod initramfs;
 mod modules;
+mod packages;
 mod progress;
 mod session;
 
@@ -177,7 +178,7 @@ fn acquire(
     if let Some(parts) = apt::kept(cache, progress)? {
         return Ok(parts);
     }
-    match apt::fetch(apt::KERNELS, cache, work, progress) {
+    match apt::fetch(packages::KERNELS, cache, work, progress) {
         Err(why @ (ImageError::NoPackageManager | ImageError::NoSuchPackage { .. })) => {
             host::parts(progress, why)
         }

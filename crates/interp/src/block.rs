@@ -17,8 +17,34 @@ use crate::tlb::Access;
 /// Entries of the direct-mapped table in front of the map.
 const TABLE: usize = 1 << 14;
 
-/// Ops after which all blocks are thrown away: 32 bytes each, 16 MiB.
-const MAX_OPS: usize = 512 * 1024;
+/// What is kept before all of it is thrown away. Any of these limits can be met with little of the others: a block may be
+/// one op, and a page hold one block.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// Of 32 bytes.
+    ops: usize,
+    /// Of 42 bytes in a hash table that is at least 7/16 full.
+    blocks: usize,
+    /// Of 33 bytes in such a table, and a list of blocks.
+    pages: usize,
+}
+
+/// Pages that are watched for writes to code before all is thrown away: a table of 4 MiB.
+const MAX_WATCHED: usize = 7 << 14;
+
+/// At most 16 MiB of ops, 10 MiB of blocks, and 6 MiB for the pages.
+const ALONE: Limits = Limits {
+    ops: 512 * 1024,
+    blocks: 7 << 15,
+    pages: 7 << 13,
+};
+
+/// For an engine that keeps code of its own: a quarter of the ops.
+const BESIDE_OTHER_CODE: Limits = Limits {
+    ops: 128 * 1024,
+    blocks: 7 << 12,
+    pages: 7 << 12,
+};
 
 /// What a block is known by: the host address of its first byte, and the code size in the two top
 /// bits, which no host address has.
@@ -85,6 +111,7 @@ pub(crate) struct Blocks {
     /// Blocks with code on each page, by guest-physical page number.
     pages: HashMap<u64, Vec<Key>>,
     page: Option<FetchPage>,
+    limits: Limits,
     pub(crate) dropped: Dropped,
     /// How many were decoded.
     pub(crate) decoded: u64,
@@ -123,14 +150,16 @@ impl Blocks {
             ops: vec![undefined()],
             pages: HashMap::new(),
             page: None,
+            limits: ALONE,
             dropped: Dropped::default(),
             decoded: 0,
         }
     }
 
-    /// From now on [`Dropped`] is noted.
+    /// Someone makes code of the same bytes: from now on [`Dropped`] is noted, and less is kept.
     pub(crate) fn note_dropped(&mut self) {
         self.dropped.wanted = true;
+        self.limits = BESIDE_OTHER_CODE;
     }
 
     /// The ops at a place that [`Self::lookup`] gave.
@@ -250,7 +279,7 @@ impl Blocks {
                 return self.decode_passing(cpu, linear);
             }
         }
-        if self.ops.len() > MAX_OPS {
+        if self.is_full(cpu) {
             self.clear(cpu);
         }
         let view = cpu.plain_view;
@@ -274,6 +303,15 @@ impl Blocks {
             }
             _ => self.decode_passing(cpu, linear),
         }
+    }
+
+    fn is_full(&self, cpu: &Cpu) -> bool {
+        let Limits { ops, blocks, pages } = self.limits;
+        self.ops.len() > ops
+            || self.map.len() >= blocks
+            || self.pages.len() >= pages
+            // Those where nothing could be decoded, or where another engine's code is, count too.
+            || cpu.code.pages() >= MAX_WATCHED
     }
 
     /// Decodes the instruction that starts on one page and goes on in the next.
@@ -406,6 +444,7 @@ impl Blocks {
         self.table.fill((Key::NONE, PASSING));
         self.map.clear();
         self.ops.truncate(1);
+        // Their lists of blocks go too.
         self.pages.clear();
         cpu.thunks.clear();
     }

@@ -49,6 +49,12 @@ impl CodePages {
         *map |= bits(gpa % PAGE_SIZE, length);
     }
 
+    /// How many pages with code are known.
+    pub(crate) fn pages(&self) -> usize {
+        let maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
+        maps.pages.len()
+    }
+
     /// Whether code was written over since [`Self::take_stale`].
     #[inline]
     pub(crate) fn has_stale(&self) -> bool {

@@ -452,7 +452,11 @@ fn op_int(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn op_int1(cpu: &mut Cpu, _: &Op) -> Step {
-    cpu.deliver_interrupt(Vector::DB.0, EventKind::PrivilegedSoftware)
+    cpu.deliver_interrupt(Vector::DB.0, EventKind::PrivilegedSoftware)?;
+    // Data breakpoints that a MOV SS before put off are told by this #DB. With one of their own, on
+    // the same interrupt stack, the frame would be lost.
+    cpu.sys.dr6 |= cpu.take_breakpoints();
+    Ok(())
 }
 
 fn op_int3(cpu: &mut Cpu, _: &Op) -> Step {

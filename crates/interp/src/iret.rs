@@ -76,12 +76,15 @@ impl Cpu {
         if inside { Ok(()) } else { self.gp0() }
     }
 
-    /// Data segments that the new level may not use become null, on a return to an outer level.
+    /// Data segments that the new level may not use become null, on a return to an outer level. Null selectors
+    /// become 0, whatever their RPL was; their bases stay.
     pub(crate) fn drop_inner_segments(&mut self, level: u8) {
         for index in [sreg::ES, sreg::DS, sreg::FS, sreg::GS] {
             let segment = &mut self.sys.segments[index];
             let conforming = segment.has(access::CODE | access::CONFORMING);
-            if segment.is_usable() && !conforming && segment.dpl() < level {
+            if is_null(segment.selector) {
+                segment.selector = 0;
+            } else if segment.is_usable() && !conforming && segment.dpl() < level {
                 *segment = Segment::null(0);
             }
         }

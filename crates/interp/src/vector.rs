@@ -24,6 +24,10 @@ struct Entry {
     flags: bool,
 }
 
+/// Thunks before all are forgotten: some 300 bytes each, in three tables. Ordinary guests need a few thousand; one with
+/// all registers and immediates of a few vector instructions can have millions.
+const MAX_THUNKS: usize = 1 << 14;
+
 /// Thunks by the number that an op carries.
 #[derive(Debug, Default)]
 pub(crate) struct ThunkTable {
@@ -42,9 +46,10 @@ impl ThunkTable {
         if let Some(&number) = self.numbers.get(&key) {
             return Ok(Some(number));
         }
-        let Ok(number) = u16::try_from(self.entries.len()) else {
+        if self.entries.len() >= MAX_THUNKS {
             return Ok(None);
-        };
+        }
+        let number = self.entries.len() as u16;
         self.entries.push(Entry { thunk, flags });
         self.numbers.insert(key, number);
         Ok(Some(number))
@@ -362,10 +367,15 @@ impl Cpu {
         Ok(offset)
     }
 
-    /// Records the last x87 instruction's address, opcode and operand (SDM vol. 1, 8.1.8). The
-    /// op's immediate is the opcode with bit 15 set.
+    /// Records the last x87 instruction's address; and if it raised an unmasked exception its opcode and
+    /// operand, which are not kept otherwise (SDM vol. 1, 8.1.8 and 8.1.9.1, and CPUID's bit of FDP). The op's
+    /// immediate is the opcode with bit 15 set.
     fn record_x87(&mut self, op: &Op, number: usize) {
         let start = self.rip.wrapping_sub(u64::from(op.length));
+        if !self.regs.x87.exception_pending() {
+            self.regs.x87.set_instruction_pointer(start);
+            return;
+        }
         let data = match self.thunks.entries[number].thunk.x87_pointers {
             X87Pointers::InstructionAndData => Some(self.offset(op)),
             _ => None,
@@ -510,5 +520,29 @@ mod tests {
         cpu.regs.gpr[gpr::RAX] = 1 << 60;
         // vmaskmovps [rax], xmm1, xmm2
         execute(&mut cpu, &[0xc4, 0xe2, 0x71, 0x2e, 0x10]).unwrap();
+    }
+
+    /// `fadd dword [rbx]`, and its opcode.
+    const FADD: (&[u8], u16) = (&[0xd8, 0x03], 0x003);
+    const AT: u64 = 0x8000;
+
+    #[test]
+    fn operand_and_opcode_of_an_x87_instruction_are_kept_only_with_an_unmasked_exception() {
+        let (mut cpu, _) = long_cpu();
+        cpu.rip = 0x1234;
+        cpu.regs.gpr[gpr::RBX] = AT;
+        // A signalling NaN is an invalid operand.
+        let signalling = 0x7f80_0001u32.to_le_bytes();
+        cpu.memory.write(AT, &signalling).unwrap();
+        execute(&mut cpu, &[0xd9, 0xe8]).unwrap(); // fld1
+        for (control, opcode, data) in [(0x37f, 0, 0), (0x37e, FADD.1, AT)] {
+            cpu.regs.x87.set_control_word(control);
+            cpu.regs.x87.set_status_word(7 << 11);
+            let start = cpu.rip;
+            execute(&mut cpu, FADD.0).unwrap();
+            let image = &cpu.regs.x87;
+            assert_eq!(image.instruction_pointer(), start, "{control:#x}");
+            assert_eq!((image.opcode(), image.data_pointer()), (opcode, data));
+        }
     }
 }

@@ -3,7 +3,8 @@
 //! Accesses relative to RSP, and those in loops, use a cached translation that they need not look for, since most go
 //! to the same page as the last. If one does not, or if two take it from each other, as when a frame lies across the
 //! end of a page, they use the table instead. Others use the table, where two pages may want the same entry; if one
-//! loses it all the time, it gets a translation without an index.
+//! loses it all the time, it gets a translation without an index. And one that often lies across the end of a page is
+//! made ready for that: see [`crate::crossing`].
 
 use std::time::{Duration, Instant};
 
@@ -14,15 +15,22 @@ pub(crate) const PATIENCE: u32 = 1024;
 /// If so many miss in less time than this, it is worth doing something about it.
 const OFTEN: Duration = Duration::from_millis(2);
 /// Instructions that are remembered before all are forgotten.
-const MOST: usize = 1 << 16;
+const MOST: usize = 1 << 14;
 
-/// Where an access missed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where an access missed, and how. The later ones say more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
 pub(crate) enum Lesson {
-    /// In a slot: it goes to several pages, or shares the slot with one that goes to another.
-    Wanders,
     /// In the table: another page wants the same entry.
     Crowded,
+    /// In a slot: it goes to several pages, or shares the slot with one that goes to another.
+    Wanders,
+    /// Anywhere: it lies across the end of a page.
+    Crosses,
+}
+
+impl Lesson {
+    /// How many there are.
+    pub(crate) const COUNT: usize = 3;
 }
 
 /// An instruction, by its offset on its page, and what is known of its accesses.
@@ -35,7 +43,7 @@ pub(crate) struct Lessons {
     pages: FxHashMap<u64, Vec<Noted>>,
     count: usize,
     /// When patience with each kind ended last.
-    last: [Option<Instant>; 2],
+    last: [Option<Instant>; Lesson::COUNT],
 }
 
 impl Lessons {
@@ -51,7 +59,7 @@ impl Lessons {
         last.is_some_and(|last| now.duration_since(last) < OFTEN)
     }
 
-    /// Remembers an instruction; `false` if that changes nothing. One that wanders will always be taken to.
+    /// Remembers an instruction; `false` if that changes nothing: it was taken for this, or more, already.
     pub(crate) fn note(&mut self, gpa: u64, rip: u64, lesson: Lesson) -> bool {
         if self.count == MOST {
             self.pages.clear();
@@ -60,7 +68,7 @@ impl Lessons {
         let offset = (rip & 0xfff) as u16;
         let noted = self.pages.entry(gpa >> 12).or_default();
         match noted.iter_mut().find(|(other, _)| *other == offset) {
-            Some((_, known)) if *known == lesson || *known == Lesson::Wanders => false,
+            Some((_, known)) if *known >= lesson => false,
             Some((_, known)) => {
                 *known = lesson;
                 true
@@ -89,12 +97,14 @@ mod tests {
     }
 
     #[test]
-    fn instruction_changes_its_mind_once() {
+    fn instruction_changes_its_mind_once_for_each_lesson() {
         let mut lessons = Lessons::default();
         assert!(lessons.note(0, 1, Lesson::Crowded));
         assert!(lessons.note(0, 1, Lesson::Wanders));
         assert!(!lessons.note(0, 1, Lesson::Crowded));
-        assert_eq!(lessons.on_page(0), [(1, Lesson::Wanders)]);
+        assert!(lessons.note(0, 1, Lesson::Crosses));
+        assert!(!lessons.note(0, 1, Lesson::Wanders));
+        assert_eq!(lessons.on_page(0), [(1, Lesson::Crosses)]);
     }
 
     #[test]

@@ -5,7 +5,8 @@ use std::io;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{
-    MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mprotect, mremap, munmap,
+    Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous,
+    mprotect, mremap, munmap,
 };
 
 /// Host code of one vCPU, filled from its start.
@@ -149,10 +150,23 @@ impl CodeMemory {
         unsafe { core::slice::from_raw_parts(self.writable.add(start), end - start) }
     }
 
-    /// Forgets all code from `used` bytes on. If there is room for `more`, memory that is not to be used again is not.
+    /// Forgets all code from `used` bytes on, and gives its memory back. If there is room for `more`, memory that is not
+    /// to be used again is not.
     pub(crate) fn rewind(&mut self, used: usize, more: usize) {
         if self.once && self.left() >= more {
             return;
+        }
+        let start = used.next_multiple_of(4096);
+        if start < self.used {
+            // SAFETY: the range is inside the view, and nothing refers to code in it any more. The memory is shared by
+            // both views and by no one else; it reads as zeros from now on. If the host refuses it stays.
+            let _ = unsafe {
+                madvise(
+                    self.writable.add(start).cast(),
+                    self.used - start,
+                    Advice::LinuxRemove,
+                )
+            };
         }
         self.used = used.min(self.used);
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicU32;
 
 use crate::adapt::Lesson;
 use crate::clock::Reading;
+use crate::crossing::Crossing;
 use trapgate_interp::Interpreter;
 use trapgate_interp::cpu::Cpu;
 use trapgate_thunk::RegisterFile;
@@ -252,10 +253,14 @@ pub(crate) struct Context {
     pub(crate) target_modes: [u8; CLASSES],
     /// The time-stamp counter.
     pub(crate) clock: Reading,
-    /// Accesses that may yet miss in a slot, and in a table, before one is looked at: see [`crate::adapt`].
-    pub(crate) patience: [u32; 2],
+    /// Accesses that may yet miss, by lesson, before one is looked at: see [`crate::adapt`].
+    pub(crate) patience: [u32; Lesson::COUNT],
+    /// The access that lies across the end of a page.
+    pub(crate) crossing: Crossing,
     /// The host's MXCSR.
     pub(crate) host_mxcsr: u32,
+    /// Where the guest's x87 registers are: see [`crate::x87`].
+    pub(crate) x87: u32,
     /// Rust functions that host code calls.
     pub(crate) miss: u64,
     pub(crate) operate: u64,
@@ -327,6 +332,10 @@ impl Addresses {
 
     pub(crate) fn patience(self, lesson: Lesson) -> u32 {
         self.field(offset_of!(Context, patience)) + lesson as u32 * 4
+    }
+
+    pub(crate) fn crossing(self) -> u32 {
+        self.field(offset_of!(Context, crossing))
     }
 
     pub(crate) fn host_mxcsr(self) -> u32 {
@@ -465,9 +474,18 @@ impl Addresses {
         self.segment(segment) + offset_of!(Segment, selector) as u32
     }
 
-    /// The x87 control word.
-    pub(crate) fn x87_control(self) -> u32 {
+    pub(crate) fn x87(self) -> u32 {
+        self.field(offset_of!(Context, x87))
+    }
+
+    /// The image of the x87's state, as FXSAVE64 gives it.
+    pub(crate) fn x87_image(self) -> u32 {
         self.cpu(offset_of!(Cpu, regs) + offset_of!(RegisterFile, x87))
+    }
+
+    /// XSTATE_BV of the XSAVE area whose legacy region the image is.
+    pub(crate) fn x87_header(self) -> u32 {
+        self.cpu(offset_of!(Cpu, regs) + offset_of!(RegisterFile, x87_header))
     }
 
     fn system(self, offset: usize) -> u32 {

@@ -499,6 +499,25 @@ impl Asm {
         self.bytes.push(0x58 | register.0 & 7);
     }
 
+    /// `xsave64 [m]` or `xrstor64 [m]`; EDX:EAX says of which components.
+    pub(crate) fn state(&mut self, store: bool, area: Mem) {
+        let extension = if store { 4 } else { 5 };
+        self.memory(true, &[0x0f, 0xae], extension, area);
+    }
+
+    /// `fnstcw [m]` or `fldcw [m]`
+    pub(crate) fn control_word(&mut self, store: bool, operand: Mem) {
+        let extension = if store { 7 } else { 5 };
+        self.memory(false, &[0xd9], extension, operand);
+    }
+
+    /// `and word [m], imm16`
+    pub(crate) fn and_memory16(&mut self, operand: Mem, value: u16) {
+        self.bytes.push(0x66);
+        self.memory(false, &[0x81], Alu::And as u8, operand);
+        self.raw(&value.to_le_bytes());
+    }
+
     /// `movaps [m], xmm` or `vmovaps [m], ymm`; `store` says which way.
     pub(crate) fn vector(&mut self, wide: bool, store: bool, register: u8, address: u32) {
         let opcode = if store { 0x29 } else { 0x28 };
@@ -512,7 +531,7 @@ impl Asm {
     }
 
     /// `ldmxcsr [m]` or `stmxcsr [m]`
-    pub(crate) fn mxcsr(&mut self, store: bool, address: u32) {
-        self.memory(false, &[0x0f, 0xae], 2 + u8::from(store), Mem::low(address));
+    pub(crate) fn mxcsr(&mut self, store: bool, operand: Mem) {
+        self.memory(false, &[0x0f, 0xae], 2 + u8::from(store), operand);
     }
 }

@@ -7,6 +7,7 @@ use trapgate_x86::registers::{rflags, sreg};
 use crate::emit::{RCX, Reg};
 use crate::mode::Mode;
 use crate::registers::{ADDRESS, HOME, SPARE, is_high_byte, number};
+use crate::x87;
 
 /// The arithmetic flags, as the decoder names them.
 pub(crate) const FLAGS: u32 = RflagsBits::CF
@@ -67,6 +68,14 @@ pub(crate) enum Kind {
     WriteBase(usize),
     /// FNSTCW.
     ControlWord,
+    /// FLDCW.
+    LoadControlWord,
+    /// FWAIT.
+    Wait,
+    /// STMXCSR.
+    StoreMxcsr,
+    /// LDMXCSR.
+    LoadMxcsr,
     String(Text),
     /// BT and its like of memory with an offset in a register.
     BitOfMemory(Plan),
@@ -77,6 +86,15 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
+    /// Whether it relies on the x87's registers being the guest's: see [`crate::x87`].
+    pub(crate) fn uses_x87(self) -> bool {
+        match self {
+            Self::Same(plan) => matches!(plan.harmless.class, Class::X87 | Class::Mmx),
+            Self::LoadControlWord | Self::Wait => true,
+            _ => false,
+        }
+    }
+
     /// Whether what comes next is not simply the next instruction.
     pub(crate) fn ends(self) -> bool {
         matches!(
@@ -290,6 +308,19 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         {
             return Kind::ControlWord;
         }
+        Code::Fldcw_m2byte if mode.has_sse() && can_address(instruction) => {
+            return Kind::LoadControlWord;
+        }
+        Code::Wait if mode.has_sse() => return Kind::Wait,
+        Code::Stmxcsr_m32 if mode.has_sse() && can_address(instruction) => {
+            return Kind::StoreMxcsr;
+        }
+        Code::VEX_Vstmxcsr_m32 if mode.has_avx() && can_address(instruction) => {
+            return Kind::StoreMxcsr;
+        }
+        Code::Ldmxcsr_m32 if mode.has_sse() && mode.masks_float() && can_address(instruction) => {
+            return Kind::LoadMxcsr;
+        }
         Code::Mov_rm16_Sreg if instruction.op0_kind() == OpKind::Register => {
             return Kind::SelectorWord(instruction.op1_register().number());
         }
@@ -429,7 +460,9 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
         Class::Integer | Class::VexInteger => true,
         Class::Sse => mode.has_sse(),
         Class::Avx => mode.has_avx(),
-        Class::X87 | Class::Mmx => false,
+        // What decides about SSE decides about these, but for OSFXSR.
+        Class::X87 => mode.has_sse() && x87::is_native(instruction.mnemonic()),
+        Class::Mmx => mode.has_sse(),
     };
     if !allowed
         || (harmless.bit_offset && instruction.memory_size().size() < 4)
@@ -481,7 +514,10 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
                 if !can_address(instruction) {
                     return None;
                 }
-                plan.writes_memory = index == 0 && !only_reads(instruction.mnemonic());
+                plan.writes_memory = match harmless.class {
+                    Class::X87 => x87::stores(instruction.mnemonic()),
+                    _ => index == 0 && !only_reads(instruction.mnemonic()),
+                };
             }
             OpKind::Register => {
                 let register = instruction.op_register(index);

@@ -9,8 +9,10 @@ mod adapt;
 mod clock;
 mod code_memory;
 mod context;
+mod crossing;
 mod emit;
 mod instruction;
+mod list;
 mod low;
 mod memory;
 mod mode;
@@ -22,6 +24,7 @@ mod statistics;
 mod stubs;
 mod system;
 mod unit;
+mod x87;
 
 pub use run::lockstep::{Compared, Lockstep};
 pub use run::{JitError, Translating, usable};

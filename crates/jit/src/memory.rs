@@ -133,7 +133,7 @@ impl Writer<'_> {
             }
             return Place::Entry(Addresses::tlb_entry(self.mode.view(), linear));
         }
-        if lesson == Some(Lesson::Wanders) {
+        if lesson >= Some(Lesson::Wanders) {
             return Place::Table;
         }
         if let Some(slot) = segment {
@@ -264,7 +264,7 @@ impl Writer<'_> {
 
     /// Where the word at the top of the stack finds its translation.
     pub(crate) fn stack_place(&self, guest: &Guest) -> Place {
-        if self.lesson(guest) == Some(Lesson::Wanders) {
+        if self.lesson(guest) >= Some(Lesson::Wanders) {
             Place::Table
         } else {
             Place::Slot(STACK)

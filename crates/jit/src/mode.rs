@@ -46,6 +46,20 @@ impl Mode {
     /// Bits used.
     pub(crate) const BITS: u32 = 8;
 
+    /// An address of code: in compatibility mode it wraps at 4 GiB.
+    pub(crate) fn wrap(self, rip: u64) -> u64 {
+        if self.is_compatibility() {
+            rip & 0xffff_ffff
+        } else {
+            rip
+        }
+    }
+
+    /// The page after that of an address of code.
+    pub(crate) fn next_page(self, rip: u64) -> u64 {
+        self.wrap((rip & !0xfff).wrapping_add(0x1000))
+    }
+
     /// The processor's; `None` if code can't be translated in it.
     pub(crate) fn of(cpu: &Cpu) -> Option<Self> {
         let compatibility = !cpu.is_64bit();

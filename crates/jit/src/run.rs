@@ -12,7 +12,7 @@ use rustc_hash::FxHashMap;
 use trapgate_engine::{Costs, Counter, Exit as RunExit, Observe, Signals, StateError, Vcpu, World};
 use trapgate_interp::cpu::Stop;
 use trapgate_interp::op::Op;
-use trapgate_interp::{Access, Interpreter, View};
+use trapgate_interp::{Access, Interpreter, Target, View};
 use trapgate_memory::{GuestMemory, HostAddress, PAGE_SIZE};
 use trapgate_x86::paging::is_canonical;
 use trapgate_x86::profile::Level;
@@ -27,6 +27,7 @@ use crate::context::{
     TLB_ENTRIES, Table, USER_TLB,
 };
 use crate::emit::Asm;
+use crate::list::List;
 use crate::low::Low;
 use crate::mode::Mode;
 use crate::perf_map::{self, PerfMap};
@@ -34,6 +35,7 @@ use crate::spaces::{Parts, Spaces};
 use crate::statistics::{Cell, Slow, Statistics};
 use crate::stubs::{self, Stubs, answer, exit};
 use crate::unit::{Exit, Request, Site, Translator};
+use crate::x87;
 
 use lockstep::Watch;
 
@@ -41,8 +43,15 @@ use lockstep::Watch;
 const CODE: usize = 32 << 20;
 /// The same if `perf` is to know it: an address has one meaning then.
 const NAMED_CODE: usize = 256 << 20;
-/// Mappings of code pages that are remembered before all code is thrown away.
-const MOST_MAPPINGS: usize = 1 << 18;
+/// Bytes of host code and of the lists that go with it before all of it is thrown away. Code that compilers make has lists
+/// nearly as large as its host code; a guest can make code whose lists are several times as large.
+const CODE_AND_LISTS: usize = 52 << 20;
+/// The same if `perf` is to know the code.
+const NAMED_CODE_AND_LISTS: usize = 2 * NAMED_CODE;
+/// Mappings of code pages, and units, that are remembered before all code is thrown away: what a hash table with 2¹⁷ places
+/// holds.
+const MOST_MAPPINGS: usize = 7 << 14;
+const MOST_UNITS: usize = 7 << 14;
 /// Room that a unit certainly needs no more than.
 const UNIT: usize = 64 << 10;
 
@@ -78,6 +87,9 @@ pub fn usable() -> Result<String, JitError> {
     if !std::is_x86_feature_detected!("bmi2") {
         return Err(JitError::Host("BMI2"));
     }
+    if !std::is_x86_feature_detected!("xsave") {
+        return Err(JitError::Host("XSAVE"));
+    }
     Ok("translates x86-64 code to host code".to_owned())
 }
 
@@ -96,19 +108,38 @@ struct Mapping {
     gpa: u64,
 }
 
-#[derive(Clone, Debug)]
+/// A number of something in a list, or none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Number(u32);
+
+impl Number {
+    pub(crate) const NONE: Self = Self(0);
+
+    fn of(index: u32) -> Self {
+        Self(index + 1)
+    }
+
+    fn get(self) -> Option<u32> {
+        self.0.checked_sub(1)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
 struct Block {
     pc: u64,
     checked: u64,
     entry: u64,
-    /// Exits that are linked to it.
-    incoming: Vec<u32>,
+    /// What it is found by.
+    key: u64,
+    /// The first exit that is linked to it; each knows the next.
+    incoming: Number,
+    /// The next block with code on the same page in memory; and on the second page, if it is an instruction that
+    /// crosses to it.
+    next_on_page: [Number; 2],
     /// Number of its first site.
     first_site: u32,
-    /// Keys that it is found by.
-    keys: [u64; 2],
-    /// The mapping of the next page, if it is an instruction that crosses to it.
-    second: Option<u32>,
+    /// The mapping of the second page, or 0.
+    second: u32,
     alive: bool,
 }
 
@@ -128,15 +159,19 @@ pub(crate) struct Inner {
     stubs_end: usize,
     stubs: Stubs,
     translator: Translator,
-    sites: Vec<Site>,
-    ops: Vec<Op>,
-    exits: Vec<Exit>,
-    blocks: Vec<Block>,
-    found: FxHashMap<u64, u32>,
-    mappings: FxHashMap<(u64, u64, bool), u32>,
-    mapped: Vec<Mapping>,
-    /// Blocks with code on each guest-physical page.
-    on_page: FxHashMap<u64, Vec<u32>>,
+    sites: List<Site>,
+    ops: List<Op>,
+    exits: List<Exit>,
+    blocks: List<Block>,
+    /// Most bytes of code and lists.
+    most: usize,
+    /// Blocks by key: for flags in the host's, and for flags in memory.
+    found: FxHashMap<u64, [Number; 2]>,
+    /// By linear page with the privilege below, and page in the host's memory.
+    mappings: FxHashMap<(u64, u64), u32>,
+    mapped: List<Mapping>,
+    /// The first block with code on each guest-physical page; each knows the next.
+    on_page: FxHashMap<u64, Number>,
     /// For whom the slots of each half of the address space are: user code?
     page_users: [bool; 2],
     ended: Ended,
@@ -251,14 +286,17 @@ impl Translating {
         let mut interp =
             Interpreter::with_signals(memory, world, profile, index, count, Arc::clone(&signals));
         interp.note_changes();
-        let memory_for_code = match perf {
-            None => CodeMemory::new(CODE),
-            Some(_) => CodeMemory::named_by_map(NAMED_CODE),
+        let (memory_for_code, most) = match perf {
+            None => (CodeMemory::new(CODE), CODE_AND_LISTS),
+            Some(_) => (CodeMemory::named_by_map(NAMED_CODE), NAMED_CODE_AND_LISTS),
         };
-        let mut code = memory_for_code.map_err(|source| JitError::Memory {
-            what: "translated code",
-            source,
-        })?;
+        let no_memory = |what| move |source| JitError::Memory { what, source };
+        let mut code = memory_for_code.map_err(no_memory("translated code"))?;
+        let sites = room(most).map_err(no_memory("sites of translated code"))?;
+        let ops = room(most).map_err(no_memory("instructions for the interpreter"))?;
+        let exits = room(most).map_err(no_memory("exits of translated code"))?;
+        let blocks = List::new(MOST_UNITS).map_err(no_memory("translated units"))?;
+        let mapped = List::new(MOST_MAPPINGS + 2).map_err(no_memory("mappings of code pages"))?;
         // SAFETY: every field that is not valid as zeros is written.
         let context = unsafe {
             Low::<Context>::new(|context| {
@@ -273,7 +311,8 @@ impl Translating {
                 let stubs_end = code.used();
                 addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
                 addr_of_mut!((*context).unmatched).write(unmatched());
-                addr_of_mut!((*context).patience).write([PATIENCE; 2]);
+                addr_of_mut!((*context).x87).write(x87::IMAGE);
+                addr_of_mut!((*context).patience).write([PATIENCE; Lesson::COUNT]);
                 addr_of_mut!((*context).poll).write(AtomicU32::new(1));
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
@@ -282,13 +321,14 @@ impl Translating {
                     stubs_end,
                     stubs,
                     translator: Translator::new(at, stubs),
-                    sites: Vec::new(),
-                    ops: Vec::new(),
-                    exits: Vec::new(),
-                    blocks: Vec::new(),
+                    sites,
+                    ops,
+                    exits,
+                    blocks,
+                    most,
                     found: FxHashMap::default(),
                     mappings: FxHashMap::default(),
-                    mapped: Vec::new(),
+                    mapped,
                     on_page: FxHashMap::default(),
                     page_users: [true, false],
                     ended: Ended::Look,
@@ -306,10 +346,7 @@ impl Translating {
                 });
             })
         }
-        .map_err(|source| JitError::Memory {
-            what: "a processor below 2 GiB",
-            source,
-        })?;
+        .map_err(no_memory("a processor below 2 GiB"))?;
         // SAFETY: no host code runs.
         let whole = unsafe { &mut *context.pointer() };
         whole.forget_all_code();
@@ -366,8 +403,11 @@ impl Translating {
                     continue;
                 }
                 if interp.cpu.attention {
-                    if let Err(stop) = interp.one()
-                        && let Some(exit) = interp.after(stop)
+                    let step = interp.one();
+                    // Breakpoints can be set for good: what is forgotten meanwhile must not pile up.
+                    context.apply_changes();
+                    if let Err(stop) = step
+                        && let Some(exit) = context.interp.after(stop)
                     {
                         return exit;
                     }
@@ -438,6 +478,11 @@ impl Translating {
             _ => None,
         }
     }
+}
+
+/// A list that alone may take all of `most` bytes, and a unit more.
+fn room<T: Copy>(most: usize) -> std::io::Result<List<T>> {
+    List::new((most + UNIT) / size_of::<T>())
 }
 
 /// A non-canonical page that the guest can't know.
@@ -515,20 +560,29 @@ impl Context {
     /// An access missed the inline TLB.
     fn miss(&mut self) -> u64 {
         let site = self.rust.sites[self.site as usize];
+        self.take_x87_pointer(&site);
         self.settle();
         let (linear, size) = (self.linear, u64::from(site.size));
-        if (linear & 0xfff) + size > PAGE_SIZE {
-            return self.slow_access(site, Slow::Crossing);
+        let crosses = (linear & 0xfff) + size > PAGE_SIZE;
+        if crosses {
+            self.patience[Lesson::Crosses as usize] -= 1;
         }
-        self.rust.statistics.misses += 1;
-        let cell = Cell::miss(site.mode.view(), site.write);
-        self.rust.statistics.count(cell);
-        for lesson in [Lesson::Wanders, Lesson::Crowded] {
+        for lesson in [Lesson::Crowded, Lesson::Wanders, Lesson::Crosses] {
             if self.patience[lesson as usize] == 0 {
                 self.patience[lesson as usize] = PATIENCE;
                 self.adapt(site, lesson);
             }
         }
+        if crosses {
+            let answer = self.slow_access(site, Slow::Crossing);
+            if site.crosses && answer == site.next {
+                self.keep_both(&site, linear);
+            }
+            return answer;
+        }
+        self.rust.statistics.misses += 1;
+        let cell = Cell::miss(site.mode.view(), site.write);
+        self.rust.statistics.count(cell);
         let cpu = &mut self.interp.cpu;
         let access = if site.write {
             Access::Write
@@ -537,20 +591,8 @@ impl Context {
         };
         match cpu.resolve(linear, size, access, site.segment) {
             Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
-                let view = site.mode.view();
-                let host = target.page.as_ptr() as u64;
-                let rights = (target.read, target.write);
-                if let Some(watch) = &mut self.rust.watch {
-                    watch.resolved(&site, linear, host);
-                }
-                Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]).insert(linear, host, rights);
-                // What is not there in every address space. The other tables are exchanged.
-                if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
-                    self.local[view].push(linear);
-                }
-                if cpu.changes().any {
-                    self.apply_changes();
-                }
+                self.keep(&site, linear, &target);
+                self.give_x87(&site);
                 answer::RETURN
             }
             Ok(_) => {
@@ -571,6 +613,46 @@ impl Context {
         }
     }
 
+    /// Keeps the translation of a site's access in the table.
+    fn keep(&mut self, site: &Site, linear: u64, target: &Target) {
+        let view = site.mode.view();
+        let host = target.page.as_ptr() as u64;
+        let rights = (target.read, target.write);
+        if let Some(watch) = &mut self.rust.watch {
+            watch.resolved(site, linear, host);
+        }
+        Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]).insert(linear, host, rights);
+        // What is not there in every address space. The other tables are exchanged.
+        if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
+            self.local[view].push(linear);
+        }
+        if self.interp.cpu.changes().any {
+            self.apply_changes();
+        }
+    }
+
+    /// Keeps the translations of both pages of a site's access, which the interpreter has just done.
+    fn keep_both(&mut self, site: &Site, linear: u64) {
+        let last = linear.wrapping_add(u64::from(site.size) - 1);
+        for linear in [linear, last] {
+            let access = if site.write {
+                Access::Write
+            } else {
+                Access::Read
+            };
+            let cpu = &mut self.interp.cpu;
+            if let Ok(Some(target)) = cpu.resolve(linear, 1, access, site.segment)
+                && (if site.write {
+                    target.write
+                } else {
+                    target.read
+                })
+            {
+                self.keep(site, linear, &target);
+            }
+        }
+    }
+
     fn slow_access(&mut self, site: Site, reason: Slow) -> u64 {
         self.rust.statistics.slow(reason, site.code);
         self.run_site(site)
@@ -579,6 +661,7 @@ impl Context {
     /// The interpreter is to run a site's instruction.
     fn operate(&mut self) -> u64 {
         let site = self.rust.sites[self.site as usize];
+        self.take_x87_pointer(&site);
         self.rust.statistics.operations += 1;
         self.rust.statistics.count(Cell::call_out(site.code));
         self.run_site(site)
@@ -637,6 +720,7 @@ impl Context {
             && !cpu.end_block
             && !cpu.attention
             && !cpu.has_stale_code()
+            && (!site.x87 || cpu.regs.x87.masks_all())
             && Mode::of(cpu) == Some(site.mode);
         let same_space = !cpu.changes().space && !cpu.changes().all;
         if cpu.changes().any {
@@ -651,6 +735,7 @@ impl Context {
             return answer::LEAVE;
         }
         self.flags = to_ax(self.interp.cpu.flags.get());
+        self.give_x87(&site);
         site.next
     }
 
@@ -699,7 +784,7 @@ impl Context {
 
     /// Remembers where a jump to a linear address leads.
     fn know_target(&mut self, rip: u64, mode: Mode, block: u32) {
-        if self.rust.watch.is_some() || self.rust.blocks[block as usize].second.is_some() {
+        if self.rust.watch.is_some() || self.rust.blocks[block as usize].second != 0 {
             // Both its pages must be looked at each time.
             return;
         }
@@ -709,10 +794,10 @@ impl Context {
             self.targets[class].linear.fill(NO_TARGET);
         }
         let slot = rip as usize % TARGETS;
-        let Block { checked, keys, .. } = self.rust.blocks[block as usize];
+        let Block { checked, key, .. } = self.rust.blocks[block as usize];
         self.targets[class].linear[slot] = rip;
         self.targets[class].host[slot] = checked;
-        self.targets[class].mapping[slot] = mapping_of(keys[0]);
+        self.targets[class].mapping[slot] = mapping_of(key);
     }
 
     /// Lowers a site's instruction, which was not expected to need it.
@@ -724,6 +809,9 @@ impl Context {
         let length = (PAGE_SIZE - offset).min(15) as usize;
         host.offset(offset).read(&mut bytes[..length]);
         let op = cpu.lower_one(&bytes[..length])?;
+        if self.rust.ops.is_full() {
+            return None;
+        }
         self.rust.ops.push(op);
         self.rust.sites[self.site as usize].op = self.rust.ops.len() as u32 - 1;
         Some(op)
@@ -835,7 +923,7 @@ impl Context {
             return Ok(None);
         };
         self.rust.access = self.interp.cpu.system_flags & rflags::AC != 0;
-        let rip = self.interp.cpu.rip;
+        let rip = self.wrapped_rip(mode);
         if let Some(target) = self.known_target(rip, mode) {
             return Ok(Some(target));
         }
@@ -844,6 +932,13 @@ impl Context {
         };
         self.know_target(rip, mode, block);
         Ok(Some(self.rust.blocks[block as usize].entry))
+    }
+
+    /// RIP, after an instruction that may have been the last below 4 GiB in compatibility mode.
+    fn wrapped_rip(&mut self, mode: Mode) -> u64 {
+        let rip = &mut self.interp.cpu.rip;
+        *rip = mode.wrap(*rip);
+        *rip
     }
 
     /// The block at a linear address.
@@ -855,8 +950,8 @@ impl Context {
         let Some(host) = cpu.fetch(rip)? else {
             return Ok(None);
         };
-        if self.rust.mapped.len() >= MOST_MAPPINGS {
-            // Some are of pages where nothing could be translated, so the code's limit does not bound them.
+        if self.rust.mapped.len() >= MOST_MAPPINGS || self.rust.blocks.is_full() {
+            // Some mappings are of pages where nothing could be translated, so no other limit bounds them.
             self.forget_all_code();
         }
         let mapping = self.mapping(rip, host, mode)?;
@@ -866,8 +961,8 @@ impl Context {
             self.pages.half(half).fill(0);
         }
         self.set_page(rip, mapping);
-        let key = key(mapping, rip, mode, memory);
-        if let Some(&block) = self.rust.found.get(&key)
+        let found = self.rust.found.get(&key(mapping, rip, mode));
+        if let Some(block) = found.and_then(|found| found[usize::from(memory)].get())
             && self.second_in_force(rip, mode, block)?
         {
             return Ok(Some(block));
@@ -880,8 +975,7 @@ impl Context {
 
     /// Bits of the mode that a block is for.
     fn bits_of(&self, block: u32) -> u32 {
-        let key = self.rust.blocks[block as usize].keys[0];
-        Mode((key >> 1) as u8).bits()
+        Mode(self.rust.blocks[block as usize].key as u8).bits()
     }
 
     /// The mapping of a code page, just fetched from, is in force.
@@ -897,10 +991,11 @@ impl Context {
 
     /// Whether the next page, if the block goes on there, is what it was; if not the block is dropped.
     fn second_in_force(&mut self, rip: u64, mode: Mode, block: u32) -> Result<bool, Stop> {
-        let Some(second) = self.rust.blocks[block as usize].second else {
+        let second = self.rust.blocks[block as usize].second;
+        if second == 0 {
             return Ok(true);
-        };
-        let next = (rip & !0xfff).wrapping_add(PAGE_SIZE);
+        }
+        let next = mode.next_page(rip);
         if let Some(host) = self.interp.cpu.fetch(next)?
             && self.mapping(next, host, mode)? == second
         {
@@ -912,7 +1007,8 @@ impl Context {
     }
 
     fn mapping(&mut self, rip: u64, host: HostAddress, mode: Mode) -> Result<u32, Stop> {
-        let key = (rip >> 12, host.as_ptr() as u64, mode.is_user());
+        let page = (rip >> 12) << 1 | u64::from(mode.is_user());
+        let key = (page, host.as_ptr() as u64);
         if let Some(&number) = self.rust.mappings.get(&key) {
             return Ok(number);
         }
@@ -934,7 +1030,7 @@ impl Context {
         host: HostAddress,
         mapping: u32,
     ) -> Option<u32> {
-        if self.rust.code.left() < UNIT {
+        if self.rust.code.left() < UNIT || self.rust.bytes() > self.rust.most {
             self.forget_all_code();
             // The mapping's number is gone with the rest; next time.
             return None;
@@ -955,9 +1051,9 @@ impl Context {
         if rip & 0xfff <= 0xfff - 15 {
             return None;
         }
-        let next = (rip & !0xfff).wrapping_add(PAGE_SIZE);
+        let next = mode.next_page(rip);
         // A fault of the second page's fetch is the interpreter's to find.
-        if !is_canonical(next) || next == 0 {
+        if !is_canonical(next) {
             return None;
         }
         let second_host = self.interp.cpu.fetch(next).ok()??;
@@ -973,8 +1069,10 @@ impl Context {
             mapping,
             Some((second, second_host)),
         )?;
-        let on_page = self.rust.on_page.entry(gpa >> 12).or_default();
-        on_page.push(block);
+        let first = self.rust.mapped[mapping as usize - 1].gpa;
+        if first != gpa {
+            self.rust.put_on_page(block, 1, gpa);
+        }
         Some(block)
     }
 
@@ -1033,25 +1131,24 @@ impl Context {
         rust.sites.extend_from_slice(&unit.sites);
         rust.exits.extend_from_slice(&unit.exits);
         let number = rust.blocks.len() as u32;
-        let this = key(mapping, rip, mode, memory);
-        let other = if unit.any_flags {
-            key(mapping, rip, mode, !memory)
-        } else {
-            this
-        };
-        rust.found.insert(this, number);
-        rust.found.insert(other, number);
+        let key = key(mapping, rip, mode);
+        let found = rust.found.entry(key).or_default();
+        found[usize::from(memory)] = Number::of(number);
+        if unit.any_flags {
+            found[usize::from(!memory)] = Number::of(number);
+        }
         rust.blocks.push(Block {
             pc: rip,
             checked: unit.checked,
             entry: unit.entry,
+            key,
+            incoming: Number::NONE,
+            next_on_page: [Number::NONE; 2],
             first_site,
-            incoming: Vec::new(),
-            keys: [this, other],
-            second: second.map(|(mapping, _)| mapping),
+            second: second.map_or(0, |(mapping, _)| mapping),
             alive: true,
         });
-        rust.on_page.entry(gpa >> 12).or_default().push(number);
+        rust.put_on_page(number, 0, gpa);
         let cpu = &mut self.interp.cpu;
         let first = unit.length.min(PAGE_SIZE - (rip & 0xfff));
         cpu.watch_code(gpa + (rip & 0xfff), first);
@@ -1078,13 +1175,16 @@ impl Context {
             Ok(Some(block)) if self.rust.statistics.flushes == units => {
                 let rust = &mut self.rust;
                 let target = &mut rust.blocks[block as usize];
-                target.incoming.push(number);
                 let to = if exit.far {
                     target.checked
                 } else {
                     target.entry
                 };
-                rust.exits[number as usize].linked = Some(block);
+                // An exit that is linked does not come here, so it is in no other block's list.
+                let exit = &mut rust.exits[number as usize];
+                exit.linked = Number::of(block);
+                exit.next = std::mem::replace(&mut target.incoming, Number::of(number));
+                let exit = *exit;
                 rust.code.patch(exit.patch, to);
                 rust.statistics.links += 1;
                 None
@@ -1130,7 +1230,7 @@ impl Context {
             return;
         };
         let block = &blocks[number];
-        let gpa = self.rust.mapped[mapping_of(block.keys[0]) as usize - 1].gpa;
+        let gpa = self.rust.mapped[mapping_of(block.key) as usize - 1].gpa;
         if block.alive && self.rust.lessons.note(gpa, site.rip, lesson) {
             self.drop_block(number as u32);
         }
@@ -1148,8 +1248,12 @@ impl Context {
             self.forget_all_code();
         } else {
             for page in dropped.pages {
-                for block in self.rust.on_page.remove(&page).unwrap_or_default() {
-                    self.drop_block(block);
+                let mut next = self.rust.on_page.remove(&page).unwrap_or_default();
+                while let Some(number) = next.get() {
+                    let block = self.rust.blocks[number as usize];
+                    let first = self.rust.mapped[mapping_of(block.key) as usize - 1].gpa;
+                    next = block.next_on_page[usize::from(first >> 12 != page)];
+                    self.drop_block(number);
                 }
             }
         }
@@ -1164,17 +1268,22 @@ impl Context {
         }
         block.alive = false;
         rust.statistics.dropped += 1;
-        for key in block.keys {
-            if rust.found.get(&key) == Some(&number) {
-                rust.found.remove(&key);
+        if let Some(found) = rust.found.get_mut(&block.key) {
+            for found in found.iter_mut() {
+                if *found == Number::of(number) {
+                    *found = Number::NONE;
+                }
+            }
+            if *found == [Number::NONE; 2] {
+                rust.found.remove(&block.key);
             }
         }
-        for exit in std::mem::take(&mut block.incoming) {
+        let mut next = std::mem::take(&mut block.incoming);
+        while let Some(exit) = next.get() {
             let exit = &mut rust.exits[exit as usize];
-            if exit.linked == Some(number) {
-                exit.linked = None;
-                rust.code.patch(exit.patch, exit.stub);
-            }
+            next = exit.next;
+            exit.linked = Number::NONE;
+            rust.code.patch(exit.patch, exit.stub);
         }
         let slot = block.pc as usize % TARGETS;
         for targets in &mut self.targets {
@@ -1210,15 +1319,39 @@ impl Context {
     }
 }
 
+impl Inner {
+    /// Bytes that host code and its lists take.
+    fn bytes(&self) -> usize {
+        let Self {
+            code,
+            sites,
+            ops,
+            exits,
+            blocks,
+            mapped,
+            ..
+        } = self;
+        let lists = sites.bytes() + ops.bytes() + exits.bytes() + blocks.bytes();
+        code.used() + lists + mapped.bytes()
+    }
+
+    /// Notes that a block has code on a guest-physical page: its first, or its second.
+    fn put_on_page(&mut self, block: u32, which: usize, gpa: u64) {
+        let first = self.on_page.entry(gpa >> 12).or_default();
+        self.blocks[block as usize].next_on_page[which] =
+            std::mem::replace(first, Number::of(block));
+    }
+}
+
 /// What a block is found by.
-fn key(mapping: u32, rip: u64, mode: Mode, memory: bool) -> u64 {
-    let low = (rip & 0xfff) << (Mode::BITS + 1) | u64::from(mode.0) << 1 | u64::from(memory);
-    u64::from(mapping) << (12 + Mode::BITS + 1) | low
+fn key(mapping: u32, rip: u64, mode: Mode) -> u64 {
+    let low = (rip & 0xfff) << Mode::BITS | u64::from(mode.0);
+    u64::from(mapping) << (12 + Mode::BITS) | low
 }
 
 /// The mapping of a block that is found by `key`.
 fn mapping_of(key: u64) -> u32 {
-    (key >> (12 + Mode::BITS + 1)) as u32
+    (key >> (12 + Mode::BITS)) as u32
 }
 
 impl Vcpu for Translating {

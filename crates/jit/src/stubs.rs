@@ -21,6 +21,10 @@ pub(crate) struct Stubs {
     pub(crate) refill: [[u64; 2]; VIEWS],
     /// The same for a slot: RCX is its address.
     pub(crate) find: [[u64; 2]; VIEWS],
+    /// Called when an access may lie across the end of a page, by view and write: see [`crate::crossing`].
+    pub(crate) cross: [[u64; 2]; VIEWS],
+    /// Called after a store to such a place.
+    pub(crate) spread: u64,
     /// Called to run a site's instruction on the interpreter, with the site's number after the call; goes on
     /// elsewhere.
     pub(crate) operate: u64,
@@ -35,6 +39,9 @@ pub(crate) struct Stubs {
     /// Called, with the site's number after the call: leave with [`exit::INDIRECT`]; the target is in
     /// [`ADDRESS`], the flags are in memory.
     pub(crate) indirect: u64,
+    /// Called to load the guest's x87 registers: see [`crate::x87`]. The flags and RCX are lost; ZF is set if it was
+    /// possible.
+    pub(crate) load_x87: u64,
 }
 
 impl Stubs {
@@ -44,12 +51,15 @@ impl Stubs {
             enter,
             refill,
             find,
+            cross,
+            spread,
             operate,
             link_host,
             link_memory,
             go_host,
             go_memory,
             indirect,
+            load_x87,
         } = self;
         let mut names = vec![
             (*enter, "stub enter".to_owned()),
@@ -59,12 +69,17 @@ impl Stubs {
             (*go_host, "stub leave, flags in the host's".to_owned()),
             (*go_memory, "stub leave".to_owned()),
             (*indirect, "stub indirect".to_owned()),
+            (*load_x87, "stub load x87".to_owned()),
+            (*spread, "stub spread".to_owned()),
         ];
         for (slot, stubs) in [refill, find].into_iter().enumerate() {
             for (index, start) in stubs.as_flattened().iter().enumerate() {
                 let (kind, detail) = Cell::of_refill(index / 2, index % 2, slot).name();
                 names.push((*start, format!("stub {kind} {detail}")));
             }
+        }
+        for start in cross.as_flattened() {
+            names.push((*start, "stub cross".to_owned()));
         }
         names.sort();
         names
@@ -102,9 +117,9 @@ pub(crate) fn entry_mask(view: usize) -> i32 {
     (TLB_ENTRIES[view] as i32 - 1) << ENTRY_SHIFT
 }
 
-struct Writer<'a> {
-    asm: &'a mut Asm,
-    at: Addresses,
+pub(crate) struct Writer<'a> {
+    pub(crate) asm: &'a mut Asm,
+    pub(crate) at: Addresses,
     /// The guest may use AVX: registers are 256 bits wide.
     wide: bool,
 }
@@ -124,11 +139,12 @@ impl Writer<'_> {
         if self.wide {
             self.asm.raw(&[0xc5, 0xf8, 0x77]); // vzeroupper
         }
-        self.asm.mxcsr(true, self.at.mxcsr());
+        self.asm.mxcsr(true, Mem::low(self.at.mxcsr()));
+        self.save_x87();
     }
 
     fn restore(&mut self) {
-        self.asm.mxcsr(false, self.at.mxcsr());
+        self.asm.mxcsr(false, Mem::low(self.at.mxcsr()));
         for index in 0..16 {
             let address = self.at.vector(usize::from(index));
             self.asm.vector(self.wide, false, index, address);
@@ -156,7 +172,7 @@ impl Writer<'_> {
 
     /// Back to whoever called `enter`; EAX is the answer.
     fn leave(&mut self) {
-        self.asm.mxcsr(false, self.at.host_mxcsr());
+        self.asm.mxcsr(false, Mem::low(self.at.host_mxcsr()));
         self.asm.alu_imm(true, Alu::Add, RSP, 8);
         for register in [R15, R14, R13, R12, RBP, RBX] {
             self.asm.pop(register);
@@ -335,12 +351,13 @@ impl Writer<'_> {
 /// Writes the stubs.
 pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> Stubs {
     let mut writer = Writer { asm, at, wide };
+    let load_x87 = writer.load_x87();
     let enter = writer.asm.here();
     for register in [RBX, RBP, R12, R13, R14, R15] {
         writer.asm.push(register);
     }
     writer.asm.alu_imm(true, Alu::Sub, RSP, 8);
-    writer.asm.mxcsr(true, at.host_mxcsr());
+    writer.asm.mxcsr(true, Mem::low(at.host_mxcsr()));
     writer.restore_flags();
     writer.restore();
     writer.asm.jump_memory(Mem::low(at.target()));
@@ -357,6 +374,7 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
     writer.leave();
     writer.asm.land(going);
     writer.asm.store(Mem::low(at.target()), RAX);
+    writer.load_x87_if_wanted(load_x87);
     writer.restore_flags();
     writer.restore();
     writer.asm.jump_memory(Mem::low(at.target()));
@@ -373,6 +391,7 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
         writer.asm.alu_imm(true, Alu::Add, RSP, 8);
         writer.asm.alu(true, Alu::Or, RAX, RAX);
         writer.asm.jump_if(condition::NE, elsewhere);
+        writer.load_x87_if_wanted(load_x87);
         writer.restore();
         writer.asm.load(ADDRESS, Mem::low(at.linear()));
         writer.asm.raw(&[0xc3]);
@@ -381,11 +400,14 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
     let miss = call(&mut writer, at.miss(), RETRY);
     let mut refill = [[0; 2]; VIEWS];
     let mut find = [[0; 2]; VIEWS];
+    let mut cross = [[0; 2]; VIEWS];
+    let spread = writer.spread();
     for view in 0..VIEWS {
         for write in [false, true] {
             let (subtracted, plain) = writer.refill(tlb, view, write, miss);
             refill[view][usize::from(write)] = subtracted;
             find[view][usize::from(write)] = writer.find(view, write, plain, miss);
+            cross[view][usize::from(write)] = writer.cross(view, write, plain);
         }
     }
     let operate = call(&mut writer, at.operate(), 0);
@@ -408,11 +430,14 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
         enter,
         refill,
         find,
+        cross,
+        spread,
         operate,
         link_host,
         link_memory,
         go_host,
         go_memory,
         indirect,
+        load_x87,
     }
 }

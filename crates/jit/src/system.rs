@@ -2,7 +2,7 @@
 //! the others.
 
 use trapgate_x86::descriptor::{Segment, access};
-use trapgate_x86::registers::{cr4, efer, rflags, sreg};
+use trapgate_x86::registers::{MXCSR_MASK, cr4, efer, rflags, sreg};
 
 use crate::clock::WINDOW;
 use crate::emit::{Alu, Mem, RAX, RDX, condition};
@@ -223,6 +223,29 @@ impl Writer<'_> {
                 .store_imm32(Mem::low(self.at.segment_access(segment)), flat.access);
         }
         self.asm.store_imm32(Mem::low(self.at.stale()), 1);
+    }
+
+    /// STMXCSR: the guest's is the host's.
+    pub(crate) fn store_mxcsr(&mut self, guest: &Guest) {
+        self.give_up_flags(guest.live_in);
+        self.operand(guest, 4, true, 1);
+        self.asm.mxcsr(true, Mem::at(ADDRESS, 0));
+    }
+
+    /// LDMXCSR of a value that masks all exceptions, as the present one does, and has no reserved bit.
+    pub(crate) fn load_mxcsr(&mut self, guest: &Guest) {
+        const MASKS: u32 = 0x1f80;
+        self.give_up_flags(guest.live_in);
+        self.operand(guest, 4, false, 1);
+        // Read once: others may write to the guest's memory meanwhile.
+        let value = Mem::low(self.at.stash());
+        self.asm.load32(SPARE, Mem::at(ADDRESS, 0));
+        self.asm.store32(value, SPARE);
+        self.asm.not(SPARE);
+        self.asm.alu_imm(false, Alu::Xor, SPARE, !MXCSR_MASK as i32);
+        self.asm.test_imm32(SPARE, !MXCSR_MASK | MASKS);
+        self.operate_if(guest, condition::NE);
+        self.asm.mxcsr(false, value);
     }
 
     /// RDTSC and RDTSCP, while the last reading of the machine's clock is not old: see [`crate::clock`].

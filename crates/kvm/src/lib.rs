@@ -40,6 +40,6 @@ mod vcpu;
 
 pub use cpuid::Lacks;
 pub use error::KvmError;
-pub use facts::Facts;
-pub use machine::{Interrupts, KvmMachine};
+pub use facts::{Facts, InKernel};
+pub use machine::KvmMachine;
 pub use vcpu::KvmVcpu;

@@ -4,20 +4,23 @@ use std::sync::Arc;
 
 use kvm_ioctls::{Kvm, VmFd};
 use trapgate_chipset::ControllersState;
+use trapgate_chipset::pit::PitState;
 use trapgate_engine::World;
 use trapgate_memory::GuestMemory;
 use trapgate_x86::CpuProfile;
 use trapgate_x86::profile::CpuidContext;
 
-use crate::KvmError;
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::controllers::{self, Controllers};
 use crate::cpuid::{self, Lacks};
-use crate::error::call;
+use crate::error::{call, named};
 use crate::facts::{self, Facts};
 use crate::memory::Slots;
 use crate::msrs;
 use crate::pace::Pace;
 use crate::vcpu::KvmVcpu;
+use crate::{InKernel, KvmError, calls};
 
 /// Three pages that processors without "unrestricted guest" need in the guest's addresses, and one
 /// for real mode (KVM_SET_TSS_ADDR, KVM_SET_IDENTITY_MAP_ADDR): above every device of a PC and
@@ -40,19 +43,12 @@ pub struct KvmMachine {
     // After `machine`, which uses it, is closed.
     slots: Slots,
     pub(crate) controllers: Option<Controllers>,
-}
-
-/// Who has the interrupt controllers of a machine while it runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Interrupts {
-    /// The world: what waits is asked for at the seam.
-    World,
-    /// The kernel: see [`KvmMachine::give_controllers`].
-    Kernel,
+    in_kernel: InKernel,
 }
 
 impl KvmMachine {
-    /// A machine for `count` processors of a profile, with all of `memory`.
+    /// A machine for `count` processors of a profile, with all of `memory`. Of what is `wanted` of the kernel it does what it
+    /// can, which is [`Self::in_kernel`].
     ///
     /// # Errors
     /// The device does not open, or this KVM lacks something, or cannot give what the profile promises
@@ -62,7 +58,7 @@ impl KvmMachine {
         profile: CpuProfile,
         count: u32,
         lacks: Lacks,
-        interrupts: Interrupts,
+        wanted: InKernel,
     ) -> Result<Arc<Self>, KvmError> {
         let kvm: Kvm = facts::open()?;
         let facts = Facts::of(&kvm)?;
@@ -82,9 +78,12 @@ impl KvmMachine {
             .set_tss_address(TSS)
             .map_err(call("KVM_SET_TSS_ADDR"))?;
         let kept = msrs::kept_by_kernel(&facts.msrs);
-        let controllers = match interrupts {
-            Interrupts::World => None,
-            Interrupts::Kernel => Some(Controllers::new(&machine)?),
+        let mut in_kernel = wanted.and(facts.in_kernel());
+        // It needs a processor more.
+        in_kernel.pit &= (count as usize) < facts.vcpus;
+        let controllers = match in_kernel.controllers {
+            false => None,
+            true => Some(Controllers::new(&machine, in_kernel, &memory, count)?),
         };
         let more: &[u32] = match &controllers {
             Some(_) => &controllers::MSRS,
@@ -104,6 +103,7 @@ impl KvmMachine {
             memory,
             slots,
             controllers,
+            in_kernel,
         }))
     }
 
@@ -134,6 +134,28 @@ impl KvmMachine {
         KvmVcpu::new(Arc::clone(self), vcpu, world, index as usize)
     }
 
+    /// What the kernel does for this machine.
+    pub fn in_kernel(&self) -> InKernel {
+        self.in_kernel
+    }
+
+    /// From now on a write of two bytes at `gpa`, where there is no RAM, signals `event`, and the processor does not leave
+    /// the guest for it.
+    ///
+    /// # Errors
+    /// The kernel has no room for more, or something of its own there.
+    pub fn ring_by_event(&self, gpa: u64, event: &EventFd) -> Result<(), KvmError> {
+        calls::ioeventfd(&self.machine, event, gpa, true).map_err(named("KVM_IOEVENTFD"))
+    }
+
+    /// Undoes [`Self::ring_by_event`]. When it returns, whatever was written has been signalled.
+    ///
+    /// # Errors
+    /// It was not done.
+    pub fn ring_by_exit(&self, gpa: u64, event: &EventFd) -> Result<(), KvmError> {
+        calls::ioeventfd(&self.machine, event, gpa, false).map_err(named("KVM_IOEVENTFD"))
+    }
+
     /// Whether the kernel has the interrupt controllers.
     pub fn has_controllers(&self) -> bool {
         self.controllers.is_some()
@@ -156,17 +178,48 @@ impl KvmMachine {
         }
     }
 
+    /// Lends the kernel the interval timer, before the interrupt controllers, at `now`, nanoseconds of VM time, which stands
+    /// until this returns. A timer that is not `connected` interrupts nobody (the HPET stands in for it). If `in_phase`, this may
+    /// take a period of channel 0, and a periodic channel 0 goes on where it stood; else it begins a period.
+    ///
+    /// # Errors
+    /// The kernel has none, or does not take the state.
+    pub fn give_pit(
+        &self,
+        state: &PitState,
+        now: u64,
+        connected: bool,
+        in_phase: bool,
+    ) -> Result<(), KvmError> {
+        self.controllers()?
+            .give_pit(&self.machine, state, now, connected, in_phase)
+    }
+
+    /// Takes the interval timer back, before the interrupt controllers, at `now`, nanoseconds of VM time, which stands. All
+    /// processors stand still.
+    ///
+    /// # Errors
+    /// The kernel has none, or was not given it.
+    pub fn take_pit(&self, now: u64) -> Result<PitState, KvmError> {
+        self.controllers()?.take_pit(&self.machine, now)
+    }
+
+    /// Connects the interval timer to the interrupt controllers, or disconnects it, while the kernel has it.
+    ///
+    /// # Errors
+    /// The kernel has none.
+    pub fn connect_pit(&self, connected: bool) -> Result<(), KvmError> {
+        self.controllers()?
+            .routing
+            .connect_pit(&self.machine, connected)
+    }
+
     /// Takes the interrupt controllers back. All processors stand still.
     ///
     /// # Errors
     /// The kernel has none.
     pub fn take_controllers(&self) -> Result<ControllersState, KvmError> {
-        match &self.controllers {
-            Some(controllers) => controllers.take(&self.machine),
-            None => Err(KvmError::Lacks {
-                what: "interrupt controllers: it was made without",
-            }),
-        }
+        self.controllers()?.take(&self.machine)
     }
 
     /// Sets the level of a GSI, while the kernel has the interrupt controllers.
@@ -180,9 +233,23 @@ impl KvmMachine {
     /// Sends a message-signalled interrupt, while the kernel has the interrupt controllers.
     ///
     /// # Errors
-    /// It is none.
+    /// The kernel has no controllers, or refuses it.
     pub fn send_message(&self, address: u64, data: u32) -> Result<(), KvmError> {
-        controllers::send_message(&self.machine, address, data)
+        self.controllers()?
+            .routing
+            .send(&self.machine, (address, data))
+    }
+
+    /// How many messages of devices reach the controllers by events, and not by a call each.
+    pub fn messages_by_event(&self) -> usize {
+        let controllers = self.controllers.as_ref();
+        controllers.map_or(0, |controllers| controllers.routing.carried())
+    }
+
+    fn controllers(&self) -> Result<&Controllers, KvmError> {
+        self.controllers.as_ref().ok_or(KvmError::Lacks {
+            what: "interrupt controllers: it was made without",
+        })
     }
 
     /// Whether the kernel may not see that the guest lets interrupts in.

@@ -86,9 +86,8 @@ const OVERLOOKED: u32 = 300_000;
 
 /// What one KVM_RUN ended with.
 enum Ended {
-    /// The guest asked for something, and the answer waits for the kernel to take it.
-    Answered,
-    /// As [`Self::Answered`], once this is answered.
+    /// The guest asks for something. Once it is answered, the answer waits for the kernel to take it.
+    Memory,
     Port,
     ReadMsr(u32),
     WriteMsr(u32, u64),
@@ -238,14 +237,7 @@ impl KvmVcpu {
         }
         self.answer_waits = false;
         let ended = match self.vcpu.run() {
-            Ok(VcpuExit::MmioRead(gpa, data)) => {
-                self.world.read_memory(gpa, data);
-                Ended::Answered
-            }
-            Ok(VcpuExit::MmioWrite(gpa, data)) => {
-                self.world.write_memory(gpa, data);
-                Ended::Answered
-            }
+            Ok(VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)) => Ended::Memory,
             Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => Ended::Port,
             Ok(VcpuExit::X86Rdmsr(read)) => Ended::ReadMsr(read.index),
             Ok(VcpuExit::X86Wrmsr(write)) => Ended::WriteMsr(write.index, write.data),
@@ -274,14 +266,18 @@ impl KvmVcpu {
     fn act(&mut self, ended: Ended) -> Result<Option<Exit>, KvmError> {
         self.counters.exits.add(1);
         match &ended {
-            Ended::Answered => self.counters.memory.add(1),
+            Ended::Memory => self.counters.memory.add(1),
             Ended::Port => self.counters.ports.add(1),
             Ended::ReadMsr(_) | Ended::WriteMsr(..) => self.counters.msrs.add(1),
             _ => {}
         }
         match ended {
             Ended::Nothing => {}
-            Ended::Answered => self.answer_waits = true,
+            // After the task priority that the guest had then was noticed: it may be what is asked for.
+            Ended::Memory => {
+                self.answer_waits = true;
+                self.access_memory();
+            }
             Ended::Port => {
                 self.answer_waits = true;
                 self.access_port();
@@ -314,6 +310,15 @@ impl KvmVcpu {
             Ended::Failed(what, code) => return Ok(Some(self.failed(what, code))),
         }
         Ok(None)
+    }
+
+    fn access_memory(&mut self) {
+        let access = calls::memory_access(self.vcpu.get_kvm_run());
+        if access.is_write {
+            self.world.write_memory(access.gpa, access.data);
+        } else {
+            self.world.read_memory(access.gpa, access.data);
+        }
     }
 
     fn access_port(&mut self) {

@@ -10,7 +10,7 @@ use bench::{Bench, CODE, bench_of, bench_with};
 use trapgate_chipset::{Chipset, ChipsetConfig, ControllersState};
 use trapgate_engine::probe::Host;
 use trapgate_engine::{Exit, Signal, Vcpu, World};
-use trapgate_kvm::{Facts, Interrupts};
+use trapgate_kvm::{Facts, InKernel};
 use trapgate_x86::registers::{rflags, sreg};
 use trapgate_x86::{Activity, CpuState};
 
@@ -22,7 +22,7 @@ fn kernels(code: &[u8]) -> Option<Bench> {
         eprintln!("skipped: this KVM has no interrupt controllers");
         return None;
     }
-    bench_with(code, Interrupts::Kernel)
+    bench_with(code, InKernel::ALL)
 }
 
 /// What `change` makes of the controllers as firmware leaves them, with the local APIC enabled.
@@ -261,7 +261,7 @@ fn application_processor_starts_in_the_kernel() {
         eprintln!("skipped: this KVM has no interrupt controllers");
         return;
     }
-    let Some(bench) = bench_of(&[HLT], Interrupts::Kernel, 2) else {
+    let Some(bench) = bench_of(&[HLT], InKernel::ALL, 2) else {
         return;
     };
     let world = Box::new(bench.world.clone());

@@ -11,6 +11,7 @@ use vm_memory::{
 };
 
 use crate::access::HostAddress;
+use crate::gone::Watch;
 use crate::saved::Restored;
 use crate::trace::{PageTraces, Traces};
 use crate::{PAGE_SIZE, TraceFlags};
@@ -139,10 +140,11 @@ pub(crate) enum Backing {
 /// All RAM of one guest. Pages that the guest never touches cost nothing.
 #[derive(Debug)]
 pub struct GuestMemory {
+    /// First: it watches over the mapping, and is dropped before it.
+    pub(crate) backing: Backing,
     space: GuestSpace,
     pub(crate) mapped: Vec<Mapped>,
     traces: Arc<Traces>,
-    pub(crate) backing: Backing,
 }
 
 impl GuestMemory {
@@ -253,6 +255,15 @@ impl GuestMemory {
     pub fn flags(&self, gpa: u64) -> TraceFlags {
         self.page_index(gpa)
             .map_or(TraceFlags::NONE, |page| self.traces.get(page))
+    }
+
+    /// Who hears of it if a thread touches a page of this memory that is gone with the file it came from; the thread
+    /// stands still then. Memory that comes from no file has none.
+    pub fn watch(&self) -> Option<&Watch> {
+        match &self.backing {
+            Backing::Fresh(_) => None,
+            Backing::Restored(restored) => restored.watch(),
+        }
     }
 
     /// Makes all of it zeros, as new: the host gets its pages back. Whoever traces a page hears that

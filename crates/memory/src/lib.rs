@@ -10,11 +10,13 @@
 //! This crate knows nothing of virtual machines or processors.
 
 mod access;
+mod gone;
 mod guest;
 mod saved;
 mod trace;
 
 pub use access::HostAddress;
+pub use gone::Watch;
 pub use guest::{GuestMemory, GuestSpace, MemoryError, RamRange, pc_ram_ranges};
 pub use saved::{CHUNK, SavedChunk};
 pub use trace::{PageTraces, TraceFlags, TraceListener, Traces};

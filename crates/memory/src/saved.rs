@@ -5,16 +5,17 @@
 //! each. Restoring maps those of the file copy-on-write, and nothing where there is nothing: holes of a
 //! file would be filled with pages of the host's cache, and on a tmpfs for good.
 //!
-//! A file that is mapped must not change. If it is cut short, the host ends the process with SIGBUS
-//! when the guest touches what is gone; removing it is harmless.
+//! A file that is mapped must not change. What becomes of a guest whose file is cut short is `gone.rs`'s subject; removing it
+//! is harmless.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::access::HostAddress;
+use crate::gone::Watch;
 use crate::guest::{Backing, Mapped};
 use crate::{GuestMemory, MemoryError, PAGE_SIZE, RamRange};
 
@@ -44,9 +45,16 @@ impl SavedChunk {
 pub(crate) struct Restored {
     /// The parts of the memory that are mapped from the file: start and length, as in the file.
     parts: Mutex<Vec<(u64, u64)>>,
+    /// Set once the memory is mapped.
+    watch: OnceLock<Watch>,
 }
 
 impl Restored {
+    /// Who hears of it if the file is not whole any more.
+    pub(crate) fn watch(&self) -> Option<&Watch> {
+        self.watch.get()
+    }
+
     fn parts(&self) -> Vec<(u64, u64)> {
         self.parts
             .lock()
@@ -181,6 +189,7 @@ impl GuestMemory {
         }
         let restored = Restored {
             parts: Mutex::new(Vec::new()),
+            watch: OnceLock::new(),
         };
         let memory = Self::map(ranges, Backing::Restored(restored))?;
         let mut mapped_parts = Vec::new();
@@ -202,6 +211,10 @@ impl GuestMemory {
                 .parts
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner) = mapped_parts;
+            let ranges = memory.mapped.iter();
+            let watch = Watch::over(ranges.map(|range| (range.host, range.length)));
+            // It is set once.
+            let _ = restored.watch.set(watch.map_err(failed)?);
         }
         Ok(memory)
     }
@@ -405,6 +418,7 @@ fn no_huge_pages(host: HostAddress, length: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
+    use std::sync::Arc;
 
     use proptest::prelude::*;
 
@@ -569,6 +583,28 @@ mod tests {
         memory.write(0x1000, &[1; 4]).unwrap();
         let full = File::options().write(true).open("/dev/full").unwrap();
         assert!(matches!(memory.save(&full), Err(MemoryError::Save { .. })));
+    }
+
+    /// Given memory whose file is cut short, when a thread touches a page that is gone, then whoever watches is told, and
+    /// the thread gets nothing. Other memory is not concerned.
+    #[test]
+    fn who_watches_hears_of_pages_that_are_gone() {
+        let memory = fresh();
+        memory.write(0x1000, &[1; 4]).unwrap();
+        memory.write(0x5000, &[1; 4]).unwrap();
+        let (one, other) = (saved(&memory), saved(&memory));
+        let (short, whole) = (Arc::new(restored(&one)), restored(&other));
+        one.0.set_len(0x2000).unwrap();
+        assert_eq!(short.host(0x1000).unwrap().load_u32(), 0x0101_0101);
+        let touched = Arc::clone(&short);
+        let thread = std::thread::spawn(move || touched.host(0x5000).unwrap().load_u32());
+
+        assert!(short.watch().unwrap().wait());
+
+        assert!(!thread.is_finished());
+        assert_eq!(whole.host(0x5000).unwrap().load_u32(), 0x0101_0101);
+        whole.watch().unwrap().end();
+        assert!(!whole.watch().unwrap().wait());
     }
 
     #[test]

@@ -136,7 +136,7 @@ impl Climate {
     /// One of them.
     pub fn pick(random: &mut Random) -> Self {
         Self {
-            unmasked: random.one_in(5),
+            unmasked: random.one_in(10),
             aligned: random.one_in(8),
         }
     }

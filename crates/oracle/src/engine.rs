@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use trapgate_engine::{Exit, Refused, Signal, Signals, StateError, Vcpu, World};
+use trapgate_engine::{Exit, NoDevices, Signal, Signals, StateError, Vcpu};
 use trapgate_interp::Interpreter;
 use trapgate_jit::{JitError, Translating};
 use trapgate_memory::{GuestMemory, MemoryError, RamRange};
@@ -65,40 +65,6 @@ pub enum EngineError {
     },
 }
 
-/// A world without devices.
-struct Nothing;
-
-impl World for Nothing {
-    fn read_memory(&mut self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn write_memory(&mut self, _: u64, _: &[u8]) {}
-    fn read_port(&mut self, _: u16, _: u8) -> u32 {
-        u32::MAX
-    }
-    fn write_port(&mut self, _: u16, _: u8, _: u32) {}
-    fn take_interrupt(&mut self) -> Option<u8> {
-        None
-    }
-    fn read_apic_msr(&mut self, _: u32) -> Result<u64, Refused> {
-        Err(Refused)
-    }
-    fn write_apic_msr(&mut self, _: u32, _: u64) -> Result<(), Refused> {
-        Err(Refused)
-    }
-    fn task_priority(&mut self) -> u8 {
-        0
-    }
-    fn set_task_priority(&mut self, _: u8) {}
-    fn clock(&mut self) -> u64 {
-        0
-    }
-    fn epoch(&mut self) -> u64 {
-        0
-    }
-    fn set_tsc_offset(&mut self, _: u64) {}
-}
-
 // What only the guest's kernel reaches, behind the arenas in memory.
 const KERNEL: u64 = 0xffff_8800_0000_0000;
 const GDT: u64 = ARENA_BYTES as u64;
@@ -149,7 +115,7 @@ impl Engine {
         let profile = CpuProfile::new(level, 1_000_000_000);
         furnish(&memory, modifying)?;
         let state = start(&profile);
-        let world = Box::new(Nothing);
+        let world = Box::new(NoDevices);
         let vcpu: Box<dyn Vcpu> = match kind {
             Kind::Interpreter => {
                 Box::new(Interpreter::new(Arc::clone(&memory), world, profile, 0, 1))

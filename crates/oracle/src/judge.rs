@@ -10,10 +10,10 @@ use crate::layout::{record as at, vector};
 use crate::record::{Start, XSAVE_BYTES, quad};
 use crate::undefined::{self, Residue};
 
-/// What of the host CPU's own is no fault of an engine that lacks it.
+/// In what hosts are not alike.
 #[derive(Clone, Copy, Debug)]
 pub struct Host {
-    /// FDP is written when an unmasked exception is raised only (CPUID.7.0:EBX bit 6). The profiles lack that.
+    /// FDP and FOP are written when an unmasked exception is raised only, as in the profiles (CPUID.7.0:EBX bit 6).
     pub fdp_on_exceptions: bool,
 }
 
@@ -244,7 +244,6 @@ fn expanded(record: &[u8]) -> [u8; XSAVE_BYTES] {
 
 fn vectors(
     host: Host,
-    programs: bool,
     x87: bool,
     residue: Residue,
     native: &[u8],
@@ -276,9 +275,7 @@ fn vectors(
     part("FCW", 0, 2);
     part("FSW", 2, 2);
     part("FTW", 4, 2);
-    // Without a pending exception some CPUs leave these as they are.
-    let pending = native[2] & 0x80 != 0;
-    if !x87 || pending && !programs || !host.fdp_on_exceptions {
+    if !x87 || host.fdp_on_exceptions {
         part("FOP", 6, 2);
         part("FDP", 16, 8);
     }

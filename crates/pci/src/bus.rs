@@ -1,10 +1,13 @@
 //! The bus: configuration accesses by port and by memory, and memory accesses to open windows.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use crate::layout::{ECAM_BASE, ECAM_SIZE, MMIO_BASE, MMIO_SIZE, SLOTS, slot_gsi};
-use crate::{BusState, Function, HostBridge, StateError, register};
+use crate::{
+    BusState, DOORBELL_BYTES, Doorbell, DoorbellListener, Function, HostBridge, StateError,
+    register,
+};
 
 /// The address port of configuration mechanism #1 (PCI 3.0, 3.2.2.3.2).
 const ADDRESS_PORT: u16 = 0xcf8;
@@ -41,6 +44,14 @@ struct Route {
     function: Shared,
 }
 
+/// What an address in an open window means.
+struct Place {
+    slot: u8,
+    bar: u8,
+    offset: u64,
+    function: Shared,
+}
+
 /// A function and the base addresses that "firmware" gave it.
 struct Slot {
     function: Shared,
@@ -65,6 +76,7 @@ pub struct Bus {
     configuration: Mutex<u64>,
     /// Sorted by base.
     routes: RwLock<Vec<Route>>,
+    doorbells: OnceLock<Arc<dyn DoorbellListener>>,
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -90,6 +102,24 @@ impl Bus {
             }]),
             configuration: Mutex::new(MMIO_BASE),
             routes: RwLock::default(),
+            doorbells: OnceLock::new(),
+        }
+    }
+
+    /// Tells `listener` of doorbells from now on. Only once.
+    pub fn listen_to_doorbells(&self, listener: Arc<dyn DoorbellListener>) {
+        // A second call is a defect of the caller and changes nothing.
+        let _ = self.doorbells.set(listener);
+    }
+
+    /// Rings a doorbell that rang for the listener: what a write to its address would have done when it was
+    /// made.
+    pub fn ring(&self, doorbell: Doorbell) {
+        let Doorbell {
+            slot, bar, offset, ..
+        } = doorbell;
+        if let Some(function) = self.function(slot) {
+            lock(&function).bar_write(bar, offset, &[0; DOORBELL_BYTES]);
         }
     }
 
@@ -158,6 +188,8 @@ impl Bus {
             // Follow from the functions.
             configuration: _,
             routes: _,
+            // The machine's.
+            doorbells: _,
         } = self;
         let save = |(_, function, _): (u8, Shared, Vec<Assigned>)| lock(&function).save();
         BusState {
@@ -219,6 +251,24 @@ impl Bus {
             function: Arc::clone(function),
         }));
         routes.sort_by_key(|route| route.base);
+        drop(routes);
+        if let Some(listener) = self.doorbells.get() {
+            listener.moved(&|doorbell| self.is_there(doorbell));
+        }
+    }
+
+    /// Whether a write to a doorbell's address is one to the doorbell.
+    fn is_there(&self, doorbell: Doorbell) -> bool {
+        let Doorbell {
+            gpa,
+            slot,
+            bar,
+            offset,
+        } = doorbell;
+        !in_ecam(gpa, DOORBELL_BYTES)
+            && self
+                .route(gpa, DOORBELL_BYTES)
+                .is_some_and(|place| (place.slot, place.bar, place.offset) == (slot, bar, offset))
     }
 
     /// Reads ports 0xcf8 to 0xcff. `false` for an access that is not the bus's (port 0xcf9 is the
@@ -301,11 +351,11 @@ impl Bus {
             }
             return true;
         }
-        let Some((function, bar, offset)) = self.route(gpa, data.len()) else {
+        let Some(place) = self.route(gpa, data.len()) else {
             return false;
         };
         data.fill(0);
-        lock(&function).bar_read(bar, offset, data);
+        lock(&place.function).bar_read(place.bar, place.offset, data);
         true
     }
 
@@ -321,21 +371,49 @@ impl Bus {
             }
             return true;
         }
-        let Some((function, bar, offset)) = self.route(gpa, data.len()) else {
+        let Some(place) = self.route(gpa, data.len()) else {
             return false;
         };
-        lock(&function).bar_write(bar, offset, data);
+        let Place {
+            slot,
+            bar,
+            offset,
+            function,
+        } = place;
+        let mut function = lock(&function);
+        function.bar_write(bar, offset, data);
+        if let Some(listener) = self.doorbells.get()
+            && data.len() == DOORBELL_BYTES
+            && function.is_doorbell(bar, offset)
+        {
+            drop(function);
+            let doorbell = Doorbell {
+                gpa,
+                slot,
+                bar,
+                offset,
+            };
+            let _configuration = lock(&self.configuration);
+            if self.is_there(doorbell) {
+                listener.rung(doorbell);
+            }
+        }
         true
     }
 
-    fn route(&self, gpa: u64, length: usize) -> Option<(Shared, u8, u64)> {
+    fn route(&self, gpa: u64, length: usize) -> Option<Place> {
         let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
         let candidates = routes.partition_point(|route| route.base <= gpa);
         // The nearest start below is the one, unless a guest let windows overlap.
         routes[..candidates].iter().rev().find_map(|route| {
             let offset = gpa - route.base;
             let fits = offset < route.length && length as u64 <= route.length - offset;
-            fits.then(|| (Arc::clone(&route.function), route.bar, offset))
+            fits.then(|| Place {
+                slot: route.slot,
+                bar: route.bar,
+                offset,
+                function: Arc::clone(&route.function),
+            })
         })
     }
 }

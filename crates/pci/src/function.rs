@@ -2,6 +2,9 @@
 
 use crate::{SavedFunction, StateError};
 
+/// Bytes of the write that rings a doorbell (virtio 1.2, 4.1.5.2).
+pub const DOORBELL_BYTES: usize = 2;
+
 /// A memory window that a base address register opens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
@@ -27,6 +30,11 @@ pub trait Function: Send {
     fn bar_read(&mut self, bar: u8, offset: u64, data: &mut [u8]);
     /// Writes 1 to 8 bytes at `offset` in a window.
     fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]);
+    /// Whether there is a doorbell at `offset` in a window: a write of [`DOORBELL_BYTES`] there, whatever they are, only
+    /// tells the function to look for work, and may come as late as the bus likes. Always the same answer.
+    fn is_doorbell(&self, _bar: u8, _offset: u64) -> bool {
+        false
+    }
     /// Puts the function into its state after power-on (a reset of the machine).
     fn reset(&mut self);
     /// Stops what the function does on its own threads; when this returns it touches guest memory

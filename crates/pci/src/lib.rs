@@ -10,6 +10,7 @@
 
 mod bus;
 mod config;
+mod doorbell;
 mod function;
 mod host_bridge;
 mod interrupt;
@@ -19,7 +20,8 @@ mod saved;
 
 pub use bus::{Bus, PciError};
 pub use config::{BarKind, ConfigSpace, Identity, register};
-pub use function::{Function, Window};
+pub use doorbell::{Doorbell, DoorbellListener};
+pub use function::{DOORBELL_BYTES, Function, Window};
 pub use host_bridge::HostBridge;
 pub use interrupt::{InterruptLine, Message, MessageSink, WiredOr};
 pub use layout::{ECAM_BASE, ECAM_LAST_BUS, ECAM_SIZE, MMIO_BASE, MMIO_SIZE, SLOTS, slot_gsi};

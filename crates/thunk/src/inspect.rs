@@ -58,7 +58,8 @@ pub fn inspect(instruction: &Instruction) -> Option<Harmless> {
         code,
         class: match () {
             () if select::is_x87(mnemonic) => Class::X87,
-            () if mmx || mnemonic == Mnemonic::Emms => Class::Mmx,
+            // CVTPI2PS enters MMX mode even with a memory operand.
+            () if mmx || matches!(mnemonic, Mnemonic::Emms | Mnemonic::Cvtpi2ps) => Class::Mmx,
             () if vex && vector => Class::Avx,
             () if vex => Class::VexInteger,
             () if vector => Class::Sse,
@@ -118,6 +119,14 @@ mod tests {
             let found = of(bytes).unwrap();
             assert_eq!((found.class, found.simd_float), (class, true), "{bytes:x?}");
         }
+    }
+
+    #[test]
+    fn conversion_of_mmx_operands_enters_mmx_mode_wherever_they_lie() {
+        // cvtpi2ps xmm0, mm0; cvtpi2ps xmm0, [rax]; cvtpi2pd xmm0, [rax]
+        assert_eq!(of(&[0x0f, 0x2a, 0xc0]).unwrap().class, Class::Mmx);
+        assert_eq!(of(&[0x0f, 0x2a, 0x00]).unwrap().class, Class::Mmx);
+        assert_eq!(of(&[0x66, 0x0f, 0x2a, 0x00]).unwrap().class, Class::Sse);
     }
 
     #[test]

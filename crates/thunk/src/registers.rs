@@ -35,6 +35,9 @@ pub struct RegisterFile {
     pub vector: [Vector; 16],
     /// x87 and MMX state. Bytes 160..512 are not state: running an x87 or MMX thunk writes there.
     pub x87: FxsaveImage,
+    /// The header that makes an XSAVE area of [`Self::x87`] (SDM vol. 1 13.4.2), for engines that load it with
+    /// XRSTOR: XSTATE_BV, then zeros.
+    pub x87_header: [u64; 8],
     /// Where a result goes that must not reach guest memory if its instruction faults; thunks use
     /// it, and the interpreter may use it as a bounce buffer for [`crate::MemoryOperand`]s with no
     /// SIMD floating point.
@@ -54,6 +57,7 @@ impl RegisterFile {
             reserved: [0; 34],
             vector: [Vector::default(); 16],
             x87: FxsaveImage::new(),
+            x87_header: [1, 0, 0, 0, 0, 0, 0, 0],
             scratch: [0; 8],
         }
     }
@@ -102,4 +106,7 @@ pub(crate) mod offset {
     const _: () = assert!(offset_of!(RegisterFile, vector) % 64 == 0);
     const _: () = assert!(offset_of!(RegisterFile, x87) % 64 == 0);
     const _: () = assert!(offset_of!(RegisterFile, gpr) == 0);
+    // The header of an XSAVE area follows the legacy region.
+    const _: () =
+        assert!(offset_of!(RegisterFile, x87_header) == offset_of!(RegisterFile, x87) + 512);
 }

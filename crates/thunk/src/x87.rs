@@ -64,6 +64,11 @@ impl FxsaveImage {
         self.word(6)
     }
 
+    /// All exceptions are masked, so that none can become pending.
+    pub fn masks_all(&self) -> bool {
+        self.control_word() & 0x3f == 0x3f
+    }
+
     /// An unmasked exception is pending: the next waiting instruction raises #MF.
     pub fn exception_pending(&self) -> bool {
         self.status_word() & !self.control_word() & 0x3f != 0
@@ -98,11 +103,16 @@ impl FxsaveImage {
         self.0[4] = 0xff;
     }
 
+    /// Records the last x87 instruction's address alone.
+    pub fn set_instruction_pointer(&mut self, instruction: u64) {
+        self.0[8..16].copy_from_slice(&instruction.to_le_bytes());
+    }
+
     /// Records the last x87 instruction: its address, opcode ([`x87_opcode`]) and, for a memory
     /// operand, the operand's address (SDM vol. 1 8.1.8). FCS and FDS read as zero.
     pub fn set_pointers(&mut self, instruction: u64, opcode: u16, data: Option<u64>) {
         self.set_word(6, opcode & 0x7ff);
-        self.0[8..16].copy_from_slice(&instruction.to_le_bytes());
+        self.set_instruction_pointer(instruction);
         if let Some(data) = data {
             self.0[16..24].copy_from_slice(&data.to_le_bytes());
         }

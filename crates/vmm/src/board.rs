@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::error::Error;
 use std::num::NonZeroU64;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use trapgate_chipset::{Chipset, ChipsetState, CpuSignal, Effects};
@@ -47,6 +47,8 @@ pub(crate) struct Board {
     serial: Arc<SerialOutput>,
     /// Whoever has the interrupt controllers while the machine runs, if the chipset has not.
     controllers: OnceLock<Arc<dyn Controllers>>,
+    /// They are there now. Whoever reads it keeps them there meanwhile; it is written with the cell locked.
+    are_lent: RwLock<bool>,
 }
 
 impl Board {
@@ -74,6 +76,7 @@ impl Board {
             agenda,
             serial,
             controllers: OnceLock::new(),
+            are_lent: RwLock::default(),
         }
     }
 
@@ -84,6 +87,25 @@ impl Board {
         let _ = self.controllers.set(controllers);
     }
 
+    /// Lends the interval timer while the clock still stands: it may take a moment until it is in its phase.
+    fn lend_pit(&self, cell: &mut Cell) {
+        if let Some(controllers) = self.controllers.get()
+            && controllers.has_pit()
+        {
+            let now = self.clock.now();
+            let pit = cell.chipset.lend_pit(now);
+            self.check(controllers.give_pit(&pit, now));
+        }
+    }
+
+    fn take_back_pit(&self, cell: &mut Cell, controllers: &dyn Controllers) {
+        let now = self.clock.now();
+        let taken = controllers
+            .take_pit(now)
+            .and_then(|state| cell.chipset.take_back_pit(&state, now).map_err(Into::into));
+        self.check(taken);
+    }
+
     fn lend_controllers(&self, cell: &mut Cell) {
         let Some(controllers) = self.controllers.get() else {
             return;
@@ -91,6 +113,7 @@ impl Board {
         let now = self.clock.now();
         let (state, levels) = cell.chipset.lend_controllers(now);
         self.check(controllers.give(&state, levels, now));
+        self.set_lent(true);
         self.settle(cell, now);
     }
 
@@ -101,7 +124,11 @@ impl Board {
         if !cell.chipset.controllers_are_lent() {
             return;
         }
+        if controllers.has_pit() {
+            self.take_back_pit(cell, &**controllers);
+        }
         let now = self.clock.now();
+        self.set_lent(false);
         let taken = controllers.take().and_then(|state| {
             cell.chipset
                 .take_back_controllers(&state, now)
@@ -109,6 +136,13 @@ impl Board {
         });
         self.check(taken);
         self.settle(cell, now);
+    }
+
+    fn set_lent(&self, are_lent: bool) {
+        *self
+            .are_lent
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = are_lent;
     }
 
     /// What the interrupt controllers refuse ends the machine: it would hang.
@@ -168,6 +202,9 @@ impl Board {
             if let Some(controllers) = self.controllers.get() {
                 for &(gsi, level) in &effects.lines {
                     self.check(controllers.set_line(gsi, level));
+                }
+                if let Some(connected) = effects.timer_connected {
+                    self.check(controllers.connect_pit(connected));
                 }
                 for &(address, data) in &effects.messages {
                     self.check(controllers.send_message(address, data));
@@ -259,6 +296,7 @@ impl Board {
     /// Lets clock and timers go on.
     pub(crate) fn resume(&self) {
         let mut cell = lock(&self.cell);
+        self.lend_pit(&mut cell);
         self.clock.resume();
         self.lend_controllers(&mut cell);
         cell.running = true;
@@ -350,6 +388,14 @@ impl Board {
 
 impl MessageSink for Board {
     fn send(&self, message: MsiMessage) {
+        // Past the chipset, which would only pass it on.
+        if let Some(controllers) = self.controllers.get() {
+            let are_lent = self.are_lent.read().unwrap_or_else(PoisonError::into_inner);
+            if *are_lent {
+                self.check(controllers.send_message(message.address, message.data));
+                return;
+            }
+        }
         self.operate(|chipset, _| chipset.send_msi(message.address, message.data));
     }
 }

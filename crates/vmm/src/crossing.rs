@@ -12,7 +12,7 @@ use trapgate_engine::probe::EngineKind;
 use trapgate_engine::{Exit, Refused, Signal, Signals, StateError, Vcpu, World};
 use trapgate_interp::Interpreter;
 use trapgate_jit::{Lockstep, Translating};
-use trapgate_kvm::{Facts, Interrupts, KvmMachine, Lacks};
+use trapgate_kvm::{Facts, InKernel, KvmMachine, Lacks};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::{CpuProfile, CpuState};
 
@@ -221,7 +221,7 @@ fn maker(
         match kind {
             EngineKind::Kvm => {
                 let machine =
-                    KvmMachine::new(memory, profile.clone(), 1, Lacks::Hide, Interrupts::World)
+                    KvmMachine::new(memory, profile.clone(), 1, Lacks::Hide, InKernel::NOTHING)
                         .unwrap();
                 Box::new(machine.vcpu(world, 0).unwrap())
             }
@@ -237,11 +237,11 @@ fn maker(
 }
 
 /// Numbers that look random: the same for the same seed.
-struct Die(u64);
+pub(crate) struct Die(pub(crate) u64);
 
 impl Die {
     /// A time from nothing to `most`.
-    fn time(&mut self, most: Duration) -> Duration {
+    pub(crate) fn time(&mut self, most: Duration) -> Duration {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -420,10 +420,10 @@ fn computation_survives_moves_between_translator_and_kvm_at_random_moments() {
     }
 }
 
-/// Makes processors of an engine; those of KVM with their interrupt controllers where they are to be.
-fn constructor(engine: EngineKind, interrupts: Interrupts) -> Box<dyn Constructor> {
+/// Makes processors of an engine; those of KVM in a machine of which the kernel does what it can of `in_kernel`.
+pub(crate) fn constructor(engine: EngineKind, in_kernel: InKernel) -> Box<dyn Constructor> {
     match engine {
-        EngineKind::Kvm => Box::new(OnKvm::new(&Host::probe(), interrupts)),
+        EngineKind::Kvm => Box::new(OnKvm::new(&Host::probe(), in_kernel)),
         _ => Box::new(By(|memory, world, profile, index, count| {
             let vcpu = Interpreter::new(memory, world, profile, index, count);
             Ok(Box::new(vcpu) as Box<dyn Vcpu>)
@@ -431,7 +431,7 @@ fn constructor(engine: EngineKind, interrupts: Interrupts) -> Box<dyn Constructo
     }
 }
 
-fn choice(kind: EngineKind) -> Choice {
+pub(crate) fn choice(kind: EngineKind) -> Choice {
     Choice {
         kind,
         reason: "a test".to_owned(),
@@ -441,7 +441,7 @@ fn choice(kind: EngineKind) -> Choice {
 /// Starts `chain` on an engine; and what it says.
 fn start(
     engine: EngineKind,
-    interrupts: Interrupts,
+    in_kernel: InKernel,
     command_line: &str,
     tsc_hz: u64,
 ) -> (Machine, Arc<Mutex<Vec<u8>>>) {
@@ -453,12 +453,12 @@ fn start(
         tsc_hz,
         ..MachineConfig::default()
     };
-    let make = constructor(engine, interrupts);
+    let make = constructor(engine, in_kernel);
     let machine = Machine::start_on(config, hooks(&said), choice(engine), &*make).unwrap();
     (machine, said)
 }
 
-fn hooks(said: &Arc<Mutex<Vec<u8>>>) -> Hooks {
+pub(crate) fn hooks(said: &Arc<Mutex<Vec<u8>>>) -> Hooks {
     let sink = Arc::clone(said);
     Hooks {
         serial: Box::new(move |bytes| lock(&sink).extend_from_slice(bytes)),
@@ -489,7 +489,7 @@ fn last_words(machine: &Machine, said: &Mutex<Vec<u8>>) -> Vec<String> {
 
 /// A machine that computes is saved at random moments on one engine, and each time ends with the right
 /// result when it is restored on the other.
-fn cross(interrupts: Interrupts) {
+fn cross(in_kernel: InKernel) {
     let Some(Setting {
         tsc_hz,
         without,
@@ -501,7 +501,7 @@ fn cross(interrupts: Interrupts) {
     };
     let directory = tempfile::tempdir().unwrap();
     let command_line = format!("rounds=200 {without}");
-    let (machine, said) = start(EngineKind::Interp, interrupts, &command_line, tsc_hz);
+    let (machine, said) = start(EngineKind::Interp, in_kernel, &command_line, tsc_hz);
     let expected = last_words(&machine, &said);
     assert!(
         expected.contains(&"chain: 0 pieces of state lost".to_owned()),
@@ -515,7 +515,7 @@ fn cross(interrupts: Interrupts) {
     ] {
         let mut moved = 0;
         while moved < moves {
-            let (machine, _) = start(from, interrupts, &command_line, tsc_hz);
+            let (machine, _) = start(from, in_kernel, &command_line, tsc_hz);
             let path = directory.path().join(format!("{from}-{moved}"));
             let ended = machine.wait_for(die.time(Duration::from_millis(most)));
             if ended.is_some() || machine.snapshot(&path).is_err() {
@@ -528,7 +528,7 @@ fn cross(interrupts: Interrupts) {
             drop(machine);
             let snapshot = Snapshot::open(&path).unwrap();
             let said = Arc::default();
-            let make = constructor(to, interrupts);
+            let make = constructor(to, in_kernel);
             let machine = Machine::restore_on(&snapshot, hooks(&said), choice(to), &*make).unwrap();
             let words = last_words(&machine, &said);
             // Some of them may have been said before.
@@ -546,7 +546,7 @@ fn cross(interrupts: Interrupts) {
 
 #[test]
 fn computation_survives_a_snapshot_that_another_engine_restores() {
-    cross(Interrupts::World);
+    cross(InKernel::NOTHING);
 }
 
 #[test]
@@ -555,5 +555,5 @@ fn computation_survives_a_snapshot_with_the_kernels_interrupt_controllers() {
         eprintln!("skipped: this KVM has no interrupt controllers");
         return;
     }
-    cross(Interrupts::Kernel);
+    cross(InKernel::ALL);
 }

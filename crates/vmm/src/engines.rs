@@ -8,12 +8,13 @@ use trapgate_engine::probe::{EngineKind, Host};
 use trapgate_engine::{Observe, Vcpu, World};
 use trapgate_interp::Interpreter;
 use trapgate_jit::{Lockstep, Translating};
-use trapgate_kvm::{Facts, Interrupts, KvmError, KvmMachine, Lacks};
+use trapgate_kvm::{Facts, InKernel, KvmError, KvmMachine, Lacks};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::CpuProfile;
 use trapgate_x86::profile::Level;
 
 use crate::controllers::Controllers;
+use crate::doorbells::Ringer;
 use crate::{EngineChoice, MachineConfig, MachineError};
 
 /// An engine, and whether it can be used.
@@ -23,6 +24,8 @@ pub struct EngineReport {
     pub kind: EngineKind,
     /// What speaks for it, or why it cannot be used.
     pub usable: Result<String, String>,
+    /// Devices, and ways to and from devices, that the host's kernel has for machines on this engine.
+    pub in_kernel: Vec<&'static str>,
 }
 
 /// The engine that was taken.
@@ -41,6 +44,12 @@ pub fn engines(host: &Host) -> Vec<EngineReport> {
         .map(|kind| EngineReport {
             kind,
             usable: usable(kind, host.level(), host),
+            in_kernel: match kind {
+                EngineKind::Kvm => Facts::probe()
+                    .map(|facts| in_kernel(host, facts.in_kernel()).names())
+                    .unwrap_or_default(),
+                _ => Vec::new(),
+            },
         })
         .collect()
 }
@@ -101,6 +110,11 @@ pub(crate) trait Constructor {
     fn controllers(&self) -> Option<Arc<dyn Controllers>> {
         None
     }
+
+    /// The engine's way to make doorbells ring without leaving the guest. Asked for when all processors are made.
+    fn ringer(&self) -> Option<Arc<dyn Ringer>> {
+        None
+    }
 }
 
 /// Makes processors by a function, with the arguments of [`Constructor::vcpu`].
@@ -131,21 +145,21 @@ where
 /// Makes processors of KVM.
 pub(crate) struct OnKvm {
     lacks: Lacks,
-    interrupts: Interrupts,
+    in_kernel: InKernel,
     /// Made with the first processor.
     machine: OnceCell<Arc<KvmMachine>>,
 }
 
 impl OnKvm {
-    /// With the interrupt controllers where they are to be.
-    pub(crate) fn new(host: &Host, interrupts: Interrupts) -> Self {
+    /// In a machine of which the kernel does what it can of `in_kernel`.
+    pub(crate) fn new(host: &Host, in_kernel: InKernel) -> Self {
         Self {
             lacks: if host.kvm.is_hardware() {
                 Lacks::Refuse
             } else {
                 Lacks::Hide
             },
-            interrupts,
+            in_kernel,
             machine: OnceCell::new(),
         }
     }
@@ -163,7 +177,7 @@ impl Constructor for OnKvm {
         let machine = match self.machine.get() {
             Some(machine) => machine,
             None => {
-                let machine = KvmMachine::new(memory, profile, count, self.lacks, self.interrupts)?;
+                let machine = KvmMachine::new(memory, profile, count, self.lacks, self.in_kernel)?;
                 self.machine.get_or_init(|| machine)
             }
         };
@@ -176,6 +190,26 @@ impl Constructor for OnKvm {
             .has_controllers()
             .then(|| Arc::clone(machine) as Arc<dyn Controllers>)
     }
+
+    fn ringer(&self) -> Option<Arc<dyn Ringer>> {
+        let machine = self.machine.get()?;
+        let can = machine.in_kernel().ioeventfd;
+        can.then(|| Arc::clone(machine) as Arc<dyn Ringer>)
+    }
+}
+
+/// What a kernel that can do `able` is to do for machines.
+fn in_kernel(host: &Host, able: InKernel) -> InKernel {
+    if host.kvm.is_hardware() {
+        return able;
+    }
+    // The chipset's controllers are slower and exact. Where guests are slow anyhow, exact is better: the local
+    // APIC of a paravirtual KVM shows nothing in service. Doorbells are exact everywhere.
+    let exact = InKernel {
+        ioeventfd: true,
+        ..InKernel::NOTHING
+    };
+    able.and(exact)
 }
 
 /// How processors of an engine are made.
@@ -185,16 +219,7 @@ fn constructor(
     observe: Observe,
 ) -> Result<Box<dyn Constructor>, MachineError> {
     Ok(match kind {
-        EngineKind::Kvm => {
-            // The chipset's are slower and exact. Where guests are slow anyhow, exact is better: the local
-            // APIC of a paravirtual KVM shows nothing in service.
-            let interrupts = if host.kvm.is_hardware() && Facts::probe()?.irqchip {
-                Interrupts::Kernel
-            } else {
-                Interrupts::World
-            };
-            Box::new(OnKvm::new(host, interrupts))
-        }
+        EngineKind::Kvm => Box::new(OnKvm::new(host, in_kernel(host, InKernel::ALL))),
         EngineKind::Jit => Box::new(By(move |memory, world, profile, index, count| {
             let vcpu = Translating::observed(memory, world, profile, index, count, observe)?;
             Ok(Box::new(vcpu) as Box<dyn Vcpu>)

@@ -25,6 +25,7 @@ mod config;
 mod control;
 mod controllers;
 mod crew;
+mod doorbells;
 mod engines;
 mod error;
 mod machine;
@@ -39,6 +40,8 @@ mod world;
 
 #[cfg(test)]
 mod crossing;
+#[cfg(test)]
+mod in_kernel;
 #[cfg(test)]
 mod testing;
 

@@ -58,6 +58,12 @@ pub enum Failure {
         /// What they said.
         message: String,
     },
+    /// The file of a snapshot from which the guest's memory is mapped was cut short, or can't be read any more. Threads of
+    /// the machine stand still until the process ends, for what they would read might reach a disk.
+    #[error(
+        "a part of the guest's memory is gone: the snapshot's memory file was cut short, or its disk fails"
+    )]
+    MemoryGone,
     /// A thread of ours ended by itself.
     #[error("the thread of {thread} ended unexpectedly: {message}")]
     Thread {

@@ -15,6 +15,7 @@ use crate::board::Board;
 use crate::clock::time_of_day;
 use crate::config::{OnReset, OnTripleFault};
 use crate::crew::{Crew, Message};
+use crate::doorbells::Doorbells;
 use crate::machine::Threads;
 use crate::outcome::{Failure, ResetCause, TripleFault};
 use crate::pc::{self, Consoles};
@@ -118,18 +119,33 @@ pub(crate) struct Brake {
     changes: Mutex<()>,
     crew: Arc<Crew>,
     bus: Arc<Bus>,
+    pub(crate) doorbells: Option<Arc<Doorbells>>,
     board: Arc<Board>,
 }
 
 impl Brake {
     /// A brake that is engaged once.
-    pub(crate) fn new(crew: Arc<Crew>, bus: Arc<Bus>, board: Arc<Board>) -> Self {
+    pub(crate) fn new(
+        crew: Arc<Crew>,
+        bus: Arc<Bus>,
+        doorbells: Option<Arc<Doorbells>>,
+        board: Arc<Board>,
+    ) -> Self {
         Self {
             depth: Mutex::new(1),
             changes: Mutex::new(()),
             crew,
             bus,
+            doorbells,
             board,
+        }
+    }
+
+    /// Stops the processors; devices know all that these did.
+    fn stop_processors(&self) {
+        self.crew.stop();
+        if let Some(doorbells) = &self.doorbells {
+            doorbells.drain();
         }
     }
 
@@ -143,7 +159,7 @@ impl Brake {
     pub(crate) fn engage(&self) {
         let mut depth = lock(&self.depth);
         if *depth == 0 {
-            self.crew.stop();
+            self.stop_processors();
             self.bus.pause();
             self.board.pause();
         }
@@ -171,8 +187,8 @@ pub(crate) struct Ending {
 }
 
 impl Ending {
-    fn set(&self, outcome: Outcome) {
-        // There is one supervisor, and it sets this last.
+    /// The first counts: there is one supervisor, which sets this last, and who watches over the memory.
+    pub(crate) fn set(&self, outcome: Outcome) {
         let _ = self.outcome.set(outcome);
         *lock(&self.ended) = true;
         self.changed.notify_all();
@@ -298,7 +314,7 @@ impl Supervisor {
 
     /// Stops the processors and lets the guest's last words out.
     fn drain(&self) {
-        self.crew.stop();
+        self.brake.stop_processors();
         let until = Instant::now() + DRAIN;
         let left = || until.saturating_duration_since(Instant::now());
         let Consoles {

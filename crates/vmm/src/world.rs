@@ -11,7 +11,7 @@ use crate::board::Board;
 /// The ports of PCI's configuration mechanism, among which is the chipset's reset register.
 const PCI_PORTS: std::ops::Range<u16> = 0xcf8..0xd00;
 /// Where the chipset's own registers are, unless a guest moves its local APIC.
-const CHIPSET_MEMORY: std::ops::Range<u64> = map::IO_APIC_ADDRESS..0xfef0_0000;
+pub(crate) const CHIPSET_MEMORY: std::ops::Range<u64> = map::IO_APIC_ADDRESS..0xfef0_0000;
 
 /// The machine as one processor sees it.
 pub(crate) struct PcWorld {

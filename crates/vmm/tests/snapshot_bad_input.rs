@@ -13,7 +13,8 @@ use boot::{Transcript, end};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use trapgate_vmm::{
-    Content, DiskConfig, Hooks, Machine, MachineConfig, Outcome, Port, Snapshot, SnapshotError,
+    Content, DiskConfig, Failure, Hooks, Machine, MachineConfig, Outcome, Port, Snapshot,
+    SnapshotError,
 };
 
 fn config() -> MachineConfig {
@@ -556,6 +557,34 @@ fn a_snapshot_outlives_what_it_was_taken_of_and_a_machine_outlives_its_snapshot(
     let words = Transcript::default();
     let again = Machine::restore(&Snapshot::open(&path).unwrap(), hooks(&words)).unwrap();
     check_alive(&again, &words);
+}
+
+/// Given a machine that was restored, when somebody cuts the file short from which its memory is mapped, then it ends
+/// with that reason, and another that was restored from a copy goes on.
+#[test]
+fn a_machine_whose_memory_file_is_cut_short_ends_and_says_so() {
+    // The translator's code may have anything in its stack pointer when it is interrupted.
+    for engine in ["interp", "jit"] {
+        let (cut, whole) = (Copy::new(), Copy::new());
+        let (one, other) = (Transcript::default(), Transcript::default());
+        let restore = |copy: &Copy, serial: &Transcript| {
+            let mut snapshot = Snapshot::open(&copy.path).unwrap();
+            snapshot.set_engine(engine.parse().unwrap());
+            Machine::restore(&snapshot, hooks(serial)).unwrap()
+        };
+        let (machine, bystander) = (restore(&cut, &one), restore(&whole, &other));
+        let file = fs::File::options().write(true).open(cut.file("memory"));
+        file.unwrap().set_len(0).unwrap();
+
+        machine.serial().input_all(b"100 + 1\r");
+
+        let outcome = end(&machine, &one);
+        assert!(
+            matches!(outcome, Outcome::Failed(Failure::MemoryGone)),
+            "{engine}: {outcome:?}"
+        );
+        check_alive(&bystander, &other);
+    }
 }
 
 #[test]

@@ -134,6 +134,7 @@ mod leaf1 {
 mod leaf7 {
     pub(super) const EBX_V2: u32 = 1 << 0 // FSGSBASE
         | 1 << 1 // TSC_ADJUST
+        | 1 << 6 // FDP only after unmasked x87 exceptions
         | 1 << 7 // SMEP
         | 1 << 9 // ERMS
         | 1 << 10 // INVPCID

@@ -472,6 +472,8 @@ impl LocalApic {
             reg::DFR => self.dfr = value | 0x0fff_ffff,
             reg::SVR => return self.set_svr(value, now),
             reg::ESR => {
+                // The timer's entry may have a vector that is an error.
+                self.settle_timer(now);
                 self.esr = self.errors;
                 self.errors = 0;
             }

@@ -405,6 +405,17 @@ fn errors_show_after_the_status_is_written() {
     assert_eq!(read(&mut apic, 0x280), 0);
 }
 
+/// Also if nobody has looked at the timer since it expired.
+#[test]
+fn timer_with_an_illegal_vector_is_an_error_when_the_status_is_written() {
+    let mut apic = xapic();
+    apic.mmio_write(0x3e0, &0xbu32.to_le_bytes(), 0);
+    apic.mmio_write(0x320, &5u32.to_le_bytes(), 0);
+    apic.mmio_write(0x380, &1000u32.to_le_bytes(), 0);
+    apic.mmio_write(0x280, &[0; 4], 2000);
+    assert_eq!(read(&mut apic, 0x280), ERROR_RECEIVE_ILLEGAL_VECTOR);
+}
+
 #[test]
 fn error_interrupts_once_until_the_status_is_written() {
     let mut apic = xapic();

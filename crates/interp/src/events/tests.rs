@@ -1,6 +1,6 @@
 use trapgate_engine::Vcpu;
 use trapgate_x86::descriptor::{access, system};
-use trapgate_x86::registers::{cr4, dr, rflags, sreg};
+use trapgate_x86::registers::{cr4, dr, gpr, rflags, sreg};
 use trapgate_x86::{Exception, Segment, TableRegister, Vector};
 
 use super::EventKind;
@@ -797,6 +797,45 @@ fn event_ends_the_shadow() {
     bench.cpu.sys.shadow = trapgate_x86::InterruptShadow::MovSs;
     bench.cpu.deliver_exception(Exception::UD).unwrap();
     assert_eq!(bench.cpu.sys.shadow, trapgate_x86::InterruptShadow::None);
+}
+
+/// What a MOV SS in which a data breakpoint hit, and the instruction after it, lead to: where the
+/// processor is then, and DR6.
+fn after_watched_mov_ss(next: &[u8]) -> (u64, u64) {
+    let mut bench = Bench::long();
+    bench.interrupt_gate(1);
+    bench.gate(3, CODE0, INTERRUPT, 1);
+    bench.put(0x6000, u64::from(DATA0));
+    // MOV SS, [RSI]
+    let code: Vec<u8> = [&[0x8e, 0x16][..], next].concat();
+    bench.cpu.memory.write(CODE, &code).unwrap();
+    let mut state = bench.cpu.export();
+    state.gpr[gpr::RSI] = 0x6000;
+    state.system.dr[0] = 0x6000;
+    state.system.dr7 = dr::DR7_ONE | 1 | 0b0111 << 16;
+    let memory = std::sync::Arc::clone(&bench.cpu.memory);
+    let world = crate::testing::TestWorld::default();
+    let profile = bench.cpu.profile.clone();
+    let mut cpu = crate::Interpreter::new(memory, Box::new(world), profile, 0, 1);
+    cpu.set_state(&state).unwrap();
+
+    assert_eq!(cpu.step(), trapgate_engine::Exit::Debug);
+    assert_eq!(cpu.state().rip, CODE + 2);
+    assert_eq!(cpu.state().system.dr6, dr::DR6_ONES);
+    assert_eq!(cpu.step(), trapgate_engine::Exit::Debug);
+
+    let state = cpu.state();
+    (bench.get::<1>(state.gpr[gpr::RSP], 8)[0], state.system.dr6)
+}
+
+/// SDM vol. 3A, 7.8.3.
+#[test]
+fn breakpoint_in_mov_ss_is_told_after_the_next_instruction() {
+    let told = dr::DR6_ONES | 1;
+    assert_eq!(after_watched_mov_ss(&[0x90]), (CODE + 3, told), "NOP");
+    assert_eq!(after_watched_mov_ss(&[0xcc]), (HANDLER, told), "INT3");
+    // INT1 is a #DB already, and the only one.
+    assert_eq!(after_watched_mov_ss(&[0xf1]), (CODE + 3, told), "INT1");
 }
 
 #[test]

@@ -291,6 +291,30 @@ fn returns_to_an_outer_level_drop_inner_segments() {
     assert!(!bench.cpu.sys.segments[sreg::DS].is_usable());
 }
 
+/// Linux's `sigreturn` selftest sees it.
+#[test]
+fn returns_to_an_outer_level_clear_null_selectors() {
+    // RETFQ and IRETQ.
+    for (bytes, flags) in [([0x48, 0xcb], None), ([0x48, 0xcf], Some(2))] {
+        let mut bench = Bench::long();
+        let null = Segment {
+            base: 0x1234_5000,
+            ..Segment::null(3)
+        };
+        bench.cpu.sys.segments[sreg::FS] = null;
+        bench.push(8, &[DATA3.into(), 0x7000]);
+        bench.push(8, flags.as_slice());
+        bench.push(8, &[CODE3_64.into(), 0x1234]);
+        bench.runs(&bytes);
+        assert_eq!(bench.cpu.cpl, 3);
+        let after = Segment {
+            selector: 0,
+            ..null
+        };
+        assert_eq!(bench.cpu.sys.segments[sreg::FS], after);
+    }
+}
+
 #[test]
 fn long_mode_call_gate_switches_to_rsp0_and_returns() {
     let mut bench = Bench::long().user();

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction};
 use trapgate_engine::{
-    Counter, Exit as RunExit, Failure, Measure, Signals, StateError, Vcpu, World,
+    Counter, Exit as RunExit, Failure, Measure, NoDevices, Signals, StateError, Vcpu, World,
 };
 use trapgate_interp::cpu::{Cpu, Stop};
 use trapgate_interp::op::{Op, attribute};
@@ -85,7 +85,9 @@ struct Step {
     op: Op,
     /// Done once, outside of the comparison.
     once: bool,
-    pops_flags: bool,
+    /// It may change the mode without ending the unit.
+    changes_mode: bool,
+    uses_x87: bool,
     /// Flags that are undefined after it.
     undefined: u64,
 }
@@ -143,40 +145,6 @@ pub struct Lockstep {
     report: Option<String>,
 }
 
-/// The interpreter has no devices: accesses to them are left undone.
-struct Nowhere;
-
-impl World for Nowhere {
-    fn read_memory(&mut self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn write_memory(&mut self, _: u64, _: &[u8]) {}
-    fn read_port(&mut self, _: u16, _: u8) -> u32 {
-        u32::MAX
-    }
-    fn write_port(&mut self, _: u16, _: u8, _: u32) {}
-    fn take_interrupt(&mut self) -> Option<u8> {
-        None
-    }
-    fn read_apic_msr(&mut self, _: u32) -> Result<u64, trapgate_engine::Refused> {
-        Err(trapgate_engine::Refused)
-    }
-    fn write_apic_msr(&mut self, _: u32, _: u64) -> Result<(), trapgate_engine::Refused> {
-        Err(trapgate_engine::Refused)
-    }
-    fn task_priority(&mut self) -> u8 {
-        0
-    }
-    fn set_task_priority(&mut self, _: u8) {}
-    fn clock(&mut self) -> u64 {
-        0
-    }
-    fn epoch(&mut self) -> u64 {
-        0
-    }
-    fn set_tsc_offset(&mut self, _: u64) {}
-}
-
 impl Lockstep {
     /// A processor after reset. It is number `index` of `count`, and owns its view of the world.
     ///
@@ -191,7 +159,7 @@ impl Lockstep {
     ) -> Result<Self, JitError> {
         let mut reference = Interpreter::new(
             Arc::clone(&memory),
-            Box::new(Nowhere),
+            Box::new(NoDevices),
             profile.clone(),
             index,
             count,
@@ -360,7 +328,8 @@ impl Lockstep {
                 ip: instruction.ip(),
                 op,
                 once: matches!(guest.kind, Kind::Operate | Kind::OperateLast),
-                pops_flags: matches!(guest.kind, Kind::PopFlags),
+                changes_mode: matches!(guest.kind, Kind::PopFlags | Kind::LoadMxcsr),
+                uses_x87: guest.kind.uses_x87(),
                 undefined: undefined.bits(),
             });
         }
@@ -836,12 +805,14 @@ fn same_x87(found: &[u8; 512], expected: &[u8; 512]) -> bool {
 
 /// Runs at most `most` instructions as long as they are the next in line.
 fn interpret(cpu: &mut Cpu, steps: &[Step], most: usize) -> (usize, End) {
+    let unit = Mode::of(cpu);
     for (index, step) in steps.iter().enumerate().take(most) {
         if step.once {
             return (index, End::Before);
         }
         let next = step.ip.wrapping_add(u64::from(step.op.length));
-        let mode = step.pops_flags.then(|| Mode::of(cpu));
+        let next = unit.map_or(next, |mode| mode.wrap(next));
+        let mode = step.changes_mode.then(|| Mode::of(cpu));
         cpu.rip = next;
         cpu.end_block = false;
         let done = (step.op.handler)(cpu, &step.op);
@@ -859,7 +830,11 @@ fn interpret(cpu: &mut Cpu, steps: &[Step], most: usize) -> (usize, End) {
             return (index, end);
         }
         // The translator leaves the unit then, too.
-        if cpu.rip != next || cpu.attention || mode.is_some_and(|mode| mode != Mode::of(cpu)) {
+        if cpu.rip != next
+            || cpu.attention
+            || mode.is_some_and(|mode| mode != Mode::of(cpu))
+            || (step.uses_x87 && !cpu.regs.x87.masks_all())
+        {
             return (index + 1, End::After);
         }
     }
@@ -895,7 +870,8 @@ impl Context {
         self.rust.access = self.interp.cpu.system_flags & rflags::AC != 0;
         // Host code that changes the privilege level looks for this.
         self.target_modes[class(mode)] = mode.0;
-        self.find(self.interp.cpu.rip, mode, true)
+        let rip = self.wrapped_rip(mode);
+        self.find(rip, mode, true)
     }
 }
 

@@ -1,12 +1,12 @@
 //! What is counted, and what time it took.
 
-use trapgate_engine::{Exit, Observe, Vcpu};
+use trapgate_engine::{Exit, NoDevices, Observe, Vcpu};
 use trapgate_interp::Interpreter;
 use trapgate_jit::Translating;
 use trapgate_x86::CpuProfile;
 use trapgate_x86::profile::Level;
 
-use crate::guest::{CODE, Empty, Random, fill, memory, run, state};
+use crate::guest::{CODE, Random, fill, memory, run, state};
 
 /// A loop with a jump out of the middle of a unit, and an instruction that is called out for.
 #[test]
@@ -31,8 +31,8 @@ fn whoever_observes_costs_gets_every_instruction_counted() {
         fill(memory, &mut Random(1));
         memory.write(CODE, &code).expect("code lies in memory");
     }
-    let mut interp = Interpreter::new(left, Box::new(Empty), profile.clone(), 0, 1);
-    let mut jit = Translating::observed(right, Box::new(Empty), profile, 0, 1, observe)
+    let mut interp = Interpreter::new(left, Box::new(NoDevices), profile.clone(), 0, 1);
+    let mut jit = Translating::observed(right, Box::new(NoDevices), profile, 0, 1, observe)
         .expect("the host can run translated code");
     let start = state(&mut Random(1));
 
@@ -69,7 +69,7 @@ fn nobody_who_does_not_ask_pays_for_time() {
     memory
         .write(CODE, &[0x0f, 0xa2, 0xf4])
         .expect("code lies in memory");
-    let mut jit = Translating::new(memory, Box::new(Empty), profile, 0, 1)
+    let mut jit = Translating::new(memory, Box::new(NoDevices), profile, 0, 1)
         .expect("the host can run translated code");
     run(&mut jit, &state(&mut Random(1)));
     let costs = jit.costs().expect("it knows them").costs();

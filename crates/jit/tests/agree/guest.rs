@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
-use trapgate_engine::{Exit, Refused, Vcpu, World};
+use trapgate_engine::{Exit, Vcpu};
 use trapgate_memory::{GuestMemory, RamRange};
 use trapgate_x86::descriptor::access;
 use trapgate_x86::registers::{cr0, cr4, efer, sreg};
@@ -17,40 +17,6 @@ pub(crate) const TABLES: u64 = 0x1000;
 pub(crate) const DATA: u64 = 0x1_0000;
 /// Where code lies.
 pub(crate) const CODE: u64 = 0x8_0000;
-
-/// A world without devices.
-pub(crate) struct Empty;
-
-impl World for Empty {
-    fn read_memory(&mut self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn write_memory(&mut self, _: u64, _: &[u8]) {}
-    fn read_port(&mut self, _: u16, _: u8) -> u32 {
-        u32::MAX
-    }
-    fn write_port(&mut self, _: u16, _: u8, _: u32) {}
-    fn take_interrupt(&mut self) -> Option<u8> {
-        None
-    }
-    fn read_apic_msr(&mut self, _: u32) -> Result<u64, Refused> {
-        Err(Refused)
-    }
-    fn write_apic_msr(&mut self, _: u32, _: u64) -> Result<(), Refused> {
-        Err(Refused)
-    }
-    fn task_priority(&mut self) -> u8 {
-        0
-    }
-    fn set_task_priority(&mut self, _: u8) {}
-    fn clock(&mut self) -> u64 {
-        0
-    }
-    fn epoch(&mut self) -> u64 {
-        0
-    }
-    fn set_tsc_offset(&mut self, _: u64) {}
-}
 
 /// Numbers from a seed.
 pub(crate) struct Random(pub(crate) u64);
@@ -202,6 +168,23 @@ pub(crate) fn sequence(code: &[u8], random: &mut Random) -> (Vec<u8>, Vec<Instru
         at += length;
     }
     (bytes, list)
+}
+
+/// ModRM and displacement of `[rip + …]`, which is `data` in code at `at` where `before` bytes of the instruction come
+/// before and `after` follow.
+pub(crate) fn relative(register: u8, at: u64, before: u64, after: u64, data: u64) -> [u8; 5] {
+    let next = at + before + 5 + after;
+    let [a, b, c, d] = (data.wrapping_sub(next) as u32).to_le_bytes();
+    [register << 3 | 5, a, b, c, d]
+}
+
+/// Where an operand lies: now and then across the end of a page.
+pub(crate) fn place(random: &mut Random) -> u64 {
+    let page = DATA + (random.below(0x20) << 12);
+    match random.below(6) {
+        0 => page + 0xff6 + random.below(10),
+        _ => page + random.below(0x100) * 8,
+    }
 }
 
 /// Runs it from a state to its exit.

@@ -2,6 +2,9 @@
 //! byte of memory.
 
 mod costs;
+mod crossing;
 mod guest;
 mod programs;
 mod straight;
+mod together;
+mod x87;

@@ -10,7 +10,7 @@
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use trapgate_engine::{Exit, Signal, Vcpu};
+use trapgate_engine::{Exit, NoDevices, Signal, Vcpu};
 use trapgate_jit::{Lockstep, Translating};
 use trapgate_memory::GuestMemory;
 use trapgate_x86::descriptor::access;
@@ -19,7 +19,7 @@ use trapgate_x86::registers::{cr4, gpr, sreg};
 use trapgate_x86::{CpuProfile, CpuState, Segment, TableRegister};
 
 use crate::guest::{
-    CODE, DATA, Empty, MEMORY, Random, TABLES, contents, fill, instructions, memory, run, sequence,
+    CODE, DATA, MEMORY, Random, TABLES, contents, fill, instructions, memory, run, sequence,
     setting, state,
 };
 
@@ -87,7 +87,7 @@ impl Program<'_> {
     /// One thing that a program does.
     fn part(&mut self, code: &mut Code) {
         let small = self.random.next() as u8;
-        match self.random.below(16) {
+        match self.random.below(20) {
             0..=4 => {
                 let (bytes, _) = sequence(self.compiled, self.random);
                 code.raw(&bytes[..]);
@@ -138,6 +138,11 @@ impl Program<'_> {
                 // mov ecx, few; rol rax, 1; add r11, rax; loop
                 code.raw(&[0xb9]).word(u32::from(small & 15) + 1);
                 code.raw(&[0x48, 0xd1, 0xc0, 0x49, 0x01, 0xc3, 0xe2, 0xf8]);
+            }
+            16..=19 => {
+                for _ in 0..1 + small % 8 {
+                    crate::x87::part(self.random, code.start, &mut code.bytes);
+                }
             }
             _ => {
                 // lock xadd [data], eax; bts [data], edx
@@ -291,6 +296,8 @@ fn write(memory: &GuestMemory, compiled: &[u8], random: &mut Random) -> CpuState
     };
     handler.count();
     handler.raw(&[0x48, 0x8d, 0x25]).to(STACK - 0x200, 0);
+    // Else #MF comes again and again.
+    handler.raw(&[0xdb, 0xe2]); // fnclex
     let next = program.any_piece();
     handler.raw(&[0xfc, 0xe9]).to(next, 0); // cld; jmp
     put(HANDLER, &handler.bytes);
@@ -355,9 +362,15 @@ fn programs_do_the_same_in_lockstep_and_with_linked_blocks() {
     let mut random = Random(seed | 1);
     let profile = CpuProfile::new(Level::V3, 1_000_000_000);
     let (left, right) = (memory(), memory());
-    let mut lockstep = Lockstep::new(Arc::clone(&left), Box::new(Empty), profile.clone(), 0, 1)
-        .expect("the host can run translated code");
-    let mut jit = Translating::new(Arc::clone(&right), Box::new(Empty), profile, 0, 1)
+    let mut lockstep = Lockstep::new(
+        Arc::clone(&left),
+        Box::new(NoDevices),
+        profile.clone(),
+        0,
+        1,
+    )
+    .expect("the host can run translated code");
+    let mut jit = Translating::new(Arc::clone(&right), Box::new(NoDevices), profile, 0, 1)
         .expect("the host can run translated code");
     jit.be_exact();
     let (mut ended, mut compared) = (0, 0);

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use trapgate_engine::Exit;
+use trapgate_engine::{Exit, NoDevices};
 use trapgate_interp::Interpreter;
 use trapgate_jit::Translating;
 use trapgate_x86::CpuProfile;
 use trapgate_x86::profile::Level;
 
 use crate::guest::{
-    CODE, Empty, Random, contents, fill, instructions, memory, run, sequence, setting, state,
+    CODE, Random, contents, fill, instructions, memory, run, sequence, setting, state,
 };
 
 #[test]
@@ -20,8 +20,14 @@ fn straight_code_of_compilers_does_the_same_on_both() {
     let mut random = Random(seed);
     let profile = CpuProfile::new(Level::V3, 1_000_000_000);
     let (left, right) = (memory(), memory());
-    let mut interp = Interpreter::new(Arc::clone(&left), Box::new(Empty), profile.clone(), 0, 1);
-    let mut jit = Translating::new(Arc::clone(&right), Box::new(Empty), profile, 0, 1)
+    let mut interp = Interpreter::new(
+        Arc::clone(&left),
+        Box::new(NoDevices),
+        profile.clone(),
+        0,
+        1,
+    );
+    let mut jit = Translating::new(Arc::clone(&right), Box::new(NoDevices), profile, 0, 1)
         .expect("the host can run translated code");
     jit.be_exact();
     let mut halted = 0;

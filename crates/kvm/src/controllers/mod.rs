@@ -3,34 +3,44 @@
 //!
 //! They are the chipset's, lent to the kernel while the machine runs: whenever it is paused their
 //! state comes back, so that whoever saves the machine finds everything in one place, and in one form,
-//! whatever it ran on. The interval timer stays with the chipset: the kernel's starts every count anew
-//! when it is given a state (KVM_SET_PIT2), and would lose the guest's time.
+//! whatever it ran on. The interval timer goes with them, see [`kernel_pit`].
 
 mod ioapic;
+mod kernel_pit;
 mod lapic;
 mod pic;
+mod pit;
+mod routing;
 
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     KVM_CAP_X2APIC_API, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting,
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_irqchip, kvm_msi,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap,
+    kvm_irqchip,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use trapgate_chipset::ControllersState;
-use trapgate_chipset::map::{IO_APIC_PINS, TIMER_GSI};
+use trapgate_chipset::map::IO_APIC_PINS;
 use trapgate_chipset::pic::PicState;
+use trapgate_chipset::pit::PitState;
+use trapgate_memory::GuestMemory;
 use trapgate_x86::msr::IA32_TSC_DEADLINE;
 
 use crate::error::{call, named};
-use crate::{KvmError, calls};
+use crate::{InKernel, KvmError, calls};
 pub(crate) use ioapic::KernelIoApic;
+use kernel_pit::KernelPit;
 use lapic::KernelLapic;
 pub(crate) use lapic::PAGE;
 use lapic::Timer;
 use pic::Which;
+pub(crate) use routing::Routing;
+
+const NO_PIT: KvmError = KvmError::Lacks {
+    what: "an interval timer: it was made without",
+};
 
 /// One processor's local APIC.
 #[derive(Debug)]
@@ -48,14 +58,21 @@ struct Slot {
 }
 
 /// The kernel's interrupt controllers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Controllers {
     slots: Mutex<Vec<Slot>>,
+    pub(crate) routing: Routing,
+    pit: Option<KernelPit>,
 }
 
 impl Controllers {
     /// Makes them, for processors that are yet to be made.
-    pub(crate) fn new(machine: &VmFd) -> Result<Self, KvmError> {
+    pub(crate) fn new(
+        machine: &VmFd,
+        in_kernel: InKernel,
+        memory: &Arc<GuestMemory>,
+        count: u32,
+    ) -> Result<Self, KvmError> {
         let capability = kvm_enable_cap {
             cap: KVM_CAP_X2APIC_API,
             args: [
@@ -72,10 +89,15 @@ impl Controllers {
         machine
             .create_irq_chip()
             .map_err(call("KVM_CREATE_IRQCHIP"))?;
-        machine
-            .set_gsi_routing(&routing()?)
-            .map_err(call("KVM_SET_GSI_ROUTING"))?;
-        Ok(Self::default())
+        let pit = match in_kernel.pit {
+            false => None,
+            true => Some(KernelPit::new(machine, Arc::clone(memory), count)?),
+        };
+        Ok(Self {
+            slots: Mutex::default(),
+            routing: Routing::new(machine, in_kernel.irqfd)?,
+            pit,
+        })
     }
 
     fn slots(&self) -> MutexGuard<'_, Vec<Slot>> {
@@ -170,12 +192,40 @@ impl Controllers {
         let kernel = ioapic::to_kernel(io_apic);
         machine
             .set_irqchip(&calls::io_apic_irqchip(&kernel))
-            .map_err(call("KVM_SET_IRQCHIP"))
+            .map_err(call("KVM_SET_IRQCHIP"))?;
+        match &self.pit {
+            Some(pit) => pit.settle(machine),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives the kernel the interval timer, before the rest: see [`KernelPit::give`].
+    pub(crate) fn give_pit(
+        &self,
+        machine: &VmFd,
+        state: &PitState,
+        now: u64,
+        connected: bool,
+        in_phase: bool,
+    ) -> Result<(), KvmError> {
+        match &self.pit {
+            Some(pit) => pit.give(machine, &self.routing, state, now, connected, in_phase),
+            None => Err(NO_PIT),
+        }
+    }
+
+    /// Takes the interval timer back, before the rest: see [`KernelPit::take`].
+    pub(crate) fn take_pit(&self, machine: &VmFd, now: u64) -> Result<PitState, KvmError> {
+        match &self.pit {
+            Some(pit) => pit.take(machine, now),
+            None => Err(NO_PIT),
+        }
     }
 
     /// Takes the state from the kernel. All processors stand still.
     pub(crate) fn take(&self, machine: &VmFd) -> Result<ControllersState, KvmError> {
         let slots = self.slots();
+        self.routing.settle(machine)?;
         let mut local_apics = Vec::new();
         for slot in slots.iter() {
             let kernel = KernelLapic {
@@ -227,54 +277,11 @@ pub(crate) fn set_line(machine: &VmFd, gsi: u32, level: bool) -> Result<(), KvmE
         .map_err(call("KVM_IRQ_LINE"))
 }
 
-/// Sends a message-signalled interrupt; one that nobody takes is lost, as on the bus.
-pub(crate) fn send_message(machine: &VmFd, address: u64, data: u32) -> Result<(), KvmError> {
-    let message = kvm_msi {
-        address_lo: address as u32,
-        address_hi: (address >> 32) as u32,
-        data,
-        ..kvm_msi::default()
-    };
-    machine
-        .signal_msi(message)
-        .map_err(call("KVM_SIGNAL_MSI"))?;
-    Ok(())
-}
-
 fn chip_id(which: Which) -> u32 {
     match which {
         Which::Master => KVM_IRQCHIP_PIC_MASTER,
         Which::Slave => KVM_IRQCHIP_PIC_SLAVE,
     }
-}
-
-/// GSIs as the chipset has them: each is the I/O APIC's pin of its number, and the ISA interrupt of its
-/// number, but for the timer's, which is ISA interrupt 0, and GSI 0, which nothing is wired to.
-fn routing() -> Result<KvmIrqRouting, KvmError> {
-    let mut entries = Vec::new();
-    for gsi in 1..IO_APIC_PINS {
-        entries.push(route(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-        match gsi {
-            TIMER_GSI => entries.push(route(gsi, KVM_IRQCHIP_PIC_MASTER, 0)),
-            1..8 => entries.push(route(gsi, KVM_IRQCHIP_PIC_MASTER, gsi)),
-            8..16 => entries.push(route(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8)),
-            _ => {}
-        }
-    }
-    KvmIrqRouting::from_entries(&entries).map_err(|_| KvmError::Lacks {
-        what: "room for so many interrupt routes",
-    })
-}
-
-fn route(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
-    let mut entry = kvm_irq_routing_entry {
-        gsi,
-        type_: kvm_bindings::KVM_IRQ_ROUTING_IRQCHIP,
-        ..kvm_irq_routing_entry::default()
-    };
-    entry.u.irqchip.irqchip = irqchip;
-    entry.u.irqchip.pin = pin;
-    entry
 }
 
 /// MSRs that the kernel answers when it has the local APICs.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use trapgate_engine::{Exit, Refused, Vcpu, World};
-use trapgate_kvm::{Facts, Interrupts, KvmMachine, KvmVcpu, Lacks};
+use trapgate_kvm::{Facts, InKernel, KvmMachine, KvmVcpu, Lacks};
 use trapgate_memory::{GuestMemory, RamRange};
 use trapgate_x86::descriptor::access;
 use trapgate_x86::msr::IA32_APIC_BASE;
@@ -150,16 +150,16 @@ pub struct Bench {
 
 /// A 64-bit program in ring 0, with `code` to run; `None` where there is no KVM.
 pub fn bench(code: &[u8]) -> Option<Bench> {
-    bench_with(code, Interrupts::World)
+    bench_with(code, InKernel::NOTHING)
 }
 
-/// As [`bench`], with the interrupt controllers where they are to be.
-pub fn bench_with(code: &[u8], interrupts: Interrupts) -> Option<Bench> {
-    bench_of(code, interrupts, 1)
+/// As [`bench`], where the kernel does what it can of `in_kernel`.
+pub fn bench_with(code: &[u8], in_kernel: InKernel) -> Option<Bench> {
+    bench_of(code, in_kernel, 1)
 }
 
 /// As [`bench_with`], in a machine of `count` processors, of which the others are the caller's to make.
-pub fn bench_of(code: &[u8], interrupts: Interrupts, count: u32) -> Option<Bench> {
+pub fn bench_of(code: &[u8], in_kernel: InKernel, count: u32) -> Option<Bench> {
     let profile = profile()?;
     let memory = Arc::new(
         GuestMemory::new(&[RamRange {
@@ -173,7 +173,7 @@ pub fn bench_of(code: &[u8], interrupts: Interrupts, count: u32) -> Option<Bench
         base: Instant::now(),
     };
     let machine =
-        KvmMachine::new(Arc::clone(&memory), profile, count, Lacks::Hide, interrupts).unwrap();
+        KvmMachine::new(Arc::clone(&memory), profile, count, Lacks::Hide, in_kernel).unwrap();
     let mut vcpu = machine.vcpu(Box::new(world.clone()), 0).unwrap();
     write(&memory, PAGES, PAGES + 0x1003);
     write(&memory, PAGES + 0x1000, PAGES + 0x2003);

@@ -495,6 +495,13 @@ impl Function for VirtioPci {
         }
     }
 
+    fn is_doorbell(&self, _bar: u8, offset: u64) -> bool {
+        DOORBELLS.offset(offset).is_some_and(|at| {
+            at.is_multiple_of(DOORBELL_STRIDE.into())
+                && at / u64::from(DOORBELL_STRIDE) < self.queues.len() as u64
+        })
+    }
+
     fn reset(&mut self) {
         self.reset_device();
         self.notifier.reset_function();

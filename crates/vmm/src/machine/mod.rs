@@ -11,7 +11,7 @@ use trapgate_boot::{Entry, Protocol};
 use trapgate_chipset::Chipset;
 use trapgate_engine::probe::Host;
 use trapgate_engine::{Signal, Vcpu};
-use trapgate_memory::GuestMemory;
+use trapgate_memory::{GuestMemory, Watch};
 use trapgate_pci::Bus;
 use trapgate_virtio::block::SECTOR;
 use trapgate_virtio::{ConsoleHandle, Disk, PortOutput};
@@ -20,6 +20,7 @@ use trapgate_x86::{CpuProfile, CpuState};
 use crate::board::Board;
 use crate::clock::{Clock, time_of_day};
 use crate::crew::{Crew, Message};
+use crate::doorbells::Doorbells;
 use crate::pc::{self, Consoles};
 use crate::processor::{Processor, Tally};
 use crate::serial::SerialOutput;
@@ -30,8 +31,8 @@ use crate::supervisor::{
 use crate::turns::Turns;
 use crate::world::PcWorld;
 use crate::{
-    Choice, Counters, MachineConfig, MachineError, Outcome, SerialHandle, Snapshot, SnapshotError,
-    engines,
+    Choice, Counters, Failure, MachineConfig, MachineError, Outcome, SerialHandle, Snapshot,
+    SnapshotError, engines,
 };
 
 /// Ports of one console device.
@@ -304,6 +305,11 @@ impl Machine {
         if let Some(controllers) = make.controllers() {
             board.lend_controllers_to(controllers);
         }
+        let doorbells = make
+            .ringer()
+            .map(|ringer| Doorbells::new(&bus, ringer))
+            .transpose()
+            .map_err(pc::thread("doorbells"))?;
         let signals: Vec<_> = vcpus.iter().map(|vcpu| vcpu.signals()).collect();
         crew.set_signals(signals.clone());
         if let Start::Saved(state) = &start {
@@ -331,8 +337,20 @@ impl Machine {
             handles: Vec::new(),
             crew: Arc::clone(&crew),
             board: Arc::clone(&board),
+            doorbells: doorbells.clone(),
             serial: Arc::clone(&serial),
+            memory: Arc::clone(&memory),
         };
+        let ending = Arc::new(Ending::default());
+        if memory.watch().is_some() {
+            let (ending, memory) = (Arc::clone(&ending), Arc::clone(&memory));
+            // Not by way of the supervisor: it may be waiting for the thread that stands still.
+            threads.start("saved memory", "saved memory".to_owned(), move || {
+                if memory.watch().is_some_and(Watch::wait) {
+                    ending.set(Outcome::Failed(Failure::MemoryGone));
+                }
+            })?;
+        }
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let processor = Processor {
                 index,
@@ -349,6 +367,17 @@ impl Machine {
         }
         let timer = Arc::clone(&board);
         threads.start("timers", "timers".to_owned(), move || timer.run_timer())?;
+        if let Some(doorbells) = doorbells.clone() {
+            let of = Arc::clone(&board);
+            threads.start("doorbells", "doorbells".to_owned(), move || {
+                if let Err(error) = doorbells.run() {
+                    of.report(Event::Died {
+                        thread: "doorbells".to_owned(),
+                        message: error.to_string(),
+                    });
+                }
+            })?;
+        }
         let output = Arc::clone(&serial);
         let mut sink = hooks.serial;
         thread::Builder::new()
@@ -365,9 +394,9 @@ impl Machine {
         let brake = Arc::new(Brake::new(
             Arc::clone(&crew),
             Arc::clone(&bus),
+            doorbells,
             Arc::clone(&board),
         ));
-        let ending = Arc::new(Ending::default());
         let resets = Arc::new(AtomicU64::new(0));
         let supervisor = Supervisor {
             config,
@@ -547,6 +576,10 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.agenda.stop();
+        if let Some(Outcome::Failed(Failure::MemoryGone)) = self.ending.wait_for(Duration::ZERO) {
+            // A thread of the machine stands still for good, and with it whoever waits for it.
+            return;
+        }
         if let Some(supervisor) = self.supervisor.take() {
             // Its panic would be a defect that has been printed.
             let _ = supervisor.join();
@@ -559,7 +592,9 @@ pub(crate) struct Threads {
     handles: Vec<JoinHandle<()>>,
     crew: Arc<Crew>,
     board: Arc<Board>,
+    doorbells: Option<Arc<Doorbells>>,
     serial: Arc<SerialOutput>,
+    memory: Arc<GuestMemory>,
 }
 
 impl Threads {
@@ -593,6 +628,12 @@ impl Drop for Threads {
     fn drop(&mut self) {
         self.crew.finish();
         self.board.end();
+        if let Some(watch) = self.memory.watch() {
+            watch.end();
+        }
+        if let Some(doorbells) = &self.doorbells {
+            doorbells.end();
+        }
         for handle in self.handles.drain(..) {
             // A panic has been reported as an event.
             let _ = handle.join();

@@ -1,8 +1,13 @@
 //! A machine with the distribution's stock kernel and the init of `trapgate_image`.
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(
+    dead_code,
+    unused_imports,
+    unused_macros,
+    reason = "each test binary uses its own part"
+)]
 
 use std::io::Write;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use trapgate_image::{
     CacheDir, Phase, STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session, StockImage,
@@ -31,14 +36,14 @@ pub(crate) fn image() -> Option<&'static StockImage> {
 }
 
 /// The kernel that this package depends on, with its initramfs, if it is in the cache or may be fetched.
-pub(crate) fn image_of(package: &str) -> Option<StockImage> {
+pub(crate) fn image_of(package: &str, fetch: bool) -> Option<StockImage> {
     let cache = CacheDir::from_env().ok()?;
     let cache = CacheDir::at(cache.path().join("other").join(package));
-    let image = if std::env::var_os("TRAPGATE_OTHER_KERNELS").is_some() {
+    let image = if fetch {
         stock_of(package, &cache, &mut |_: Phase, _: u64, _: Option<u64>| {})
             .map_err(|error| error.to_string())
     } else {
-        cached(&cache).ok_or_else(|| "TRAPGATE_OTHER_KERNELS=1 fetches it".to_owned())
+        cached(&cache).ok_or_else(|| "it was not fetched".to_owned())
     };
     image
         .map_err(|why| {
@@ -126,7 +131,12 @@ impl Linux {
 }
 
 /// Boots take seconds of a host CPU each, and a test's patience is counted in host time.
-pub(crate) static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// A turn, which ends when this is dropped.
+pub(crate) fn turn() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The image and a turn, or the end of the test.
 macro_rules! image_or_skip {
@@ -134,10 +144,7 @@ macro_rules! image_or_skip {
         let Some(image) = crate::linux::image() else {
             return;
         };
-        let turn = crate::linux::ONE_AT_A_TIME
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        (image, turn)
+        (image, crate::linux::turn())
     }};
 }
 pub(crate) use image_or_skip;

@@ -23,15 +23,18 @@ impl Transcript {
     }
 
     /// Waits until it contains `text`.
+    #[track_caller]
     pub(crate) fn wait_for(&self, text: &str) {
+        let came = self.waits_until(LIMIT, |all| all.contains(text));
+        assert!(came, "`{text}` never came; what came:\n{}", self.text());
+    }
+
+    /// Waits until `is_done` of all of it, at most `limit`; whether it came to that.
+    pub(crate) fn waits_until(&self, limit: Duration, is_done: impl Fn(&str) -> bool) -> bool {
         let guard = self.0.0.lock().unwrap();
-        let missing = |bytes: &mut Vec<u8>| !String::from_utf8_lossy(bytes).contains(text);
-        let (guard, timeout) = self.0.1.wait_timeout_while(guard, LIMIT, missing).unwrap();
-        assert!(
-            !timeout.timed_out(),
-            "`{text}` never came; what came:\n{}",
-            String::from_utf8_lossy(&guard)
-        );
+        let missing = |bytes: &mut Vec<u8>| !is_done(&String::from_utf8_lossy(bytes));
+        let (_guard, timeout) = self.0.1.wait_timeout_while(guard, limit, missing).unwrap();
+        !timeout.timed_out()
     }
 }
 

@@ -45,7 +45,7 @@ fn lockstep(code: &[u8]) -> Lockstep {
     state.gpr[gpr::RSI] = DEVICE;
     state.gpr[gpr::RSP] = DATA + 0x8000;
     let profile = CpuProfile::new(Level::V2, 1_000_000_000);
-    let mut vcpu = Lockstep::new(memory, Box::new(Nowhere), profile, 0, 1).unwrap();
+    let mut vcpu = Lockstep::new(memory, Box::new(NoDevices), profile, 0, 1).unwrap();
     vcpu.set_state(&state).unwrap();
     vcpu
 }
