@@ -89,19 +89,7 @@ pub(crate) fn op_thunk(cpu: &mut Cpu, op: &Op) -> Step {
                 .thunk
                 .run(&mut cpu.regs, std::ptr::null_mut())
         },
-        Some(operand) => match cpu.run_with_memory(op, number, operand) {
-            Ok(outcome) => outcome,
-            Err(stop) => {
-                // A store has made TOP 0 before it faults, on the host CPU; the tags it has not changed.
-                let entry = &cpu.thunks.entries[number];
-                if entry.thunk.class == Class::Mmx && operand.access == ThunkAccess::Write {
-                    let tags = cpu.regs.x87.tags();
-                    cpu.regs.x87.enter_mmx();
-                    cpu.regs.x87.0[4] = tags;
-                }
-                return Err(stop);
-            }
-        },
+        Some(operand) => cpu.run_with_memory(op, number, operand)?,
     };
     match outcome {
         Outcome::Done => {}

@@ -367,7 +367,12 @@ fn op_xsave<const OPT: bool>(cpu: &mut Cpu, op: &Op) -> Step {
 
     let header = cpu.advance(linear, HEADER_AT as u64);
     // The host CPU wants to write all of it, also what it leaves as it is.
-    cpu.probe(linear, area_bytes(requested) as u64, Access::Write, op.segment)?;
+    cpu.probe(
+        linear,
+        area_bytes(requested) as u64,
+        Access::Write,
+        op.segment,
+    )?;
     let old: u64 = cpu.read(header, op.segment)?;
     let bits = old & !requested | used & requested;
 

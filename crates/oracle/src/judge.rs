@@ -164,15 +164,7 @@ pub fn differences(
         Some(piece) if fault => undefined::residue(&piece.instruction, mxcsr, kind),
         _ => Residue::default(),
     };
-    vectors(
-        host,
-        piece.is_none(),
-        scope.x87,
-        residue,
-        native,
-        engine,
-        &mut found,
-    );
+    vectors(host, scope.x87, residue, native, engine, &mut found);
     let mut at = at::MEMORY;
     for window in start.windows {
         let length = window.length() as usize;
@@ -257,6 +249,10 @@ fn vectors(
     for image in [&mut native, &mut engine] {
         if residue.precision {
             image[24] &= !0x20;
+        }
+        if residue.top {
+            image[3] &= !0x38;
+            image[32..160].fill(0);
         }
         if residue.noted {
             image[24] &= !0x3f;

@@ -216,6 +216,8 @@ pub fn either(vectors: [u64; 2]) -> bool {
 pub struct Residue {
     /// A store of ten bytes has written eight, or a far CALL one word of two.
     pub memory: bool,
+    /// An MMX store has made TOP 0 before it faults, which it does anyway when it is done again.
+    pub top: bool,
     /// VCVTPS2PH has noted masked exceptions in MXCSR before its store faults.
     pub noted: bool,
     /// Beside an unmasked overflow or underflow, whether the result would be exact: the host CPU rounds it as if the
@@ -229,6 +231,8 @@ pub fn residue(instruction: &Instruction, mxcsr: u32, fault: u64) -> Residue {
     Residue {
         memory: matches!(instruction.code(), Code::Fstp_m80fp | Code::Fbstp_m80bcd)
             || instruction.is_call_far_indirect(),
+        top: crate::profile::memory_operand(instruction) == Some(0)
+            && instruction.op_register(1).is_mm(),
         noted: instruction.mnemonic() == M::Vcvtps2ph && fault != 19,
         precision: fault == 19 && mxcsr & 0xc00 != 0xc00,
     }
