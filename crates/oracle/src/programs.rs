@@ -72,7 +72,7 @@ pub struct Place {
 
 /// Writes parts that just compute.
 pub trait Computing {
-    /// Some instructions that neither jump nor leave undefined flags behind.
+    /// Some instructions that do not jump. Where outcomes are compared with the host's, they leave no undefined flags.
     fn compute(&mut self, place: &Place, random: &mut Random, code: &mut Code);
 }
 
