@@ -388,7 +388,6 @@ pub(crate) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
 mod tests {
     use trapgate_x86::registers::gpr;
 
-    use super::*;
     use crate::testing::{GP0, execute, fault, long_cpu, set_cpl};
 
     /// As the host CPU does.

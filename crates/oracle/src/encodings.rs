@@ -503,10 +503,13 @@ fn branch(instruction: &mut Instruction, index: u32, target: u64, long: bool) {
 fn immediate(instruction: &mut Instruction, index: u32, kind: Kind, random: &mut Random) {
     let value = random.integer();
     let byte = value as u8;
+    // ENTER and EXTRQ have two.
     let second = kind == Kind::imm8
         && index > 0
-        && instruction.op_kind(index - 1) == OpKind::Immediate8
-        || kind == Kind::imm8 && index > 0 && instruction.op_kind(index - 1) == OpKind::Immediate16;
+        && matches!(
+            instruction.op_kind(index - 1),
+            OpKind::Immediate8 | OpKind::Immediate16
+        );
     let (op_kind, value) = match kind {
         Kind::imm8 if second => {
             instruction.set_op_kind(index, OpKind::Immediate8_2nd);

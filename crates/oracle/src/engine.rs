@@ -280,7 +280,7 @@ fn furnish(memory: &GuestMemory, modifying: bool) -> Result<(), MemoryError> {
     memory.write(0, &arena)?;
     for region in regions(modifying) {
         for at in (0..region.length as u64).step_by(PAGE as usize) {
-            let mut entry = region.offset as u64 + at | PRESENT | USER;
+            let mut entry = (region.offset as u64 + at) | PRESENT | USER;
             if region.writable {
                 entry |= WRITABLE;
             }

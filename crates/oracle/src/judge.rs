@@ -143,7 +143,7 @@ pub fn differences(
         word("CS", at::CODE_SEGMENT, 0);
     }
     let compatibility = fault && quad(native, at::CODE_SEGMENT) == 0x23;
-    for register in 0..16 {
+    for (register, name) in REGISTERS.into_iter().enumerate() {
         let destination = piece.is_some_and(|piece| {
             let instruction = &piece.instruction;
             instruction.op_kind(0) == OpKind::Register
@@ -157,7 +157,7 @@ pub fn differences(
         } else {
             0
         };
-        word(REGISTERS[register], at::GPR + register * 8, ignored);
+        word(name, at::GPR + register * 8, ignored);
     }
     let mxcsr = quad(input, at::XSAVE + 24) as u32;
     let residue = match piece {

@@ -302,7 +302,7 @@ fn judge_batch(
         bench.engines[engine].get(CODE_AT, code_part)?;
         bench.engines[engine].get(DATA_AT, data_part)?;
         let native = bench.native.arena();
-        for slot in 0..SLOTS {
+        for (slot, late) in late.into_iter().enumerate() {
             let code_bytes = 2 * PAGE as usize;
             let data_bytes = BACKED_DATA * PAGE as usize;
             let parts = [
@@ -312,7 +312,7 @@ fn judge_batch(
             for (name, from, length, area, ours) in parts {
                 let native = &native[area + from..area + from + length];
                 let ours = &ours[from..from + length];
-                if native != ours && !late[slot] {
+                if native != ours && !late {
                     let first = native
                         .iter()
                         .zip(ours)
