@@ -110,10 +110,19 @@ fn jump_if(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn call_to(cpu: &mut Cpu, target: u64, size: u64) -> Step {
-    let target = cpu.check_target(target, size)?;
+    // The host CPU pushes before it looks at the target, which shows in which of two faults comes.
+    let pointer = cpu.regs.gpr[RSP];
     cpu.push(size, cpu.rip)?;
-    cpu.rip = target;
-    Ok(())
+    match cpu.check_target(target, size) {
+        Ok(target) => {
+            cpu.rip = target;
+            Ok(())
+        }
+        Err(stop) => {
+            cpu.regs.gpr[RSP] = pointer;
+            Err(stop)
+        }
+    }
 }
 
 fn call(cpu: &mut Cpu, op: &Op) -> Step {
@@ -276,4 +285,26 @@ fn with_code(op: &mut Op, code: u8, handler: Handler) -> Handler {
 /// Far JMP and CALL through memory are another module's.
 fn is_far(instruction: &Instruction) -> bool {
     instruction.is_jmp_far_indirect() || instruction.is_call_far_indirect()
+}
+
+#[cfg(test)]
+mod tests {
+    use trapgate_x86::Vector;
+    use trapgate_x86::registers::gpr;
+
+    use crate::testing::{GP0, UNMAPPED, fault, long_cpu, unmap_page};
+
+    /// As the host CPU does: of two faults the push's comes first.
+    #[test]
+    fn call_pushes_before_it_looks_at_its_target() {
+        let (mut cpu, _) = long_cpu();
+        unmap_page(&mut cpu);
+        cpu.regs.gpr[gpr::RAX] = 1 << 60;
+        cpu.regs.gpr[gpr::RSP] = UNMAPPED + 16;
+        let call = [0xff, 0xd0];
+        assert_eq!(fault(&mut cpu, &call), (Vector::PF, Some(2)));
+        cpu.regs.gpr[gpr::RSP] = UNMAPPED - 16;
+        assert_eq!(fault(&mut cpu, &call), GP0);
+        assert_eq!(cpu.regs.gpr[gpr::RSP], UNMAPPED - 16);
+    }
 }

@@ -137,26 +137,17 @@ impl Cpu {
             })
     }
 
-    /// In [`View::Checked`]: #AC for a misaligned access where EFLAGS.AC asks for it, and a note of
-    /// the data breakpoints that the access hits.
-    pub(crate) fn check_debug_and_alignment(
-        &mut self,
-        linear: u64,
-        size: u64,
-        access: Access,
-    ) -> Step {
+    /// In [`View::Checked`]: #AC for a misaligned access where EFLAGS.AC asks for it.
+    pub(crate) fn check_alignment(&mut self, linear: u64, alignment: u64) -> Step {
         debug_assert_eq!(self.view, View::Checked);
-        if self.checks_alignment() {
-            // Other sizes have requirements of their own, or none (table 7-7).
-            let alignment = match size {
-                2 | 4 | 8 => size,
-                10 => 8,
-                _ => 1,
-            };
-            if !linear.is_multiple_of(alignment) {
-                return Err(self.raise(Exception::with_code(Vector::AC, 0)));
-            }
+        if self.checks_alignment() && !linear.is_multiple_of(alignment) {
+            return Err(self.raise(Exception::with_code(Vector::AC, 0)));
         }
+        Ok(())
+    }
+
+    /// In [`View::Checked`]: notes the data breakpoints that an access hits.
+    pub(crate) fn note_data_breakpoints(&mut self, linear: u64, size: u64, access: Access) {
         let mut hit = 0;
         for breakpoint in self.breakpoints() {
             let watched = match breakpoint.watch {
@@ -169,7 +160,6 @@ impl Cpu {
             }
         }
         self.breakpoints_hit |= hit;
-        Ok(())
     }
 
     /// Whether misaligned accesses raise #AC.
@@ -306,7 +296,7 @@ mod tests {
         for (field, address, linear, size, access, hit) in cases {
             let mut cpu = watching_cpu(address, field);
             cpu.view = View::Checked;
-            cpu.check_debug_and_alignment(linear, size, access).unwrap();
+            cpu.note_data_breakpoints(linear, size, access);
             let expected = if hit { 1 << 2 } else { 0 };
             assert_eq!(
                 cpu.take_breakpoints(),

@@ -9,8 +9,8 @@ use crate::op::{AddressForm, Handler, NO_REGISTER, Op, RIP_REGISTER, attribute};
 use crate::quiet::Traits;
 use crate::vector::Lowered;
 use crate::{
-    arithmetic, branch, control, debug, entropy, events, flag_control, hints, identity, legacy,
-    moves, msr, port, quiet, segments, stack, strings, transfer, vector, xsave,
+    arithmetic, branch, control, debug, entropy, events, flag_control, gather, hints, identity,
+    legacy, moves, msr, port, quiet, segments, stack, strings, transfer, vector, xsave,
 };
 
 /// Bytes of the longest instruction.
@@ -254,6 +254,10 @@ fn address_size(instruction: &Instruction) -> u64 {
                 let register = if base == Register::None { index } else { base };
                 return match register {
                     Register::None => displacement_address_size(instruction),
+                    // The index of a gather.
+                    register if register.is_vector_register() => {
+                        displacement_address_size(instruction)
+                    }
                     Register::EIP => 4,
                     Register::RIP => 8,
                     register => register.size() as u64,
@@ -278,7 +282,6 @@ fn displacement_address_size(instruction: &Instruction) -> u64 {
     match instruction.memory_displ_size() {
         2 => 2,
         8 => 8,
-        4 if instruction.code_size() == iced_x86::CodeSize::Code64 => 8,
         _ => 4,
     }
 }
@@ -345,7 +348,7 @@ fn memory_operand(instruction: &Instruction, op: &mut Op) {
 /// Finds who executes an instruction.
 fn lower(cpu: &mut Cpu, instruction: &Instruction, bytes: &[u8], op: &mut Op) -> Lowered {
     type Module = fn(&Instruction, &mut Op) -> Option<Handler>;
-    const MODULES: [Module; 18] = [
+    const MODULES: [Module; 19] = [
         moves::lower,
         arithmetic::lower,
         branch::lower,
@@ -364,6 +367,7 @@ fn lower(cpu: &mut Cpu, instruction: &Instruction, bytes: &[u8], op: &mut Op) ->
         entropy::lower,
         hints::lower,
         legacy::lower,
+        gather::lower,
     ];
     for module in MODULES {
         if let Some(handler) = module(instruction, op) {

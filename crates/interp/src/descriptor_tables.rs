@@ -199,8 +199,9 @@ fn op_ltr(cpu: &mut Cpu, op: &Op) -> Step {
 
 /// LAR: the descriptor's access rights.
 fn op_lar(cpu: &mut Cpu, op: &Op) -> Step {
+    // The manual leaves the limit's bits undefined; processors give them.
     tell(cpu, op, true, |descriptor| {
-        (descriptor.0 >> 32) as u32 & 0x00f0_ff00
+        (descriptor.0 >> 32) as u32 & 0x00ff_ff00
     })
 }
 
@@ -263,12 +264,11 @@ fn op_arpl(cpu: &mut Cpu, op: &Op) -> Step {
     let adjusted = |selector: u16| selector & !3 | u16::from(least);
     let raised;
     if op.has_memory() {
-        let mut lower = false;
-        cpu.modify(op, |_, selector: u16| {
-            lower = rpl(selector) < least;
-            if lower { adjusted(selector) } else { selector }
-        })?;
-        raised = lower;
+        let selector = cpu.load::<u16>(op)?;
+        raised = rpl(selector) < least;
+        if raised {
+            cpu.store(op, adjusted(selector))?;
+        }
     } else {
         let selector = cpu.reg::<u16>(op.dst);
         raised = rpl(selector) < least;

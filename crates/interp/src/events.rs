@@ -481,20 +481,20 @@ fn op_bound(cpu: &mut Cpu, op: &Op) -> Step {
     let size = op.operand_size();
     let linear = cpu.operand_address(op, size * 2, false)?;
     let second = cpu.advance(linear, size);
-    let (index, lower, upper) = if size == 2 {
-        let lower = cpu.read::<u16>(linear, op.segment)? as i16;
-        let upper = cpu.read::<u16>(second, op.segment)? as i16;
-        (
-            i32::from(cpu.reg::<u16>(op.dst) as i16),
-            i32::from(lower),
-            i32::from(upper),
-        )
+    let index = if size == 2 {
+        i32::from(cpu.reg::<u16>(op.dst) as i16)
     } else {
-        let lower = cpu.read::<u32>(linear, op.segment)? as i32;
-        let upper = cpu.read::<u32>(second, op.segment)? as i32;
-        (cpu.reg::<u32>(op.dst) as i32, lower, upper)
+        cpu.reg::<u32>(op.dst) as i32
     };
-    if index < lower || index > upper {
+    let bound = |cpu: &mut Cpu, linear| -> Result<i32, Stop> {
+        Ok(if size == 2 {
+            i32::from(cpu.read::<u16>(linear, op.segment)? as i16)
+        } else {
+            cpu.read::<u32>(linear, op.segment)? as i32
+        })
+    };
+    // The second bound is not read if the first is violated.
+    if index < bound(cpu, linear)? || index > bound(cpu, second)? {
         return Err(cpu.raise(Exception::plain(Vector::BR)));
     }
     Ok(())

@@ -149,7 +149,8 @@ impl Cpu {
         for index in 0..count as u64 {
             let offset = offset.wrapping_add(index * size) & stack.mask;
             let linear = self.stack_address(stack, offset, size)?;
-            self.check_debug_and_alignment(linear, size, access)?;
+            self.check_alignment(linear, size)?;
+            self.note_data_breakpoints(linear, size, access);
         }
         Ok(())
     }
@@ -216,24 +217,51 @@ impl Cpu {
         depth: u64,
         values: &mut [u64],
     ) -> Step {
-        let total = size * values.len() as u64;
+        self.peek_words(stack, size, depth, values, size)
+    }
+
+    /// As [`Self::peek_frame`], for a frame that ends with a selector: of its word two bytes are read.
+    pub(crate) fn peek_return(
+        &mut self,
+        stack: &Stack,
+        size: u64,
+        depth: u64,
+        values: &mut [u64],
+    ) -> Step {
+        self.peek_words(stack, size, depth, values, 2)
+    }
+
+    fn peek_words(
+        &mut self,
+        stack: &Stack,
+        size: u64,
+        depth: u64,
+        values: &mut [u64],
+        last: u64,
+    ) -> Step {
+        let total = size * (values.len() as u64 - 1) + last;
         let low = stack.pointer.wrapping_add(depth) & stack.mask;
         self.check_values(stack, low, size, values.len(), Access::Read)?;
         if stack.is_contiguous(low, total) {
             let linear = self.stack_address(stack, low, total)?;
-            if let (8, Some(host)) = (size, self.tlb.find(stack.view, Access::Read, linear, total))
-            {
+            if let (8, Some(host)) = (
+                size,
+                self.tlb
+                    .find(stack.view, Access::Read, linear, size * values.len() as u64),
+            ) {
                 for (index, value) in values.iter_mut().enumerate() {
                     *value = host.offset(index as u64 * 8).load_u64();
                 }
                 return Ok(());
             }
         }
+        let count = values.len();
         for (index, value) in values.iter_mut().enumerate() {
             let offset = low.wrapping_add(index as u64 * size) & stack.mask;
             let linear = self.stack_address(stack, offset, size)?;
             let mut bytes = [0; 8];
-            self.read_bytes_as(linear, &mut bytes[..size as usize], stack.view)?;
+            let read = if index + 1 == count { last } else { size };
+            self.read_bytes_as(linear, &mut bytes[..read as usize], stack.view)?;
             *value = u64::from_le_bytes(bytes);
         }
         Ok(())

@@ -121,8 +121,11 @@ impl Cpu {
         let long = self.is_64bit();
         let mut frame = [0; 5];
         // 64-bit mode pops the stack pointer whatever the levels are.
-        let first = if long { 5 } else { 3 };
-        self.peek_frame(&stack, size, 0, &mut frame[..first])?;
+        if long {
+            self.peek_return(&stack, size, 0, &mut frame)?;
+        } else {
+            self.peek_frame(&stack, size, 0, &mut frame[..3])?;
+        }
         let [rip, selector, flags, ..] = frame;
         if !long && size == 4 && flags & rflags::VM != 0 && self.cpl == 0 && !self.is_long() {
             return self.return_to_vm86(&stack);
@@ -130,7 +133,7 @@ impl Cpu {
         let to = self.return_target(selector as u16)?;
         let outward = to.level > self.cpl;
         if outward && !long {
-            self.peek_frame(&stack, size, 3 * size, &mut frame[3..])?;
+            self.peek_return(&stack, size, 3 * size, &mut frame[3..])?;
         }
         let [.., pointer, stack_selector] = frame;
         let new_stack = if outward || long {

@@ -22,6 +22,7 @@ mod features;
 mod flag_control;
 mod flags;
 mod frame;
+mod gather;
 mod hints;
 mod identity;
 mod iret;

@@ -27,6 +27,15 @@ pub(crate) struct Piece {
     pub(crate) place: Place,
 }
 
+/// The exception for an address that is not canonical (SDM vol. 3A, 7.15).
+fn not_canonical(segment: u8) -> Exception {
+    if usize::from(segment) == sreg::SS {
+        Exception::ss(0)
+    } else {
+        Exception::gp(0)
+    }
+}
+
 impl Cpu {
     // Addresses of operands.
 
@@ -160,8 +169,8 @@ impl Cpu {
         )
     }
 
-    /// The checks of an explicit access that come before translation: canonical address, alignment
-    /// where EFLAGS.AC asks for it; and data breakpoints.
+    /// The checks of an explicit access that come before translation: alignment where EFLAGS.AC asks for it, canonical
+    /// address; and data breakpoints.
     pub(crate) fn check_explicit(
         &mut self,
         linear: u64,
@@ -169,19 +178,38 @@ impl Cpu {
         size: u64,
         access: Access,
     ) -> Result<(), Stop> {
-        if self.is_64bit() {
-            let last = linear.wrapping_add(size.max(1) - 1);
-            if !is_canonical(linear) || !is_canonical(last) {
-                let exception = if usize::from(segment) == sreg::SS {
-                    Exception::ss(0)
-                } else {
-                    Exception::gp(0)
-                };
-                return Err(self.raise(exception));
-            }
+        // Other sizes have requirements of their own, or none (SDM vol. 3A, table 7-7).
+        let alignment = match size {
+            2 | 4 | 8 => size,
+            10 => 8,
+            _ => 1,
+        };
+        self.check_access(linear, segment, size, alignment, access)
+    }
+
+    /// As [`Self::check_explicit`], of an access that has an alignment of its own.
+    pub(crate) fn check_access(
+        &mut self,
+        linear: u64,
+        segment: u8,
+        size: u64,
+        alignment: u64,
+        access: Access,
+    ) -> Result<(), Stop> {
+        // The host CPU finds a misaligned address before one whose end is not canonical.
+        let long = self.is_64bit();
+        if long && !is_canonical(linear) {
+            return Err(self.raise(not_canonical(segment)));
         }
-        if self.view == View::Checked {
-            self.check_debug_and_alignment(linear, size, access)?;
+        let checked = self.view == View::Checked;
+        if checked {
+            self.check_alignment(linear, alignment)?;
+        }
+        if long && !is_canonical(linear.wrapping_add(size.max(1) - 1)) {
+            return Err(self.raise(not_canonical(segment)));
+        }
+        if checked {
+            self.note_data_breakpoints(linear, size, access);
         }
         Ok(())
     }
@@ -195,6 +223,22 @@ impl Cpu {
         segment: u8,
     ) -> Result<(), Stop> {
         self.check_explicit(linear, segment, size, access)?;
+        self.probe_pages(linear, size, access)
+    }
+
+    /// As [`Self::probe`], of an operand that need not be aligned whatever EFLAGS.AC says.
+    pub(crate) fn probe_elements(
+        &mut self,
+        linear: u64,
+        size: u64,
+        access: Access,
+        segment: u8,
+    ) -> Result<(), Stop> {
+        self.check_access(linear, segment, size, 1, access)?;
+        self.probe_pages(linear, size, access)
+    }
+
+    fn probe_pages(&mut self, linear: u64, size: u64, access: Access) -> Result<(), Stop> {
         let view = self.plain_view;
         let first = PAGE_SIZE - linear % PAGE_SIZE;
         self.piece(linear, access, view)?;
@@ -230,6 +274,28 @@ impl Cpu {
     /// Stores a run of bytes with the current view's rights; all of it or, on a fault, nothing.
     pub fn write_bytes(&mut self, linear: u64, data: &[u8], segment: u8) -> Result<(), Stop> {
         self.check_explicit(linear, segment, data.len() as u64, Access::Write)?;
+        self.write_bytes_as(linear, data, self.plain_view)
+    }
+
+    /// As [`Self::read_bytes`], of an operand that need not be aligned whatever EFLAGS.AC says.
+    pub(crate) fn read_elements(
+        &mut self,
+        linear: u64,
+        data: &mut [u8],
+        segment: u8,
+    ) -> Result<(), Stop> {
+        self.check_access(linear, segment, data.len() as u64, 1, Access::Read)?;
+        self.read_bytes_as(linear, data, self.plain_view)
+    }
+
+    /// As [`Self::write_bytes`], of an operand that need not be aligned whatever EFLAGS.AC says.
+    pub(crate) fn write_elements(
+        &mut self,
+        linear: u64,
+        data: &[u8],
+        segment: u8,
+    ) -> Result<(), Stop> {
+        self.check_access(linear, segment, data.len() as u64, 1, Access::Write)?;
         self.write_bytes_as(linear, data, self.plain_view)
     }
 
@@ -426,6 +492,26 @@ mod tests {
             cpu.regs.gpr[gpr::RBP] = 1 << 60;
             let code: Vec<u8> = prefix.into_iter().chain(access.iter().copied()).collect();
             assert_eq!(fault(&mut cpu, &code), (vector, Some(0)), "{code:02x?}");
+        }
+    }
+
+    /// The host CPU's order: an address that is not canonical, a misaligned one, one whose end is not canonical.
+    #[test]
+    fn alignment_check_comes_between_the_two_ends_of_an_operand() {
+        use trapgate_x86::registers::{cr0, rflags};
+        for (address, vector) in [
+            ((1 << 47) + 1, Vector::GP),
+            ((1 << 47) - 3, Vector::AC),
+            ((1 << 47) - 4, Vector::AC),
+        ] {
+            let (mut cpu, _) = long_cpu();
+            crate::testing::set_cpl(&mut cpu, 3);
+            cpu.sys.cr0 |= cr0::AM;
+            cpu.set_rflags(rflags::AC);
+            cpu.regs.gpr[gpr::RAX] = address;
+            // mov rcx, [rax]
+            let raised = fault(&mut cpu, &[0x48, 0x8b, 0x08]);
+            assert_eq!(raised, (vector, Some(0)), "{address:#x}");
         }
     }
 }

@@ -301,13 +301,18 @@ fn op_mov_from_segment(cpu: &mut Cpu, op: &Op) -> Step {
 
 fn op_push_segment(cpu: &mut Cpu, op: &Op) -> Step {
     let selector = cpu.sys.segments[usize::from(op.dst).min(5)].selector;
+    if op.operand_size() == 4 {
+        // The upper half of the doubleword stays as it was on the stack (SDM vol. 2B, PUSH).
+        return cpu.push_low(4, selector);
+    }
     cpu.push(op.operand_size(), u64::from(selector))
 }
 
 fn op_pop_segment(cpu: &mut Cpu, op: &Op) -> Step {
     let index = usize::from(op.dst).min(5);
     let size = op.operand_size();
-    let selector = cpu.peek(size, 0)? as u16;
+    // Only the selector is read, whatever the operand size: that shows in faults.
+    let selector = cpu.peek(2, 0)? as u16;
     // With a new SS the old stack's size still decides which part of RSP moves.
     let mask = cpu.stack_mask;
     cpu.load_segment(index, selector)?;

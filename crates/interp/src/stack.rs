@@ -23,6 +23,15 @@ impl Cpu {
         Ok(())
     }
 
+    /// Makes room for `size` bytes on the current stack, and writes the lower two of them.
+    pub(crate) fn push_low(&mut self, size: u64, value: u16) -> Step {
+        let pointer = self.regs.gpr[RSP].wrapping_sub(size) & self.stack_mask;
+        let linear = self.segment_address(sreg::SS, pointer, 2, true)?;
+        self.write(linear, SS, value)?;
+        self.set_stack_pointer(pointer);
+        Ok(())
+    }
+
     /// The value of 2, 4 or 8 bytes that lies `depth` bytes above the top of the stack.
     pub(crate) fn peek(&mut self, size: u64, depth: u64) -> Result<u64, Stop> {
         let pointer = self.regs.gpr[RSP].wrapping_add(depth) & self.stack_mask;
@@ -151,11 +160,9 @@ fn push_all(cpu: &mut Cpu, op: &Op) -> Step {
 /// POPA, POPAD: RSP's place is skipped.
 fn pop_all(cpu: &mut Cpu, op: &Op) -> Step {
     let size = op.operand_size();
-    let mut values = [0; 8];
-    for (place, value) in values.iter_mut().enumerate() {
-        *value = cpu.peek(size, place as u64 * size)?;
-    }
-    for (place, value) in values.into_iter().enumerate() {
+    // A fault in the middle shows what was popped, but not in RSP: it is done again from the start.
+    for place in 0..8 {
+        let value = cpu.peek(size, place as u64 * size)?;
         let register = 7 - place;
         if register != RSP {
             match size {

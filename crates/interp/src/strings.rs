@@ -49,6 +49,12 @@ fn advance(cpu: &mut Cpu, op: &Op, register: usize, step: u64) {
 trait Element {
     /// Whether REPE and REPNE look at ZF after it.
     const COMPARES: bool = false;
+    /// Index registers that a repeated instruction with 32-bit addresses zero-extends before its first element.
+    const EXTENDED: &'static [usize] = &[];
+    /// What is checked even if there are no elements.
+    fn begin<T: Width>(_: &mut Cpu) -> Step {
+        Ok(())
+    }
     /// Does one element, index registers included.
     fn once<T: Width>(cpu: &mut Cpu, op: &Op) -> Step;
     /// Does up to `count` elements at once, where that can be done fast; says how many. Registers
@@ -63,6 +69,14 @@ fn single<E: Element, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn repeated<E: Element, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
+    E::begin::<T>(cpu)?;
+    if op.address_size() == 4 && cpu.is_64bit() {
+        // Even if there are no elements, or the first one faults: the host CPU does so.
+        cpu.regs.gpr[RCX] &= 0xffff_ffff;
+        for &register in E::EXTENDED {
+            cpu.regs.gpr[register] &= 0xffff_ffff;
+        }
+    }
     let mut until_poll = POLL;
     let flags = cpu.flags;
     loop {
@@ -121,6 +135,8 @@ fn can_bulk(cpu: &Cpu, op: &Op) -> bool {
 struct Move;
 
 impl Element for Move {
+    const EXTENDED: &'static [usize] = &[RSI, RDI];
+
     #[inline(always)]
     fn once<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         let from = source::<T>(cpu, op)?;
@@ -173,6 +189,8 @@ fn copy<T: Width>(from: HostAddress, to: HostAddress, count: u64) {
 struct Store;
 
 impl Element for Store {
+    const EXTENDED: &'static [usize] = &[RDI];
+
     #[inline(always)]
     fn once<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         let to = destination::<T>(cpu, op, true)?;
@@ -236,10 +254,11 @@ impl Element for Compare {
 
     #[inline(always)]
     fn once<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
-        let from = source::<T>(cpu, op)?;
-        let a = cpu.read::<T>(from, op.segment)?;
+        // The host CPU reads them in this order, which shows in faults.
         let to = destination::<T>(cpu, op, false)?;
         let b = cpu.read::<T>(to, ES)?;
+        let from = source::<T>(cpu, op)?;
+        let a = cpu.read::<T>(from, op.segment)?;
         let result = T::from_u64(a.to_u64().wrapping_sub(b.to_u64()));
         cpu.flags.sub(a, b, result);
         let step = cpu.string_step(T::BYTES);
@@ -270,6 +289,10 @@ impl Element for Scan {
 struct Input;
 
 impl Element for Input {
+    fn begin<T: Width>(cpu: &mut Cpu) -> Step {
+        cpu.check_port(cpu.regs.gpr[RDX] as u16, T::BYTES)
+    }
+
     fn once<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         let port = cpu.regs.gpr[RDX] as u16;
         cpu.check_port(port, T::BYTES)?;
@@ -287,6 +310,10 @@ impl Element for Input {
 struct Output;
 
 impl Element for Output {
+    fn begin<T: Width>(cpu: &mut Cpu) -> Step {
+        cpu.check_port(cpu.regs.gpr[RDX] as u16, T::BYTES)
+    }
+
     fn once<T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         let port = cpu.regs.gpr[RDX] as u16;
         cpu.check_port(port, T::BYTES)?;
@@ -362,8 +389,10 @@ pub(crate) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
 
 #[cfg(test)]
 mod tests {
+    use trapgate_x86::registers::gpr;
+
     use super::*;
-    use crate::testing::{execute, long_cpu};
+    use crate::testing::{GP0, execute, fault, long_cpu, set_cpl};
 
     /// SDM vol. 3B, 19.3.1.1: whatever comes in the middle has RF in its frame.
     #[test]
@@ -384,5 +413,38 @@ mod tests {
         cpu.rip = 0;
         assert_eq!(execute(&mut cpu, rep_stosb), Ok(()));
         assert_eq!((cpu.regs.gpr[RCX], cpu.rflags() & rflags::RF), (0, 0));
+    }
+
+    /// As the host CPU does.
+    #[test]
+    fn repeated_instruction_with_short_addresses_extends_its_registers_even_for_no_element() {
+        let high = 0x1234_5678_0000_0000;
+        // rep movs, stos, lods, scas with 32-bit addresses: whether RSI and RDI are extended.
+        for (opcode, source, target) in [
+            (0xa4, true, true),
+            (0xaa, false, true),
+            (0xac, false, false),
+            (0xae, false, false),
+        ] {
+            let (mut cpu, _) = long_cpu();
+            for register in [gpr::RCX, gpr::RSI, gpr::RDI] {
+                cpu.regs.gpr[register] = high;
+            }
+            execute(&mut cpu, &[0xf3, 0x67, opcode]).unwrap();
+            assert_eq!(cpu.regs.gpr[gpr::RCX], 0, "{opcode:#x}");
+            assert_eq!(cpu.regs.gpr[gpr::RSI] == 0, source, "{opcode:#x}");
+            assert_eq!(cpu.regs.gpr[gpr::RDI] == 0, target, "{opcode:#x}");
+        }
+    }
+
+    #[test]
+    fn right_to_a_port_is_needed_even_for_no_element() {
+        for opcode in [0x6c, 0x6e] {
+            let (mut cpu, _) = long_cpu();
+            set_cpl(&mut cpu, 3);
+            cpu.sys.tr.limit = 0;
+            cpu.regs.gpr[gpr::RCX] = 0;
+            assert_eq!(fault(&mut cpu, &[0xf3, opcode]), GP0, "{opcode:#x}");
+        }
     }
 }

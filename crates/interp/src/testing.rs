@@ -167,6 +167,17 @@ pub(crate) fn long_cpu() -> (Cpu, TestWorld) {
     (cpu, world)
 }
 
+/// Where [`unmap_page`] leaves nothing mapped; what lies before it is.
+pub(crate) const UNMAPPED: u64 = 6 << 21;
+
+/// Takes a page of [`long_cpu`] away.
+pub(crate) fn unmap_page(cpu: &mut Cpu) {
+    let at = PAGE_TABLES + 0x2000 + (UNMAPPED >> 21) * 8;
+    cpu.memory
+        .write(at, &[0; 8])
+        .expect("the tables lie in memory");
+}
+
 /// Changes the CPL of a protected or long-mode processor.
 pub(crate) fn set_cpl(cpu: &mut Cpu, cpl: u8) {
     for index in [sreg::CS, sreg::SS] {

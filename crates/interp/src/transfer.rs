@@ -134,13 +134,28 @@ impl Cpu {
             return self.refuse(Vector::NP, selector, 0);
         }
         let code = loaded(descriptor, selector & !3 | u16::from(level));
+        let is_64bit = self.is_long() && code.has(access::L);
+        // An offset of 64 bits loses its upper half on the way to compatibility mode.
+        let offset = if is_64bit {
+            offset
+        } else {
+            offset & 0xffff_ffff
+        };
         if call {
             self.check_room(&Stack::current(self, 0), size, 2)?;
         }
-        self.check_entry(&code, offset)?;
+        if !(call && is_64bit) {
+            self.check_entry(&code, offset)?;
+        }
         self.set_accessed(selector, descriptor)?;
         if call {
+            // As of a near call, the push comes before the look at an address that is not canonical.
+            let pointer = self.regs.gpr[gpr::RSP];
             self.push_return(size)?;
+            if let Err(stop) = self.check_entry(&code, offset) {
+                self.regs.gpr[gpr::RSP] = pointer;
+                return Err(stop);
+            }
         }
         self.enter_code(code, offset);
         Ok(())
@@ -267,7 +282,7 @@ impl Cpu {
     fn far_return(&mut self, size: u64, released: u64) -> Step {
         let stack = Stack::operand(self);
         let mut frame = [0; 2];
-        self.peek_frame(&stack, size, 0, &mut frame)?;
+        self.peek_return(&stack, size, 0, &mut frame)?;
         let [rip, selector] = frame;
         let to = self.return_target(selector as u16)?;
         if to.level == self.cpl {
@@ -278,7 +293,7 @@ impl Cpu {
             return Ok(());
         }
         let mut outer = [0; 2];
-        self.peek_frame(&stack, size, (2 * size).wrapping_add(released), &mut outer)?;
+        self.peek_return(&stack, size, (2 * size).wrapping_add(released), &mut outer)?;
         let [pointer, stack_selector] = outer;
         let segment = self.return_stack(stack_selector as u16, &to)?;
         self.check_entry(&to.code, rip)?;

@@ -132,19 +132,7 @@ impl Cpu {
                     return Err(self.raise(Exception::NM));
                 }
             }
-            Class::Avx => {
-                let enabled = xcr0::SSE | xcr0::AVX;
-                if !self.is_protected()
-                    || self.is_vm86()
-                    || self.sys.cr4 & cr4::OSXSAVE == 0
-                    || self.sys.xcr0 & enabled != enabled
-                {
-                    return self.ud();
-                }
-                if task_switched {
-                    return Err(self.raise(Exception::NM));
-                }
-            }
+            Class::Avx => self.check_avx()?,
             Class::VexInteger => {
                 if !self.is_protected() || self.is_vm86() {
                     return self.ud();
@@ -169,6 +157,22 @@ impl Cpu {
         Ok(())
     }
 
+    /// #UD or #NM for an instruction of AVX.
+    pub(crate) fn check_avx(&mut self) -> Step {
+        let enabled = xcr0::SSE | xcr0::AVX;
+        if !self.is_protected()
+            || self.is_vm86()
+            || self.sys.cr4 & cr4::OSXSAVE == 0
+            || self.sys.xcr0 & enabled != enabled
+        {
+            return self.ud();
+        }
+        if self.sys.cr0 & cr0::TS != 0 {
+            return Err(self.raise(Exception::NM));
+        }
+        Ok(())
+    }
+
     /// An unmasked x87 exception met by a waiting instruction: #MF. Without CR0.NE it would be
     /// IRQ 13 by way of the FERR# pin, which no machine of ours wires.
     #[cold]
@@ -182,6 +186,10 @@ impl Cpu {
         number: usize,
         operand: MemoryOperand,
     ) -> Result<Outcome, Stop> {
+        if operand.mask.is_some() && self.selected_elements(operand).count == 0 {
+            // No access at all, so none that its segment could refuse.
+            return Ok(self.run_on(number, &mut Bounce([0; 128])));
+        }
         let size = operand.size as u64;
         let write = operand.access != ThunkAccess::Read;
         let mut linear = self.operand_address(op, size, write)?;
@@ -225,6 +233,11 @@ impl Cpu {
         operand: MemoryOperand,
         linear: u64,
     ) -> Result<Outcome, Stop> {
+        let thunk = &self.thunks.entries[number].thunk;
+        let can_raise = thunk.class == Class::X87 || thunk.simd_float;
+        if operand.access == ThunkAccess::Write && operand.mask.is_none() && can_raise {
+            return self.run_before_store(op, number, operand, linear);
+        }
         let mut bounce = Bounce([0; 128]);
         let selected = self.selected_elements(operand);
         let lock = operand
@@ -232,31 +245,78 @@ impl Cpu {
             .then(|| BUS_LOCK.lock().unwrap_or_else(PoisonError::into_inner));
         for (start, length) in selected.iter() {
             let at = self.advance(linear, start as u64);
-            if operand.access != ThunkAccess::Read {
-                self.probe(at, length as u64, Access::Write, op.segment)?;
+            self.check_operand(op, operand, at, length)?;
+            // Stores must not read: there may be a device.
+            if operand.access != ThunkAccess::Write {
+                self.read_elements(at, &mut bounce.0[start..start + length], op.segment)?;
             }
-            // An x87 store that meets an unmasked exception leaves memory as it was, so it needs
-            // the old contents. Other stores must not read: there may be a device.
-            let class = self.thunks.entries[number].thunk.class;
-            if operand.access == ThunkAccess::Write && class != Class::X87 {
-                continue;
-            }
-            self.read_bytes(at, &mut bounce.0[start..start + length], op.segment)?;
         }
-        // SAFETY: the buffer is ours, larger than any operand, and aligned for all.
-        let outcome = unsafe {
-            self.thunks.entries[number]
-                .thunk
-                .run(&mut self.regs, bounce.0.as_mut_ptr())
-        };
+        let outcome = self.run_on(number, &mut bounce);
         if operand.access != ThunkAccess::Read && outcome == Outcome::Done {
             for (start, length) in selected.iter() {
                 let at = self.advance(linear, start as u64);
-                self.write_bytes(at, &bounce.0[start..start + length], op.segment)?;
+                self.write_elements(at, &bounce.0[start..start + length], op.segment)?;
             }
         }
         drop(lock);
         Ok(outcome)
+    }
+
+    /// A store whose own exceptions come before those of memory: one that is unmasked leaves memory alone, so that
+    /// it cannot fault either.
+    fn run_before_store(
+        &mut self,
+        op: &Op,
+        number: usize,
+        operand: MemoryOperand,
+        linear: u64,
+    ) -> Result<Outcome, Stop> {
+        let before = self.regs.clone();
+        let mut bounce = Bounce([0; 128]);
+        let outcome = self.run_on(number, &mut bounce);
+        if outcome != Outcome::Done {
+            return Ok(outcome);
+        }
+        let size = operand.size;
+        if before.x87.control_word() & 0x3f != 0x3f
+            && bounce.0[..size].iter().all(|&byte| byte == 0)
+        {
+            // Zeros were stored, or nothing.
+            let after = std::mem::replace(&mut self.regs, before.clone());
+            let mut other = Bounce([0xff; 128]);
+            let _ = self.run_on(number, &mut other);
+            self.regs = after;
+            if other.0[..size].iter().all(|&byte| byte == 0xff) {
+                return Ok(outcome);
+            }
+        }
+        let stored = self
+            .check_operand(op, operand, linear, size)
+            .and_then(|()| self.write_elements(linear, &bounce.0[..size], op.segment));
+        if let Err(stop) = stored {
+            self.regs = before;
+            return Err(stop);
+        }
+        Ok(outcome)
+    }
+
+    fn run_on(&mut self, number: usize, bounce: &mut Bounce) -> Outcome {
+        // SAFETY: the buffer is ours, larger than any operand, and aligned for all.
+        unsafe {
+            self.thunks.entries[number]
+                .thunk
+                .run(&mut self.regs, bounce.0.as_mut_ptr())
+        }
+    }
+
+    /// Faults as an access to part of a memory operand would.
+    fn check_operand(&mut self, op: &Op, operand: MemoryOperand, at: u64, length: usize) -> Step {
+        let (length, alignment) = (length as u64, operand.checked_alignment as u64);
+        if operand.access == ThunkAccess::Read {
+            return self.check_access(at, op.segment, length, alignment, Access::Read);
+        }
+        self.check_access(at, op.segment, length, alignment, Access::Write)?;
+        self.probe_elements(at, length, Access::Write, op.segment)
     }
 
     /// The parts of a memory operand that are really accessed: all of it, or the elements that the
@@ -393,9 +453,62 @@ pub(crate) enum Lowered {
 
 #[cfg(test)]
 mod tests {
-    use trapgate_x86::registers::gpr;
+    use trapgate_x86::registers::{cr4, gpr, xcr0};
 
-    use crate::testing::{execute, long_cpu};
+    use super::*;
+    use crate::testing::{UNMAPPED, execute, fault, long_cpu, unmap_page};
+
+    const INFINITY: [u8; 10] = [0, 0, 0, 0, 0, 0, 0, 0x80, 0xff, 0x7f];
+
+    /// FISTP of what is no integer raises the invalid-operation exception: unmasked it stores nothing, so there is
+    /// nothing that could fault.
+    #[test]
+    fn x87_store_with_an_unmasked_exception_does_not_fault() {
+        for (control, pending) in [(0x37f, false), (0x37e, true)] {
+            let (mut cpu, _) = long_cpu();
+            unmap_page(&mut cpu);
+            cpu.regs.x87.set_control_word(control);
+            cpu.regs.x87.set_stack_register(0, INFINITY);
+            cpu.regs.x87.0[4] = 1;
+            cpu.regs.gpr[gpr::RAX] = UNMAPPED;
+            // fistp dword [rax]
+            let code = [0xdb, 0x18];
+            if pending {
+                execute(&mut cpu, &code).unwrap();
+                assert!(cpu.regs.x87.exception_pending());
+                assert_eq!(cpu.regs.x87.tags(), 1, "it is not popped");
+            } else {
+                assert_eq!(fault(&mut cpu, &code), (Vector::PF, Some(2)));
+                assert_eq!(cpu.regs.x87.status_word() & 0x3f, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn conversion_to_half_precision_raises_its_exception_before_that_of_its_store() {
+        let (mut cpu, _) = long_cpu();
+        unmap_page(&mut cpu);
+        cpu.sys.cr4 |= cr4::OSXSAVE;
+        cpu.sys.xcr0 = xcr0::X87 | xcr0::SSE | xcr0::AVX;
+        cpu.regs.gpr[gpr::RAX] = UNMAPPED;
+        cpu.regs.set_xmm(1, u128::from(1e20_f32.to_bits()));
+        // vcvtps2ph [rax], xmm1, 0
+        let code = [0xc4, 0xe3, 0x79, 0x1d, 0x08, 0];
+        assert_eq!(fault(&mut cpu, &code), (Vector::PF, Some(2)));
+        // Overflow unmasked.
+        cpu.regs.mxcsr = 0x1b80;
+        assert_eq!(fault(&mut cpu, &code), (Vector::XM, None));
+    }
+
+    #[test]
+    fn masked_move_of_nothing_looks_at_no_address() {
+        let (mut cpu, _) = long_cpu();
+        cpu.sys.cr4 |= cr4::OSXSAVE;
+        cpu.sys.xcr0 = xcr0::X87 | xcr0::SSE | xcr0::AVX;
+        cpu.regs.gpr[gpr::RAX] = 1 << 60;
+        // vmaskmovps [rax], xmm1, xmm2
+        execute(&mut cpu, &[0xc4, 0xe2, 0x71, 0x2e, 0x10]).unwrap();
+    }
 
     /// `fadd dword [rbx]`, and its opcode.
     const FADD: (&[u8], u16) = (&[0xd8, 0x03], 0x003);

@@ -333,7 +333,8 @@ fn op_fxsave(cpu: &mut Cpu, op: &Op) -> Step {
     store_x87(&cpu.regs, &mut area, op.code != 0);
     store_mxcsr(&cpu.regs, &mut area);
     store_xmm(&cpu.regs, &mut area, count);
-    // What follows the registers is software's, or reserved and not written.
+    // What follows the registers is software's, or reserved and not written: but it must be there.
+    cpu.probe(linear, LEGACY_BYTES as u64, Access::Write, op.segment)?;
     let mut runs = Runs::default();
     runs.push(0, XMM_AT + 16 * count);
     cpu.write_runs(linear, op.segment, &area, &runs)
@@ -365,6 +366,13 @@ fn op_xsave<const OPT: bool>(cpu: &mut Cpu, op: &Op) -> Step {
     let count = cpu.vector_count();
 
     let header = cpu.advance(linear, HEADER_AT as u64);
+    // The host CPU wants to write all of it, also what it leaves as it is.
+    cpu.probe(
+        linear,
+        area_bytes(requested) as u64,
+        Access::Write,
+        op.segment,
+    )?;
     let old: u64 = cpu.read(header, op.segment)?;
     let bits = old & !requested | used & requested;
 
@@ -400,11 +408,8 @@ fn op_xrstor(cpu: &mut Cpu, op: &Op) -> Step {
     let bytes = area_bytes(requested);
     let linear = cpu.aligned_operand(op, bytes, 64, false)?;
     let mut area = [0; XSAVE_BYTES];
-    cpu.read_bytes(linear, &mut area[..HEADER_AT + HEADER_BYTES], op.segment)?;
-    if state_bits(&area) & requested & xcr0::AVX != 0 {
-        let at = cpu.advance(linear, YMM_AT as u64);
-        cpu.read_bytes(at, &mut area[YMM_AT..], op.segment)?;
-    }
+    // What XSTATE_BV says is not there is read as well, by the host CPU.
+    cpu.read_bytes(linear, &mut area[..bytes], op.segment)?;
     if !is_restorable(&area, cpu.sys.xcr0, requested) {
         return cpu.gp0();
     }

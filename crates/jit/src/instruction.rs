@@ -290,10 +290,14 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         Code::Push_rm64 => return Kind::PushRegister(number(instruction.op0_register())),
         Code::Pop_r64 => return Kind::Pop(number(instruction.op0_register())),
         Code::Leaveq => return Kind::Leave,
-        Code::Div_rm32 => return divide(false, false),
-        Code::Div_rm64 => return divide(false, true),
-        Code::Idiv_rm32 => return divide(true, false),
-        Code::Idiv_rm64 => return divide(true, true),
+        Code::Div_rm32 | Code::Div_rm64 | Code::Idiv_rm32 | Code::Idiv_rm64 => {
+            let memory = instruction.op0_kind() == OpKind::Memory;
+            return if memory && !can_address(instruction) {
+                Kind::Operate
+            } else {
+                divide(instruction)
+            };
+        }
         Code::Pushfq => return Kind::PushFlags,
         Code::Popfq => return Kind::PopFlags,
         Code::Cld => return Kind::Direction(false),
@@ -315,7 +319,9 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         }
         Code::Wrfsbase_r64 if mode.has_bases() => return Kind::WriteBase(sreg::FS),
         Code::Wrgsbase_r64 if mode.has_bases() => return Kind::WriteBase(sreg::GS),
-        Code::Fnstcw_m2byte if mode.has_sse() && can_address(instruction) => {
+        Code::Fnstcw_m2byte
+            if mode.has_sse() && can_address(instruction) && !writes_code(instruction, mode) =>
+        {
             return Kind::ControlWord;
         }
         Code::Fldcw_m2byte if mode.has_sse() && can_address(instruction) => {
@@ -344,8 +350,11 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
     if let Some(string) = string(instruction, mode) {
         return Kind::String(string);
     }
-    if let Some(plan) = plan(instruction, mode) {
-        return if plan.harmless.bit_offset && mode.is_compatibility() {
+    let refused = writes_code(instruction, mode);
+    if let Some(plan) = plan(instruction, mode).filter(|plan| !(refused && plan.writes_memory)) {
+        let short = mode.is_compatibility() || has_short_address(instruction);
+        return if plan.harmless.bit_offset && short {
+            // The address wraps after the offset's upper bits were added.
             Kind::Operate
         } else if plan.harmless.bit_offset {
             Kind::BitOfMemory(plan)
@@ -386,8 +395,11 @@ fn string(instruction: &Instruction, mode: Mode) -> Option<Text> {
     })
 }
 
-fn divide(signed: bool, wide: bool) -> Kind {
-    Kind::Divide { signed, wide }
+fn divide(instruction: &Instruction) -> Kind {
+    Kind::Divide {
+        signed: instruction.mnemonic() == Mnemonic::Idiv,
+        wide: matches!(instruction.code(), Code::Div_rm64 | Code::Idiv_rm64),
+    }
 }
 
 fn transfer(instruction: &Instruction) -> Option<Kind> {
@@ -496,7 +508,12 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
         ),
         indexes: matches!(
             instruction.mnemonic(),
-            Mnemonic::Pcmpestri | Mnemonic::Pcmpistri | Mnemonic::Vpcmpestri | Mnemonic::Vpcmpistri
+            Mnemonic::Pcmpestri
+                | Mnemonic::Pcmpestri64
+                | Mnemonic::Pcmpistri
+                | Mnemonic::Vpcmpestri
+                | Mnemonic::Vpcmpestri64
+                | Mnemonic::Vpcmpistri
         ),
         high: false,
         visits_rcx: false,
@@ -613,6 +630,18 @@ pub(crate) fn can_address(instruction: &Instruction) -> bool {
         register == Register::None || register.is_gpr64() || register.is_gpr32()
     };
     (base == Register::RIP || register(base)) && register(index)
+}
+
+/// Whether a store would go to the code segment, which the interpreter refuses.
+fn writes_code(instruction: &Instruction, mode: Mode) -> bool {
+    mode.is_compatibility() && instruction.memory_segment() == Register::CS
+}
+
+/// Whether addresses are those of the address-size prefix.
+fn has_short_address(instruction: &Instruction) -> bool {
+    instruction.memory_base().is_gpr32()
+        || instruction.memory_index().is_gpr32()
+        || instruction.memory_displ_size() == 4
 }
 
 /// The guest's RCX as a count goes to the host's.

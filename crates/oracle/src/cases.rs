@@ -17,8 +17,10 @@ pub struct Piece {
     pub slot: usize,
     /// Its bytes.
     pub bytes: Vec<u8>,
-    /// What they are; invalid if no instruction.
+    /// What they are.
     pub instruction: Instruction,
+    /// They are no instruction, or one that its prefixes forbid; then [`Self::instruction`] is what it would be without.
+    pub undefined: bool,
     /// Where it lies.
     pub ip: u64,
     /// 64 or 32.
@@ -48,7 +50,8 @@ impl Piece {
         // As the interpreter has it: F3 before WBINVD means nothing in the profiles.
         let options = DecoderOptions::NO_WBNOINVD;
         let mut instruction = Decoder::with_ip(bits, &bytes, ip, options).decode();
-        if instruction.is_invalid() {
+        let undefined = instruction.is_invalid();
+        if undefined {
             let lenient = options | DecoderOptions::NO_INVALID_CHECK;
             instruction = Decoder::with_ip(bits, &bytes, ip, lenient).decode();
         }
@@ -61,6 +64,7 @@ impl Piece {
             slot,
             bytes,
             instruction,
+            undefined,
             ip,
             bits,
         }
@@ -118,9 +122,30 @@ pub fn target(random: &mut Random, size: u64, long: bool) -> u64 {
     }
 }
 
+/// What the cases of a batch have in common: the translator has other code for each of these, and a batch of all of
+/// them would be about going from one to the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Climate {
+    /// MXCSR may leave exceptions unmasked.
+    pub unmasked: bool,
+    /// RFLAGS.AC may be set: misaligned accesses fault.
+    pub aligned: bool,
+}
+
+impl Climate {
+    /// One of them.
+    pub fn pick(random: &mut Random) -> Self {
+        Self {
+            unmasked: random.one_in(10),
+            aligned: random.one_in(8),
+        }
+    }
+}
+
 /// Makes cases; one for each thread.
 pub struct Maker {
     images: Images,
+    components: u64,
 }
 
 /// A case under construction.
@@ -131,6 +156,8 @@ struct Making<'a> {
     record: &'a mut [u8],
     /// Where the explicit memory operand lies.
     operand: u64,
+    /// State components of the profile.
+    components: u64,
 }
 
 impl Maker {
@@ -138,20 +165,27 @@ impl Maker {
     pub fn new(avx: bool) -> Self {
         Self {
             images: Images::new(avx),
+            components: if avx { 7 } else { 3 },
         }
     }
 
     /// Writes a case for a piece of code into a record that holds zeros or an older one.
-    pub fn make(&self, piece: &Piece, random: &mut Random, record: &mut [u8]) {
+    pub fn make(&self, piece: &Piece, climate: Climate, random: &mut Random, record: &mut [u8]) {
         record[at::XSAVE..at::MEMORY].copy_from_slice(self.images.pick(random));
+        if !climate.unmasked {
+            // All exceptions masked.
+            record[at::XSAVE + 24] |= 0x80;
+            record[at::XSAVE + 25] |= 0x1f;
+        }
         let mut making = Making {
             piece,
             random,
             start: Start::default(),
             record,
             operand: 0,
+            components: self.components,
         };
-        making.registers();
+        making.registers(climate);
         making.vectors();
         making.stack();
         making.operands();
@@ -167,22 +201,31 @@ impl Making<'_> {
         self.piece.bits == 64
     }
 
-    fn registers(&mut self) {
+    fn registers(&mut self, climate: Climate) {
         let random = &mut *self.random;
         for register in &mut self.start.gpr {
             *register = random.integer();
         }
         let bits = random.next();
         let mut flags = rflags::ONE | rflags::IF | bits & rflags::ARITHMETIC;
-        for (chance, flag) in [(8, rflags::DF), (24, rflags::AC), (40, rflags::NT), (4, rflags::ID)] {
-            if random.one_in(chance) {
+        for (chance, flag) in [
+            (8, rflags::DF),
+            (3, rflags::AC),
+            (40, rflags::NT),
+            (4, rflags::ID),
+        ] {
+            let allowed = flag != rflags::AC || climate.aligned;
+            if allowed && random.one_in(chance) {
                 flags |= flag;
             }
         }
         self.start.flags = flags;
         self.start.rip = self.piece.ip;
         self.start.compatibility = self.piece.bits == 32;
-        self.start.bases = [DATA, random.next() >> 18];
+        self.start.bases = [
+            DATA,
+            random.next() >> if self.start.compatibility { 34 } else { 18 },
+        ];
     }
 
     /// Fresh values for the vector registers that are named.
@@ -214,7 +257,12 @@ impl Making<'_> {
         instruction.is_stack_instruction()
             || matches!(
                 instruction.mnemonic(),
-                Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq | Mnemonic::Retf | Mnemonic::Leave | Mnemonic::Enter
+                Mnemonic::Iret
+                    | Mnemonic::Iretd
+                    | Mnemonic::Iretq
+                    | Mnemonic::Retf
+                    | Mnemonic::Leave
+                    | Mnemonic::Enter
             )
     }
 
@@ -235,7 +283,10 @@ impl Making<'_> {
     fn stack(&mut self) {
         if self.uses_stack() || self.random.below(4) != 0 {
             self.start.gpr[gpr::RSP] = self.place_on_stack();
-            if matches!(self.piece.instruction.mnemonic(), Mnemonic::Leave | Mnemonic::Enter) {
+            if matches!(
+                self.piece.instruction.mnemonic(),
+                Mnemonic::Leave | Mnemonic::Enter
+            ) {
                 self.start.gpr[gpr::RBP] = self.place_on_stack();
             }
         }
@@ -286,8 +337,12 @@ impl Making<'_> {
                 OpKind::MemorySegRSI => implied(&mut self.start, gpr::RSI, 64),
                 OpKind::MemorySegESI => implied(&mut self.start, gpr::RSI, 32),
                 OpKind::MemorySegSI => implied(&mut self.start, gpr::RSI, 16),
-                OpKind::MemorySegRDI | OpKind::MemoryESRDI => implied(&mut self.start, gpr::RDI, 64),
-                OpKind::MemorySegEDI | OpKind::MemoryESEDI => implied(&mut self.start, gpr::RDI, 32),
+                OpKind::MemorySegRDI | OpKind::MemoryESRDI => {
+                    implied(&mut self.start, gpr::RDI, 64)
+                }
+                OpKind::MemorySegEDI | OpKind::MemoryESEDI => {
+                    implied(&mut self.start, gpr::RDI, 32)
+                }
                 OpKind::MemorySegDI | OpKind::MemoryESDI => implied(&mut self.start, gpr::RDI, 16),
                 _ => {}
             }
@@ -335,18 +390,27 @@ impl Making<'_> {
             _ => None,
         };
         let mut offset = wanted;
-        if let Some(which) = segment.filter(|_| long) {
+        if let Some(which) = segment {
             offset = match self.random.below(3) {
                 0 => self.random.below(0x1000),
+                // What goes over the end of a segment of 4 GiB is the processor's choice.
+                _ if !long => self.random.next() >> 34,
                 1 => (self.random.below(0x1000) + 8).wrapping_neg() & mask,
                 _ => self.random.next() >> 18 & mask,
             };
-            if base == Register::None && index == Register::None || base == Register::RIP || base == Register::EIP {
+            if base == Register::None && index == Register::None
+                || base == Register::RIP
+                || base == Register::EIP
+            {
                 offset = instruction.memory_displacement64() & mask;
             }
             let wanted_base = wanted.wrapping_sub(offset);
             // The base itself has to be canonical.
-            self.start.bases[which] = ((wanted_base << 16) as i64 >> 16) as u64;
+            self.start.bases[which] = if long {
+                ((wanted_base << 16) as i64 >> 16) as u64
+            } else {
+                wanted_base & 0xffff_ffff
+            };
         }
         let displacement = instruction.memory_displacement64();
         let scale = u64::from(instruction.memory_index_scale());
@@ -371,23 +435,40 @@ impl Making<'_> {
             if same {
                 self.set(base, rest / (scale + 1), mask);
             } else if base != Register::None {
-                self.set(base, rest.wrapping_sub(index_value.wrapping_mul(scale)), mask);
+                self.set(
+                    base,
+                    rest.wrapping_sub(index_value.wrapping_mul(scale)),
+                    mask,
+                );
             } else if index != Register::None {
-                let rest = if mask == u64::MAX { rest as i64 } else { rest as i32 as i64 };
+                let rest = if mask == u64::MAX {
+                    rest as i64
+                } else {
+                    rest as i32 as i64
+                };
                 self.set(index, (rest / scale as i64) as u64, mask);
             }
         }
         // Where it is, whatever was wanted: registers may play two parts.
-        self.operand = self.effective(instruction, mask).wrapping_add(match segment {
-            Some(which) if long => self.start.bases[which],
-            _ => 0,
-        });
+        let base = segment.map_or(0, |which| self.start.bases[which]);
+        self.operand = self.effective(instruction, mask).wrapping_add(base);
+        if !long {
+            self.operand &= 0xffff_ffff;
+        }
     }
 
     /// Sets a register that an address is made of.
     fn set(&mut self, register: Register, value: u64, mask: u64) {
-        let garbage = if mask == u64::MAX { 0 } else { self.random.next() & !mask };
-        let garbage = if self.is_long() { garbage } else { garbage & 0xffff_ffff };
+        let garbage = if mask == u64::MAX {
+            0
+        } else {
+            self.random.next() & !mask
+        };
+        let garbage = if self.is_long() {
+            garbage
+        } else {
+            garbage & 0xffff_ffff
+        };
         self.start.gpr[register.number() & 15] = value & mask | garbage;
     }
 
@@ -411,13 +492,24 @@ impl Making<'_> {
         let wild = self.random.one_in(16);
         let narrow = matches!(
             instruction.mnemonic(),
-            Mnemonic::Vgatherdps | Mnemonic::Vgatherdpd | Mnemonic::Vpgatherdd | Mnemonic::Vpgatherdq
+            Mnemonic::Vgatherdps
+                | Mnemonic::Vgatherdpd
+                | Mnemonic::Vpgatherdd
+                | Mnemonic::Vpgatherdq
         );
         let index = instruction.memory_index().number();
         let element = |random: &mut Random| {
             let near = random.below(320) / scale;
-            let value = if random.one_in(4) { near.wrapping_neg() } else { near };
-            if wild && random.one_in(3) { random.integer() } else { value }
+            let value = if random.one_in(4) {
+                near.wrapping_neg()
+            } else {
+                near
+            };
+            if wild && random.one_in(3) {
+                random.integer()
+            } else {
+                value
+            }
         };
         for part in [160 + index * 16, 576 + index * 16] {
             for lane in [part, part + 8] {
@@ -445,7 +537,11 @@ impl Making<'_> {
             let span = |register: usize| {
                 let down = self.start.flags & rflags::DF != 0;
                 let pointer = self.start.gpr[register];
-                let first = if down { pointer.wrapping_sub(400) } else { pointer.wrapping_sub(8) };
+                let first = if down {
+                    pointer.wrapping_sub(400)
+                } else {
+                    pointer.wrapping_sub(8)
+                };
                 Window::within(first, 432, &WRITABLE, ROOM / 2)
             };
             windows = [span(gpr::RSI), span(gpr::RDI)];
@@ -473,7 +569,11 @@ impl Making<'_> {
             || self.piece.instruction.op_register(1).is_vector_register()
             || self.random.one_in(4);
         for at in (at::MEMORY..at::MEMORY + bytes).step_by(8) {
-            let value = if lanes { self.random.lane() } else { self.random.integer() };
+            let value = if lanes {
+                self.random.lane()
+            } else {
+                self.random.integer()
+            };
             put(self.record, at, value);
         }
     }
@@ -529,7 +629,11 @@ impl Making<'_> {
             M::Div | M::Idiv if self.random.below(3) != 0 => {
                 // A quotient that fits.
                 let register = if first.is_gpr8() { gpr::RAX } else { gpr::RDX };
-                let shift = if first.is_gpr8() || instruction.memory_size().size() == 1 { 60 } else { 61 };
+                let shift = if first.is_gpr8() || instruction.memory_size().size() == 1 {
+                    60
+                } else {
+                    61
+                };
                 let small = self.random.next() >> shift;
                 let value = if instruction.mnemonic() == M::Idiv && self.random.one_in(2) {
                     small.wrapping_neg()
@@ -543,6 +647,8 @@ impl Making<'_> {
             M::Jmp | M::Call => {
                 let destination = self.destination();
                 if instruction.is_jmp_far_indirect() || instruction.is_call_far_indirect() {
+                    // What becomes of the upper half in compatibility mode is the processor's choice.
+                    self.start.gpr[gpr::RSP] = self.start.gpr[gpr::RSP] & 0xffff_ffff | 0x1000;
                     let size = instruction.memory_size().size().max(4) - 2;
                     let mut bytes = destination.to_le_bytes()[..size].to_vec();
                     let selector = self.random.pick(&SELECTORS);
@@ -574,7 +680,8 @@ impl Making<'_> {
                 } else {
                     let register = instruction.op_register(from);
                     let selector = self.random.pick(&SELECTORS);
-                    self.start.gpr[register.number() & 15] = u64::from(selector) | self.random.next() << 16;
+                    self.start.gpr[register.number() & 15] =
+                        u64::from(selector) | self.random.next() << 16;
                 }
             }
             M::Lfs | M::Lgs | M::Lss | M::Lds | M::Les => {
@@ -583,7 +690,8 @@ impl Making<'_> {
             }
             M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xrstor | M::Xrstor64 => {
                 // The host has more components than the profile.
-                self.start.gpr[gpr::RAX] &= 7 | 0xffff_ffff << 32;
+                let mask = self.components;
+                self.start.gpr[gpr::RAX] &= mask | 0xffff_ffff << 32;
                 self.start.gpr[gpr::RDX] &= 0xffff_ffff << 32;
                 self.area(operand);
             }
@@ -608,7 +716,9 @@ impl Making<'_> {
                 self.start.gpr[gpr::RAX] = self.memory(operand);
                 self.start.gpr[gpr::RDX] = self.memory(operand.wrapping_add(8));
             }
-            M::Bt | M::Bts | M::Btr | M::Btc if memory && instruction.op_kind(1) == OpKind::Register => {
+            M::Bt | M::Bts | M::Btr | M::Btc
+                if memory && instruction.op_kind(1) == OpKind::Register =>
+            {
                 // Bits of other memory than the window would not be compared at once.
                 let register = instruction.op_register(1).number() & 15;
                 let base = instruction.memory_base();
@@ -617,12 +727,19 @@ impl Making<'_> {
                     && (index == Register::None || index.number() & 15 != register);
                 if free {
                     let bit = self.random.next() as i8 as i64;
-                    let wild = self.is_long() && instruction.memory_size().size() == 8 && self.random.one_in(16);
-                    self.start.gpr[register] = if wild { self.random.next() | 1 << 62 } else { bit as u64 };
+                    let wild = self.is_long()
+                        && instruction.memory_size().size() == 8
+                        && self.random.one_in(16);
+                    self.start.gpr[register] = if wild {
+                        self.random.next() | 1 << 62
+                    } else {
+                        bit as u64
+                    };
                 }
             }
             M::Loop | M::Loope | M::Loopne | M::Jrcxz | M::Jecxz | M::Jcxz => {
-                self.start.gpr[gpr::RCX] = self.random.pick(&[0, 1, 2, 1 << 32, 1 << 32 | 1, u64::MAX]);
+                self.start.gpr[gpr::RCX] =
+                    self.random.pick(&[0, 1, 2, 1 << 32, 1 << 32 | 1, u64::MAX]);
             }
             _ => {}
         }
@@ -650,12 +767,20 @@ impl Making<'_> {
         };
         let same = if self.is_long() { 0x33 } else { 0x23 };
         let destination = self.destination();
-        let selector = if self.random.below(4) != 0 { same } else { self.random.pick(&SELECTORS).into() };
+        let selector = if self.random.below(4) != 0 {
+            same
+        } else {
+            self.random.pick(&SELECTORS).into()
+        };
         let mut words = vec![destination, selector];
         if iret {
             words.push(self.random.next() & 0x3f_7fff & !rflags::TF);
             words.push(STACK.0 + 0x400 + self.random.below(0x80) * 8);
-            words.push(if self.random.below(4) != 0 { 0x2b } else { self.random.pick(&SELECTORS).into() });
+            words.push(if self.random.below(4) != 0 {
+                0x2b
+            } else {
+                self.random.pick(&SELECTORS).into()
+            });
         }
         for (index, word) in words.iter().enumerate() {
             let address = pointer.wrapping_add((index * width) as u64);
@@ -675,7 +800,7 @@ impl Making<'_> {
             self.put_memory(address.wrapping_add(pointer), &value.to_le_bytes());
         }
         if self.random.below(8) != 0 {
-            let components = self.random.next() & 7;
+            let components = self.random.next() & self.components;
             self.put_memory(address.wrapping_add(512), &components.to_le_bytes());
             self.put_memory(address.wrapping_add(520), &[0; 56]);
         }

@@ -1,7 +1,8 @@
 //! Encodings: each instruction of the decoder's tables in each form that it can be written in.
 
 use iced_x86::{
-    Code, CodeSize, Encoder, EncodingKind, Instruction, OpCodeInfo, OpCodeOperandKind as Kind, OpKind, Register,
+    Code, CodeSize, Encoder, EncodingKind, Instruction, OpCodeInfo, OpCodeOperandKind as Kind,
+    OpKind, Register,
 };
 use trapgate_x86::profile::Level;
 
@@ -43,6 +44,8 @@ pub enum Form {
     Rep,
     /// REPNE, and memory if there is a form with it.
     Repne,
+    /// REP or REPNE of a string instruction with addresses of the other size.
+    RepAddresses,
     /// The operand-size prefix once more, or where it means nothing.
     OperandSize,
     /// A REX prefix more.
@@ -165,6 +168,9 @@ pub fn encodings(level: Level, bits: u32) -> Vec<Encoding> {
                 put(form);
             }
         }
+        if code.is_string_instruction() {
+            put(Form::RepAddresses);
+        }
         if shape.offset {
             put(Form::Absolute);
         }
@@ -216,13 +222,20 @@ pub fn write(encoding: Encoding, around: &Surroundings, random: &mut Random) -> 
         Form::Lock => bytes.insert(0, 0xf0),
         Form::Rep => bytes.insert(0, 0xf3),
         Form::Repne => bytes.insert(0, 0xf2),
+        Form::RepAddresses => {
+            bytes.insert(0, 0x67);
+            bytes.insert(0, random.pick(&[0xf2, 0xf3]));
+        }
         Form::OperandSize => bytes.insert(0, 0x66),
         Form::Rex => {
             let at = bytes.iter().position(|byte| !is_prefix(*byte))?;
             if bytes[at] & 0xf0 == 0x40 {
                 bytes[at] |= random.next() as u8 & 0xf;
             } else {
-                bytes.insert(at, 0x40 | if legacy { random.next() as u8 & 0xf } else { 0 });
+                bytes.insert(
+                    at,
+                    0x40 | if legacy { random.next() as u8 & 0xf } else { 0 },
+                );
             }
         }
         Form::EarlyRex => {
@@ -240,7 +253,8 @@ pub fn write(encoding: Encoding, around: &Surroundings, random: &mut Random) -> 
     Some(bytes)
 }
 
-fn is_prefix(byte: u8) -> bool {
+/// Whether a byte is a prefix, beside REX.
+pub fn is_prefix(byte: u8) -> bool {
     matches!(
         byte,
         0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3
@@ -272,7 +286,8 @@ fn instruction(
             memory(&mut instruction, index, form?, around, None, random)?;
             continue;
         }
-        let any = |first: Register, count: u64, random: &mut Random| first + random.below(count) as u32;
+        let any =
+            |first: Register, count: u64, random: &mut Random| first + random.below(count) as u32;
         let chosen = match kind {
             Kind::mem_vsib32x | Kind::mem_vsib64x | Kind::mem_vsib32y | Kind::mem_vsib64y => {
                 let first = match kind {
@@ -281,7 +296,14 @@ fn instruction(
                 };
                 vector += 1;
                 let register = first + ((vectors + vector * 3) % registers) as u32;
-                memory(&mut instruction, index, form?, around, Some(register), random)?;
+                memory(
+                    &mut instruction,
+                    index,
+                    form?,
+                    around,
+                    Some(register),
+                    random,
+                )?;
                 continue;
             }
             Kind::mem_offs => {
@@ -300,9 +322,11 @@ fn instruction(
             Kind::r8_or_mem | Kind::r8_reg | Kind::r8_opcode => {
                 any(Register::AL, if long { 20 } else { 8 }, random)
             }
-            Kind::r16_or_mem | Kind::r16_reg | Kind::r16_reg_mem | Kind::r16_rm | Kind::r16_opcode => {
-                any(Register::AX, registers, random)
-            }
+            Kind::r16_or_mem
+            | Kind::r16_reg
+            | Kind::r16_reg_mem
+            | Kind::r16_rm
+            | Kind::r16_opcode => any(Register::AX, registers, random),
             Kind::r32_or_mem
             | Kind::r32_reg
             | Kind::r32_reg_mem
@@ -405,10 +429,16 @@ fn instruction(
             Kind::seg_rSI | Kind::es_rDI | Kind::seg_rDI => {
                 let short = form == Some(Form::Addresses);
                 let [si, es_di, di] = match (long, short) {
-                    (true, false) => [OpKind::MemorySegRSI, OpKind::MemoryESRDI, OpKind::MemorySegRDI],
-                    (true, true) | (false, false) => {
-                        [OpKind::MemorySegESI, OpKind::MemoryESEDI, OpKind::MemorySegEDI]
-                    }
+                    (true, false) => [
+                        OpKind::MemorySegRSI,
+                        OpKind::MemoryESRDI,
+                        OpKind::MemorySegRDI,
+                    ],
+                    (true, true) | (false, false) => [
+                        OpKind::MemorySegESI,
+                        OpKind::MemoryESEDI,
+                        OpKind::MemorySegEDI,
+                    ],
                     (false, true) => [OpKind::MemorySegSI, OpKind::MemoryESDI, OpKind::MemorySegDI],
                 };
                 instruction.set_op_kind(
@@ -473,10 +503,13 @@ fn branch(instruction: &mut Instruction, index: u32, target: u64, long: bool) {
 fn immediate(instruction: &mut Instruction, index: u32, kind: Kind, random: &mut Random) {
     let value = random.integer();
     let byte = value as u8;
+    // ENTER and EXTRQ have two.
     let second = kind == Kind::imm8
         && index > 0
-        && instruction.op_kind(index - 1) == OpKind::Immediate8
-        || kind == Kind::imm8 && index > 0 && instruction.op_kind(index - 1) == OpKind::Immediate16;
+        && matches!(
+            instruction.op_kind(index - 1),
+            OpKind::Immediate8 | OpKind::Immediate16
+        );
     let (op_kind, value) = match kind {
         Kind::imm8 if second => {
             instruction.set_op_kind(index, OpKind::Immediate8_2nd);

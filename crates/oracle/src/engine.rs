@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use trapgate_engine::{Exit, Refused, Signal, Signals, StateError, Vcpu, World};
+use trapgate_engine::{Exit, NoDevices, Signal, Signals, StateError, Vcpu};
 use trapgate_interp::Interpreter;
 use trapgate_jit::{JitError, Translating};
 use trapgate_memory::{GuestMemory, MemoryError, RamRange};
@@ -15,8 +15,8 @@ use trapgate_x86::registers::{cr0, cr4, efer, sreg, xcr0};
 use trapgate_x86::{CpuProfile, CpuState, Segment, TableRegister};
 
 use crate::layout::{
-    ARENA_BYTES, CODE_AT, CONTROL, CONTROL_AT, DATA_AT, EXIT_AT, IN_AT, MONITOR, MONITOR_AT, OUT_AT, PAGE, READ_ONLY,
-    RECORD, SLOTS, data_offset, record, regions, vector,
+    ARENA_BYTES, CODE_AT, CONTROL, CONTROL_AT, DATA_AT, EXIT_AT, IN_AT, MONITOR, MONITOR_AT,
+    OUT_AT, PAGE, READ_ONLY, RECORD, SLOTS, data_offset, record, regions, vector,
 };
 use crate::monitor::{OWN_HALF, control, entries};
 
@@ -63,40 +63,6 @@ pub enum EngineError {
         /// Where.
         rip: u64,
     },
-}
-
-/// A world without devices.
-struct Nothing;
-
-impl World for Nothing {
-    fn read_memory(&mut self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn write_memory(&mut self, _: u64, _: &[u8]) {}
-    fn read_port(&mut self, _: u16, _: u8) -> u32 {
-        u32::MAX
-    }
-    fn write_port(&mut self, _: u16, _: u8, _: u32) {}
-    fn take_interrupt(&mut self) -> Option<u8> {
-        None
-    }
-    fn read_apic_msr(&mut self, _: u32) -> Result<u64, Refused> {
-        Err(Refused)
-    }
-    fn write_apic_msr(&mut self, _: u32, _: u64) -> Result<(), Refused> {
-        Err(Refused)
-    }
-    fn task_priority(&mut self) -> u8 {
-        0
-    }
-    fn set_task_priority(&mut self, _: u8) {}
-    fn clock(&mut self) -> u64 {
-        0
-    }
-    fn epoch(&mut self) -> u64 {
-        0
-    }
-    fn set_tsc_offset(&mut self, _: u64) {}
 }
 
 // What only the guest's kernel reaches, behind the arenas in memory.
@@ -149,9 +115,11 @@ impl Engine {
         let profile = CpuProfile::new(level, 1_000_000_000);
         furnish(&memory, modifying)?;
         let state = start(&profile);
-        let world = Box::new(Nothing);
+        let world = Box::new(NoDevices);
         let vcpu: Box<dyn Vcpu> = match kind {
-            Kind::Interpreter => Box::new(Interpreter::new(Arc::clone(&memory), world, profile, 0, 1)),
+            Kind::Interpreter => {
+                Box::new(Interpreter::new(Arc::clone(&memory), world, profile, 0, 1))
+            }
             Kind::Translator => {
                 let mut translating = Translating::new(Arc::clone(&memory), world, profile, 0, 1)?;
                 if modifying {
@@ -181,12 +149,7 @@ impl Engine {
     ///
     /// # Errors
     /// [`EngineError::Memory`], of which there is no reason.
-    pub fn load(
-        &mut self,
-        arena: &[u8],
-        cases: usize,
-        slots: usize,
-    ) -> Result<(), EngineError> {
+    pub fn load(&mut self, arena: &[u8], cases: usize, slots: usize) -> Result<(), EngineError> {
         let put = |at: usize, length: usize| self.memory.write(at as u64, &arena[at..at + length]);
         put(CONTROL_AT, 0x300)?;
         put(IN_AT, cases * RECORD)?;
@@ -317,7 +280,7 @@ fn furnish(memory: &GuestMemory, modifying: bool) -> Result<(), MemoryError> {
     memory.write(0, &arena)?;
     for region in regions(modifying) {
         for at in (0..region.length as u64).step_by(PAGE as usize) {
-            let mut entry = region.offset as u64 + at | PRESENT | USER;
+            let mut entry = (region.offset as u64 + at) | PRESENT | USER;
             if region.writable {
                 entry |= WRITABLE;
             }
@@ -380,8 +343,13 @@ impl Tables<'_> {
             }
             table = found & !0xfff;
         }
-        assert!(self.next <= MEMORY, "tables need {:#x} bytes", self.next - TABLES);
-        self.memory.write(table + (linear >> 12 & 0x1ff) * 8, &entry.to_le_bytes())
+        assert!(
+            self.next <= MEMORY,
+            "tables need {:#x} bytes",
+            self.next - TABLES
+        );
+        self.memory
+            .write(table + (linear >> 12 & 0x1ff) * 8, &entry.to_le_bytes())
     }
 }
 

@@ -31,7 +31,11 @@ fn image(random: &mut Random, avx: bool) -> [u8; XSAVE_BYTES] {
         | random.next() as u16 & 0xc00
         | random.pick(&[0x300, 0x300, 0x200, 0]);
     let all = random.next() as u16 & 0x7f;
-    let flags = if random.one_in(10) { all } else { all & control & 0x3f };
+    let flags = if random.one_in(10) {
+        all
+    } else {
+        all & control & 0x3f
+    };
     let status = flags | random.next() as u16 & 0x7f00;
     put(&mut image, 0, &control.to_le_bytes());
     put(&mut image, 2, &status.to_le_bytes());
@@ -54,7 +58,11 @@ fn image(random: &mut Random, avx: bool) -> [u8; XSAVE_BYTES] {
     for at in (160..416).step_by(8) {
         put(&mut image, at, &random.lane().to_le_bytes());
     }
-    let mut components = if random.one_in(12) { random.next() & 3 } else { 3 };
+    let mut components = if random.one_in(12) {
+        random.next() & 3
+    } else {
+        3
+    };
     if avx {
         for at in (576..832).step_by(8) {
             put(&mut image, at, &random.lane().to_le_bytes());

@@ -1,27 +1,23 @@
 //! The instruction oracle: single instructions in all their forms, natively and on the engines.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl};
+use iced_x86::{Code, FlowControl};
 use trapgate_x86::profile::Level;
 
-use crate::cases::{Maker, Piece, landing, target};
-use crate::encodings::{Encoding, Form, Surroundings, encodings, write};
-use crate::engine::{Engine, EngineError, Kind, prepare};
+use crate::bench::{Bench, OracleError, Times, arena, timed};
+use crate::cases::{Climate, Maker, Piece, landing, target};
+use crate::encodings::{Encoding, Form, Surroundings, encodings, is_prefix, write};
+use crate::engine::Kind;
 use crate::judge::{self, Host};
-use crate::layout::{
-    ARENA_BYTES, CASES, CODE_AT, CONTROL_AT, DATA_AT, IN_AT, OUT_AT, PAGE, RECORD, SLOTS, code, data_offset, record_in,
-    record_out, vector,
-};
 use crate::layout::record as at;
-use crate::monitor::control;
-use crate::native::{Native, NativeError};
-use crate::profile::exclusion;
+use crate::layout::{CASES, CODE_AT, IN_AT, PAGE, SLOTS, code, data_offset, vector};
+use crate::profile::{admits, exclusion};
 use crate::random::Random;
-use crate::record::{of, of_mut, put, quad};
+use crate::record::{of, of_mut, quad};
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -46,20 +42,6 @@ pub struct Settings {
     pub code: Option<String>,
     /// Differences after which to stop.
     pub enough: usize,
-}
-
-/// Why the oracle could not do its work.
-#[derive(Debug, thiserror::Error)]
-pub enum OracleError {
-    /// The host CPU could not be asked.
-    #[error(transparent)]
-    Native(#[from] NativeError),
-    /// An engine could not be asked.
-    #[error(transparent)]
-    Engine(#[from] EngineError),
-    /// Nothing to do.
-    #[error("no instruction's name contains `{0}`")]
-    NoCode(String),
 }
 
 /// Something on which an engine and the host do not agree.
@@ -100,8 +82,8 @@ pub struct Report {
     pub differences: Vec<Difference>,
     /// How many there were, of which not all are listed.
     pub different: u64,
-    /// Time that went to: making cases, host, each engine, comparing.
-    pub times: BTreeMap<&'static str, Duration>,
+    /// Where time went.
+    pub times: Times,
 }
 
 /// What all threads share.
@@ -123,7 +105,9 @@ pub fn run(settings: &Settings) -> Result<Report, OracleError> {
     let mut list = Vec::new();
     for encoding in encodings(settings.level, settings.bits) {
         if let Some(part) = &settings.code
-            && !format!("{:?}", encoding.code).to_lowercase().contains(&part.to_lowercase())
+            && !format!("{:?}", encoding.code)
+                .to_lowercase()
+                .contains(&part.to_lowercase())
         {
             continue;
         }
@@ -135,7 +119,9 @@ pub fn run(settings: &Settings) -> Result<Report, OracleError> {
         }
     }
     if list.is_empty() {
-        return Err(OracleError::NoCode(settings.code.clone().unwrap_or_default()));
+        return Err(OracleError::NoCode(
+            settings.code.clone().unwrap_or_default(),
+        ));
     }
     report.encodings = list.len();
     // Neighbours in the table are alike; mixed, a batch has something of everything.
@@ -190,6 +176,7 @@ fn make(batch: &mut Batch, number: u64, shared: &Shared<'_>, maker: &Maker) {
     let settings = shared.settings;
     let mut random = Random(settings.seed ^ number.wrapping_mul(0xd134_2543_de82_ef95));
     random.next();
+    let climate = Climate::pick(&mut random);
     batch.pieces.clear();
     batch.cases.clear();
     let area = SLOTS * 2 * PAGE as usize;
@@ -202,9 +189,9 @@ fn make(batch: &mut Batch, number: u64, shared: &Shared<'_>, maker: &Maker) {
         let mut written = None;
         for _ in 0..8 {
             written = if raw {
-                bytes(slot, &mut random, settings.bits).map(|piece| (piece, None))
+                bytes(slot, &mut random, settings).map(|piece| (piece, None))
             } else {
-                piece(encoding, slot, &mut random, settings.bits).map(|piece| (piece, Some(encoding)))
+                piece(encoding, slot, &mut random, settings).map(|piece| (piece, Some(encoding)))
             };
             if written.is_some() {
                 break;
@@ -216,21 +203,24 @@ fn make(batch: &mut Batch, number: u64, shared: &Shared<'_>, maker: &Maker) {
         let at = CODE_AT + slot * 2 * PAGE as usize;
         place(&mut batch.arena[at..at + 2 * PAGE as usize], &piece);
         let index = batch.pieces.len();
-        for _ in 0..EACH {
+        // What is no instruction, or too long, is soon told.
+        let each = match encoding {
+            Some(encoding) if encoding.form == Form::TooLong => 2,
+            _ if piece.undefined => 4,
+            _ => EACH,
+        };
+        for _ in 0..each {
             let case = batch.cases.len();
-            maker.make(&piece, &mut random, of_mut(&mut batch.arena[IN_AT..], case));
+            maker.make(
+                &piece,
+                climate,
+                &mut random,
+                of_mut(&mut batch.arena[IN_AT..], case),
+            );
             batch.cases.push(index);
         }
         batch.pieces.push((piece, encoding));
     }
-    begin(&mut batch.arena, 0, batch.cases.len());
-}
-
-/// Tells the monitor which cases to run.
-fn begin(arena: &mut [u8], first: usize, cases: usize) {
-    put(arena, CONTROL_AT + control::CURRENT_IN, record_in(first));
-    put(arena, CONTROL_AT + control::CURRENT_OUT, record_out(first));
-    put(arena, CONTROL_AT + control::COUNT, cases as u64);
 }
 
 /// Where an instruction of some bytes lies: mostly anywhere, often at the end of a page.
@@ -246,13 +236,21 @@ fn position(slot: usize, length: u64, random: &mut Random) -> u64 {
     }
 }
 
-fn piece(encoding: Encoding, slot: usize, random: &mut Random, bits: u32) -> Option<Piece> {
+fn piece(
+    encoding: Encoding,
+    slot: usize,
+    random: &mut Random,
+    settings: &Settings,
+) -> Option<Piece> {
+    let bits = settings.bits;
     let guess = position(slot, 1 + random.below(8), random);
     let mut around = Surroundings {
         ip: guess,
         target: target(random, 16, false),
         landing: landing(slot, guess, random),
-        near: guess.saturating_add_signed(random.next() as i8 as i64).max(code(slot)),
+        near: guess
+            .saturating_add_signed(random.next() as i8 as i64)
+            .max(code(slot)),
         bits,
     };
     if random.one_in(8) {
@@ -263,11 +261,11 @@ fn piece(encoding: Encoding, slot: usize, random: &mut Random, bits: u32) -> Opt
         around.near = guess + 40;
     }
     let bytes = write(encoding, &around, random)?;
-    finish(slot, bytes, guess, bits)
+    finish(slot, bytes, guess, settings)
 }
 
 /// Random bytes that are an instruction more often than not.
-fn bytes(slot: usize, random: &mut Random, bits: u32) -> Option<Piece> {
+fn bytes(slot: usize, random: &mut Random, settings: &Settings) -> Option<Piece> {
     let mut bytes = Vec::new();
     while random.one_in(3) && bytes.len() < 4 {
         bytes.push(random.pick(&[0x66, 0x67, 0xf0, 0xf2, 0xf3, 0x2e, 0x64, 0x65]));
@@ -288,27 +286,37 @@ fn bytes(slot: usize, random: &mut Random, bits: u32) -> Option<Piece> {
     }
     bytes.push(random.next() as u8);
     let modrm = random.next() as u8;
-    bytes.push(if random.one_in(2) { modrm | 0xc0 } else { modrm });
+    bytes.push(if random.one_in(2) {
+        modrm | 0xc0
+    } else {
+        modrm
+    });
     while bytes.len() < 16 {
-        bytes.push(if random.one_in(2) { 0 } else { random.next() as u8 });
+        bytes.push(if random.one_in(2) {
+            0
+        } else {
+            random.next() as u8
+        });
     }
-    let piece = Piece::new(slot, bytes.clone(), 0, bits);
+    let piece = Piece::new(slot, bytes.clone(), 0, settings.bits);
     let ip = position(slot, piece.bytes.len() as u64, random);
-    finish(slot, bytes, ip, bits)
+    finish(slot, bytes, ip, settings)
 }
 
 /// Admits a piece that ends in its slot's code, or where it ends, and of which the host can judge.
-fn finish(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Option<Piece> {
+fn finish(slot: usize, bytes: Vec<u8>, ip: u64, settings: &Settings) -> Option<Piece> {
+    let Settings { level, bits, .. } = *settings;
     let piece = Piece::new(slot, bytes, ip, bits);
     let instruction = &piece.instruction;
     // What is no instruction has no end: how much of it is fetched before #UD is the CPU's choice.
-    if Decoder::with_ip(bits, &piece.bytes, ip, DecoderOptions::NO_WBNOINVD).decode().is_invalid()
-        && piece.ip % PAGE > PAGE - 32
-    {
+    if piece.undefined && piece.ip % PAGE > PAGE - 32 {
         return None;
     }
-    let known = instruction.code() == Code::INVALID
-        || crate::profile::admits(Level::V3, instruction.code(), bits)
+    // What has the prefix of AVX the host may know where the profile does not.
+    let opcode = piece.bytes.iter().find(|byte| !is_prefix(**byte));
+    let vex = matches!(opcode, Some(0xc4 | 0xc5));
+    let known = instruction.code() == Code::INVALID && (level == Level::V3 || !vex)
+        || admits(level, instruction.code(), bits)
         || instruction.op_code().fwait();
     if !known || exclusion(instruction).is_some() {
         return None;
@@ -316,7 +324,10 @@ fn finish(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Option<Piece> {
     // A jump to itself has no end; one into itself is another program.
     if matches!(
         instruction.flow_control(),
-        FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call | FlowControl::XbeginXabortXend
+        FlowControl::UnconditionalBranch
+            | FlowControl::ConditionalBranch
+            | FlowControl::Call
+            | FlowControl::XbeginXabortXend
     ) && instruction.near_branch_target() != 0
     {
         let to = instruction.near_branch_target();
@@ -325,7 +336,9 @@ fn finish(slot: usize, bytes: Vec<u8>, ip: u64, bits: u32) -> Option<Piece> {
         }
     }
     // Operands that the code itself names must not be the code.
-    if instruction.is_ip_rel_memory_operand() && crate::layout::is_near(instruction.memory_displacement64()) {
+    if instruction.is_ip_rel_memory_operand()
+        && crate::layout::is_near(instruction.memory_displacement64())
+    {
         let to = instruction.memory_displacement64();
         if to < crate::layout::data(0) {
             return None;
@@ -363,130 +376,84 @@ fn place(pages: &mut [u8], piece: &Piece) {
 
 /// What a thread has.
 struct Worker {
-    native: Native,
-    engines: Vec<Engine>,
+    bench: Bench,
     host: Host,
-    outcomes: Vec<Vec<u8>>,
     data: Vec<u8>,
-}
-
-fn timed<T>(into: &mut Duration, go: impl FnOnce() -> T) -> T {
-    let begun = Instant::now();
-    let result = go();
-    *into += begun.elapsed();
-    result
 }
 
 fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
     let settings = shared.settings;
-    let mut native = Native::new(false)?;
-    prepare(native.arena());
-    let engines = settings
-        .engines
-        .iter()
-        .map(|kind| Engine::new(*kind, settings.level, false))
-        .collect::<Result<Vec<_>, _>>()?;
     let mut worker = Worker {
-        native,
-        outcomes: vec![Vec::new(); engines.len()],
-        engines,
+        bench: Bench::new(settings.level, &settings.engines, false)?,
         host: Host::new(),
         data: Vec::new(),
     };
     let maker = Maker::new(settings.level == Level::V3);
     let mut batch = Batch {
-        arena: vec![0; ARENA_BYTES],
+        arena: arena(),
         pieces: Vec::new(),
         cases: Vec::new(),
     };
-    prepare(&mut batch.arena);
     loop {
         let number = shared.next.fetch_add(1, Ordering::Relaxed);
         let late = shared.begun.elapsed() >= settings.time;
-        if number >= settings.first + settings.batches || late || shared.stop.load(Ordering::Relaxed) {
+        if number >= settings.first + settings.batches
+            || late
+            || shared.stop.load(Ordering::Relaxed)
+        {
             break;
         }
-        let mut times = [Duration::ZERO; 5];
-        timed(&mut times[0], || make(&mut batch, number, shared, &maker));
-        worker.judge(&batch, number, shared, &mut times)?;
+        let mut times = Times::default();
+        timed(&mut times.making, || {
+            make(&mut batch, number, shared, &maker)
+        });
+        worker.judge(&mut batch, number, shared, &mut times)?;
     }
     let Ok(mut guard) = shared.report.lock() else {
         return Ok(());
     };
-    guard.0.deaths += worker.native.deaths;
+    guard.0.deaths += worker.bench.native.deaths;
     Ok(())
 }
 
 impl Worker {
-    /// Runs cases natively and on all engines.
-    fn run(&mut self, batch: &Batch, first: usize, cases: usize, times: &mut [Duration; 5]) -> Result<(), OracleError> {
-        let slots = SLOTS;
-        let total = batch.cases.len();
-        let arena = self.native.arena();
-        arena[IN_AT..IN_AT + total * RECORD].copy_from_slice(&batch.arena[IN_AT..IN_AT + total * RECORD]);
-        let area = CODE_AT..CODE_AT + slots * 2 * PAGE as usize;
-        arena[area.clone()].copy_from_slice(&batch.arena[area]);
-        begin(arena, first, cases);
-        self.native.begin()?;
-        let mut control = batch.arena[..CONTROL_AT + 0x300].to_vec();
-        begin(&mut control, first, cases);
-        for (index, engine) in self.engines.iter_mut().enumerate() {
-            timed(&mut times[2 + index.min(1)], || {
-                engine.load(&batch.arena, total, slots)?;
-                engine.put(CONTROL_AT + 0x200, &control[CONTROL_AT + 0x200..CONTROL_AT + 0x218])?;
-                engine.run(cases)?;
-                engine.records(total, &mut self.outcomes[index])
-            })?;
-        }
-        timed(&mut times[1], || self.native.wait(cases))?;
-        Ok(())
-    }
-
     fn judge(
         &mut self,
-        batch: &Batch,
+        batch: &mut Batch,
         number: u64,
         shared: &Shared<'_>,
-        times: &mut [Duration; 5],
+        times: &mut Times,
     ) -> Result<(), OracleError> {
         let cases = batch.cases.len();
-        self.run(batch, 0, cases, times)?;
+        self.bench.run(&mut batch.arena, cases, 0, cases, times)?;
         let begun = Instant::now();
         let mut found: Vec<(usize, usize, Vec<String>)> = Vec::new();
         let (mut faults, mut unjudged) = (0, 0);
         let mut covered = Vec::new();
-        {
-            let arena = self.native.arena();
-            for (case, &piece) in batch.cases.iter().enumerate() {
-                let native = of(&arena[OUT_AT..], case);
-                let (piece, encoding) = &batch.pieces[piece];
-                let done = quad(native, at::VECTOR) == vector::NONE;
-                faults += u64::from(!done);
-                if quad(native, at::VECTOR) == vector::TIMEOUT {
-                    // The host did something else for long.
-                    unjudged += 1;
-                    continue;
-                }
-                if let Some(encoding) = encoding {
-                    covered.push((*encoding, done));
-                }
-                for (engine, outcomes) in self.outcomes.iter().enumerate() {
-                    let lines = judge::differences(
-                        self.host,
-                        Some(piece),
-                        of(&batch.arena[IN_AT..], case),
-                        native,
-                        of(outcomes, case),
-                    );
-                    if !lines.is_empty() {
-                        found.push((engine, case, lines));
-                    }
+        for (case, &piece) in batch.cases.iter().enumerate() {
+            let (native, outcomes) = self.bench.outcome(case);
+            let (piece, encoding) = &batch.pieces[piece];
+            let done = quad(native, at::VECTOR) == vector::NONE;
+            faults += u64::from(!done);
+            if quad(native, at::VECTOR) == vector::TIMEOUT {
+                // The host did something else for long.
+                unjudged += 1;
+                continue;
+            }
+            if let Some(encoding) = encoding {
+                covered.push((*encoding, done));
+            }
+            let input = of(&batch.arena[IN_AT..], case);
+            for (engine, outcome) in outcomes.enumerate() {
+                let lines = judge::differences(self.host, Some(piece), input, native, outcome);
+                if !lines.is_empty() {
+                    found.push((engine, case, lines));
                 }
             }
         }
         covered.dedup();
         self.compare_data(batch, cases, &mut found, times)?;
-        times[4] += begun.elapsed();
+        times.comparing += begun.elapsed();
         let Ok(mut guard) = shared.report.lock() else {
             return Ok(());
         };
@@ -501,12 +468,7 @@ impl Worker {
                 all_completed.insert(encoding);
             }
         }
-        for (name, time) in ["making", "host (waiting)", "first engine", "second engine", "comparing"]
-            .into_iter()
-            .zip(times.iter())
-        {
-            *report.times.entry(name).or_default() += *time;
-        }
+        report.times.add(times);
         let mut formatter = iced_x86::FastFormatter::new();
         for (engine, case, lines) in found {
             report.different += 1;
@@ -515,19 +477,26 @@ impl Worker {
             let same = report
                 .differences
                 .iter()
-                .filter(|difference| difference.code == code && difference.engine == self.engines[engine].kind())
+                .filter(|difference| {
+                    difference.code == code
+                        && difference.engine == self.bench.engines[engine].kind()
+                })
                 .count();
             if same < 2 {
                 let mut text = String::new();
                 formatter.format(&piece.instruction, &mut text);
                 let form = encoding.map(|encoding| encoding.form);
-                let bytes: String = piece.bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                let bytes: String = piece
+                    .bytes
+                    .iter()
+                    .map(|byte| format!("{byte:02x}"))
+                    .collect();
                 report.differences.push(Difference {
-                    engine: self.engines[engine].kind(),
+                    engine: self.bench.engines[engine].kind(),
                     code,
                     text: format!(
                         "{}: {text} [{bytes} at {:#x}, {:?}, {form:?}], batch {number} case {case}, seed {:#x}\n    {}\n    from {}",
-                        self.engines[engine].kind().name(),
+                        self.bench.engines[engine].kind().name(),
                         piece.ip,
                         piece.instruction.code(),
                         shared.settings.seed,
@@ -546,16 +515,16 @@ impl Worker {
     /// Compares memory that no window showed, finds the case that made it different, and clears it.
     fn compare_data(
         &mut self,
-        batch: &Batch,
+        batch: &mut Batch,
         cases: usize,
         found: &mut Vec<(usize, usize, Vec<String>)>,
-        times: &mut [Duration; 5],
+        times: &mut Times,
     ) -> Result<(), OracleError> {
         let mut suspects = self.differing_data()?;
         if !suspects.is_empty() && found.is_empty() {
             // Each case alone shows which.
             for case in 0..cases {
-                self.run(batch, case, 1, times)?;
+                self.bench.run(&mut batch.arena, cases, case, 1, times)?;
                 for (engine, line) in self.differing_data()? {
                     found.push((engine, case, vec![line]));
                 }
@@ -563,7 +532,11 @@ impl Worker {
             if found.is_empty() {
                 suspects.truncate(1);
                 for (engine, line) in suspects {
-                    found.push((engine, 0, vec![format!("in the batch, not in any case alone: {line}")]));
+                    found.push((
+                        engine,
+                        0,
+                        vec![format!("in the batch, not in any case alone: {line}")],
+                    ));
                 }
             }
         }
@@ -575,10 +548,14 @@ impl Worker {
         for page in [0, 1, 3] {
             let from = data_offset(0, page);
             self.data.resize(PAGE as usize, 0);
-            for (index, engine) in self.engines.iter_mut().enumerate() {
+            for (index, engine) in self.bench.engines.iter_mut().enumerate() {
                 engine.get(from, &mut self.data)?;
-                let native = &mut self.native.arena()[from..from + PAGE as usize];
-                if let Some(position) = native.iter().zip(&self.data).position(|(one, other)| one != other) {
+                let native = &mut self.bench.native.arena()[from..from + PAGE as usize];
+                if let Some(position) = native
+                    .iter()
+                    .zip(&self.data)
+                    .position(|(one, other)| one != other)
+                {
                     let linear = crate::layout::data(0) + crate::layout::DATA_PAGES[page] * PAGE;
                     lines.push((
                         index,
@@ -594,15 +571,9 @@ impl Worker {
                     engine.put(from, &[0; PAGE as usize])?;
                 }
             }
-            let native = &mut self.native.arena()[from..from + PAGE as usize];
+            let native = &mut self.bench.native.arena()[from..from + PAGE as usize];
             native.fill(0);
         }
-        let _ = DATA_AT;
         Ok(lines)
     }
-}
-
-/// Form of an encoding, for a person.
-pub fn form_name(form: Form) -> String {
-    format!("{form:?}")
 }

@@ -8,12 +8,12 @@ use trapgate_x86::registers::rflags;
 use crate::cases::Piece;
 use crate::layout::{record as at, vector};
 use crate::record::{Start, XSAVE_BYTES, quad};
-use crate::undefined;
+use crate::undefined::{self, Residue};
 
-/// What of the host CPU's own is no fault of an engine that lacks it.
+/// In what hosts are not alike.
 #[derive(Clone, Copy, Debug)]
 pub struct Host {
-    /// FDP is written when an unmasked exception is raised only (CPUID.7.0:EBX bit 6). The profiles lack that.
+    /// FDP and FOP are written when an unmasked exception is raised only, as in the profiles (CPUID.7.0:EBX bit 6).
     pub fdp_on_exceptions: bool,
 }
 
@@ -58,7 +58,9 @@ pub fn differences(
 ) -> Vec<String> {
     let start = Start::read(input);
     let memory = at::MEMORY + (start.windows[0].length() + start.windows[1].length()) as usize;
-    if native[..at::MEMORY] == engine[..at::MEMORY] && native[at::MEMORY..memory] == engine[at::MEMORY..memory] {
+    if native[..at::MEMORY] == engine[..at::MEMORY]
+        && native[at::MEMORY..memory] == engine[at::MEMORY..memory]
+    {
         return Vec::new();
     }
     let mut found = Vec::new();
@@ -70,7 +72,11 @@ pub fn differences(
             // A fault comes before any flag changes.
             let at_itself = fault && quad(native, at::RIP) == piece.ip;
             Scope {
-                undefined: if at_itself { 0 } else { undefined::flags(instruction, &start.gpr) },
+                undefined: if at_itself {
+                    0
+                } else {
+                    undefined::flags(instruction, &start.gpr)
+                },
                 result: !at_itself && undefined::result(instruction, &start.gpr),
                 random: matches!(instruction.mnemonic(), Mnemonic::Rdrand | Mnemonic::Rdseed),
                 x87: instruction.mnemonic() as u32 != 0
@@ -87,7 +93,9 @@ pub fn differences(
     let address = quad(native, at::ADDRESS);
     let order = piece.is_some_and(|piece| undefined::order(&piece.instruction));
     let others = quad(engine, at::VECTOR);
-    if order && undefined::either([kind, others]) {
+    // So is what an access does that goes over the end of a segment of 4 GiB (SDM vol. 3A, 6.3).
+    let wraps = start.compatibility && address.max(quad(engine, at::ADDRESS)) >> 4 == 0xfff_ffff;
+    if (order || wraps) && undefined::either([kind, others]) {
         // Which of several faults comes first is the CPU's choice.
         return found;
     }
@@ -102,11 +110,15 @@ pub fn differences(
     // Linux tells programs that all pages of the upper half are present.
     let hidden = u64::from(kind == 14 && address >= PROGRAMS_END);
     // Several parts, on several pages.
-    let by_parts = order && kind == 14
-        && address.abs_diff(quad(engine, at::ADDRESS)) < 1024;
+    let distance = address.wrapping_sub(quad(engine, at::ADDRESS)) as i32;
+    let by_parts = order && kind == 14 && distance.unsigned_abs() < 1024;
     word("address", at::ADDRESS, if by_parts { u64::MAX } else { 0 });
     word("error code", at::ERROR, hidden | u64::from(by_parts));
-    word("RFLAGS", at::FLAGS, scope.undefined | if scope.random { rflags::ARITHMETIC } else { 0 });
+    word(
+        "RFLAGS",
+        at::FLAGS,
+        scope.undefined | if scope.random { rflags::ARITHMETIC } else { 0 },
+    );
     word("FS base", at::BASES, 0);
     word("GS base", at::BASES + 8, 0);
     for (index, name) in ["DS", "ES", "FS", "GS"].into_iter().enumerate() {
@@ -130,23 +142,41 @@ pub fn differences(
     if fault {
         word("CS", at::CODE_SEGMENT, 0);
     }
-    for register in 0..16 {
-        let ignored = match piece {
-            Some(piece) if scope.result || scope.random => {
-                let instruction = &piece.instruction;
-                let destination = instruction.op_kind(0) == OpKind::Register
-                    && instruction.op_register(0).full_register().number() == register;
-                if destination { u64::MAX } else { 0 }
-            }
-            _ => 0,
+    let compatibility = fault && quad(native, at::CODE_SEGMENT) == 0x23;
+    for (register, name) in REGISTERS.into_iter().enumerate() {
+        let destination = piece.is_some_and(|piece| {
+            let instruction = &piece.instruction;
+            instruction.op_kind(0) == OpKind::Register
+                && instruction.op_register(0).full_register().number() == register
+        });
+        let ignored = if destination && (scope.result || scope.random) {
+            u64::MAX
+        } else if compatibility {
+            // What upper halves are after a change of mode is undefined (SDM vol. 1, 3.4.1.1).
+            !0xffff_ffff
+        } else {
+            0
         };
-        word(REGISTERS[register], at::GPR + register * 8, ignored);
+        word(name, at::GPR + register * 8, ignored);
     }
-    vectors(host, scope.x87, native, engine, &mut found);
+    let mxcsr = quad(input, at::XSAVE + 24) as u32;
+    let residue = match piece {
+        Some(piece) if fault => undefined::residue(&piece.instruction, mxcsr, kind),
+        _ => Residue::default(),
+    };
+    vectors(host, scope.x87, residue, native, engine, &mut found);
     let mut at = at::MEMORY;
     for window in start.windows {
         let length = window.length() as usize;
-        memory_differences(window.address, &native[at..at + length], &engine[at..at + length], &scope, host, piece, &mut found);
+        if !residue.memory {
+            memory_differences(
+                window.address,
+                &native[at..at + length],
+                &engine[at..at + length],
+                &scope,
+                &mut found,
+            );
+        }
         at += length;
     }
     found
@@ -154,7 +184,8 @@ pub fn differences(
 
 /// Names of the general registers.
 pub const REGISTERS: [&str; 16] = [
-    "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8", "R9", "R10", "R11", "R12", "R13", "R14", "R15",
+    "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8", "R9", "R10", "R11", "R12", "R13",
+    "R14", "R15",
 ];
 
 fn memory_differences(
@@ -162,14 +193,11 @@ fn memory_differences(
     native: &[u8],
     engine: &[u8],
     scope: &Scope,
-    host: Host,
-    piece: Option<&Piece>,
     found: &mut Vec<String>,
 ) {
     if native == engine || scope.result {
         return;
     }
-    let _ = (host, piece);
     let mut text = String::new();
     let mut some = 0;
     for (index, (native, engine)) in native.chunks(8).zip(engine.chunks(8)).enumerate() {
@@ -206,23 +234,44 @@ fn expanded(record: &[u8]) -> [u8; XSAVE_BYTES] {
     image
 }
 
-fn vectors(host: Host, x87: bool, native: &[u8], engine: &[u8], found: &mut Vec<String>) {
+fn vectors(
+    host: Host,
+    x87: bool,
+    residue: Residue,
+    native: &[u8],
+    engine: &[u8],
+    found: &mut Vec<String>,
+) {
     if native[at::XSAVE..at::MEMORY] == engine[at::XSAVE..at::MEMORY] {
         return;
     }
-    let (native, engine) = (expanded(native), expanded(engine));
+    let (mut native, mut engine) = (expanded(native), expanded(engine));
+    for image in [&mut native, &mut engine] {
+        if residue.precision {
+            image[24] &= !0x20;
+        }
+        if residue.top {
+            image[3] &= !0x38;
+            image[32..160].fill(0);
+        }
+        if residue.noted {
+            image[24] &= !0x3f;
+        }
+    }
     let mut part = |name: &str, from: usize, length: usize| {
         let (native, engine) = (&native[from..from + length], &engine[from..from + length]);
         if native != engine {
-            found.push(format!("{name} {}, natively {}", hexadecimal(engine), hexadecimal(native)));
+            found.push(format!(
+                "{name} {}, natively {}",
+                hexadecimal(engine),
+                hexadecimal(native)
+            ));
         }
     };
     part("FCW", 0, 2);
     part("FSW", 2, 2);
     part("FTW", 4, 2);
-    // Without a pending exception some CPUs leave these as they are.
-    let pending = native[2] & 0x80 != 0;
-    if !x87 || pending || !host.fdp_on_exceptions {
+    if !x87 || host.fdp_on_exceptions {
         part("FOP", 6, 2);
         part("FDP", 16, 8);
     }
@@ -235,7 +284,11 @@ fn vectors(host: Host, x87: bool, native: &[u8], engine: &[u8], found: &mut Vec<
         part(&format!("XMM{register}"), 160 + register * 16, 16);
     }
     for register in 0..16 {
-        part(&format!("YMM{register}, upper half"), 576 + register * 16, 16);
+        part(
+            &format!("YMM{register}, upper half"),
+            576 + register * 16,
+            16,
+        );
     }
 }
 
@@ -271,7 +324,10 @@ pub fn describe(input: &[u8]) -> String {
     for window in start.windows {
         let length = window.length() as usize;
         if length != 0 {
-            let bytes: String = input[at..at + length].iter().map(|byte| format!("{byte:02x}")).collect();
+            let bytes: String = input[at..at + length]
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect();
             let _ = write!(text, "\n    {:#x}: {bytes}", window.address);
         }
         at += length;

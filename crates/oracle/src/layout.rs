@@ -6,7 +6,7 @@
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
 /// Cases in a batch at most.
-pub const CASES: usize = 512;
+pub const CASES: usize = 1024;
 /// Pieces of code in a batch at most.
 pub const SLOTS: usize = 32;
 /// Bytes of a record, of what goes in and of what comes out.

@@ -4,6 +4,7 @@
 //! machine: the same bytes run natively in a confined child process and in a guest, from the same registers and
 //! memory at the same addresses, and what they leave is compared.
 
+pub mod bench;
 pub mod cases;
 pub mod encodings;
 pub mod engine;
@@ -14,8 +15,11 @@ pub mod layout;
 mod monitor;
 pub mod native;
 pub mod profile;
+pub mod programs;
 pub mod random;
 pub mod record;
+pub mod sequences;
+pub mod straight;
 pub mod undefined;
 
 /// A seed that nobody chose.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use trapgate_oracle::engine::Kind;
-use trapgate_oracle::instructions::{self, Report, Settings};
+use trapgate_oracle::{instructions, sequences};
 use trapgate_x86::profile::Level;
 
 /// Runs generated instructions and programs natively and on trapgate's engines, and compares.
@@ -19,6 +19,8 @@ struct Arguments {
 enum What {
     /// Single instructions in all their forms.
     Instructions(Options),
+    /// Random programs.
+    Sequences(Options),
 }
 
 #[derive(Args)]
@@ -75,50 +77,90 @@ fn number(text: &str) -> Result<u64, std::num::ParseIntError> {
 }
 
 fn main() -> ExitCode {
-    let What::Instructions(options) = Arguments::parse().what;
+    let what = Arguments::parse().what;
+    let (What::Instructions(options) | What::Sequences(options)) = &what;
     let seed = options.seed.unwrap_or_else(trapgate_oracle::fresh_seed);
-    let settings = Settings {
-        seed,
-        first: options.batch.unwrap_or(0),
-        batches: match (options.batch, options.batches) {
-            (Some(_), _) => 1,
-            (None, Some(batches)) => batches,
-            (None, None) => u64::MAX / 2,
-        },
-        time: Duration::from_secs(options.seconds),
-        jobs: options.jobs,
-        level: match options.cpu {
-            Cpu::V2 => Level::V2,
-            Cpu::V3 => Level::V3,
-        },
-        bits: if options.compatibility { 32 } else { 64 },
-        engines: options
-            .engines
-            .iter()
-            .map(|engine| match engine {
-                Engine::Interpreter => Kind::Interpreter,
-                Engine::Translator => Kind::Translator,
-            })
-            .collect(),
-        code: options.code,
-        enough: options.enough,
+    let batches = match (options.batch, options.batches) {
+        (Some(_), _) => 1,
+        (None, Some(batches)) => batches,
+        (None, None) => u64::MAX / 2,
     };
+    let level = match options.cpu {
+        Cpu::V2 => Level::V2,
+        Cpu::V3 => Level::V3,
+    };
+    let engines = options
+        .engines
+        .iter()
+        .map(|engine| match engine {
+            Engine::Interpreter => Kind::Interpreter,
+            Engine::Translator => Kind::Translator,
+        })
+        .collect();
     println!("seed {seed:#x}");
-    match instructions::run(&settings) {
-        Ok(report) => show(&settings, &report),
-        Err(error) => {
-            eprintln!("error: {error}");
-            let mut source = std::error::Error::source(&error);
-            while let Some(cause) = source {
-                eprintln!("  cause: {cause}");
-                source = cause.source();
-            }
-            ExitCode::from(2)
+    let (first, time) = (
+        options.batch.unwrap_or(0),
+        Duration::from_secs(options.seconds),
+    );
+    let outcome = match &what {
+        What::Instructions(options) => {
+            let settings = instructions::Settings {
+                seed,
+                first,
+                batches,
+                time,
+                jobs: options.jobs,
+                level,
+                bits: if options.compatibility { 32 } else { 64 },
+                engines,
+                code: options.code.clone(),
+                enough: options.enough,
+            };
+            instructions::run(&settings).map(|report| show(&settings, &report))
         }
+        What::Sequences(options) => {
+            let settings = sequences::Settings {
+                seed,
+                first,
+                batches,
+                time,
+                jobs: options.jobs,
+                level,
+                engines,
+                enough: options.enough as u64,
+            };
+            sequences::run(&settings).map(|report| tell(&report))
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        let mut source = std::error::Error::source(&error);
+        while let Some(cause) = source {
+            eprintln!("  cause: {cause}");
+            source = cause.source();
+        }
+        ExitCode::from(2)
+    })
+}
+
+fn tell(report: &sequences::Report) -> ExitCode {
+    for difference in &report.differences {
+        println!("{difference}\n");
+    }
+    println!(
+        "{} programs, {} ended by a fault, {} jumps, {} not judged; children that died: {}",
+        report.programs, report.faults, report.jumps, report.unjudged, report.deaths
+    );
+    println!("{:.1?}", report.times);
+    println!("{} differences", report.different);
+    if report.different == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     }
 }
 
-fn show(settings: &Settings, report: &Report) -> ExitCode {
+fn show(settings: &instructions::Settings, report: &instructions::Report) -> ExitCode {
     for difference in &report.differences {
         println!("{}\n", difference.text);
     }
@@ -142,9 +184,7 @@ fn show(settings: &Settings, report: &Report) -> ExitCode {
         "{} cases in {} batches, {} faulted, {} not judged; children that died: {}",
         report.cases, report.batches, report.faults, report.unjudged, report.deaths
     );
-    for (name, time) in &report.times {
-        println!("{name}: {:.2} s", time.as_secs_f64());
-    }
+    println!("{:.1?}", report.times);
     println!("{} differences", report.different);
     if report.different == 0 {
         ExitCode::SUCCESS

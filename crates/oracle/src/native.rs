@@ -149,11 +149,7 @@ unsafe extern "C" {
 
 /// In the child: a case has faulted. Writes down what there is to know and goes back to the monitor.
 /// FS is the case's, so nothing here may use thread-local storage.
-extern "C" fn on_signal(
-    signal: i32,
-    _info: *mut libc::siginfo_t,
-    context: *mut libc::c_void,
-) {
+extern "C" fn on_signal(signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid context; `CHILD` was written before any case ran; SAVED is memory that the
     // child has mapped for the monitor.
     unsafe {
@@ -192,7 +188,9 @@ extern "C" fn on_signal(
         for (index, register) in ORDER.into_iter().enumerate() {
             saved.add(index).write(registers[register as usize] as u64);
         }
-        saved.add(16).write(registers[libc::REG_EFL as usize] as u64);
+        saved
+            .add(16)
+            .write(registers[libc::REG_EFL as usize] as u64);
         saved.add(17).write(rip);
         let trap = registers[libc::REG_TRAPNO as usize] as u64;
         let (vector, error, address) = match signal {
@@ -219,8 +217,7 @@ extern "C" fn on_signal(
         registers[libc::REG_CSGSFS as usize] = (segments & !0xffff | 0x33) as i64;
         registers[libc::REG_RIP as usize] = child.resume as i64;
         registers[libc::REG_EFL as usize] = 0x202;
-        registers[libc::REG_RSP as usize] =
-            (CONTROL + control::STACK_TOP as u64) as i64;
+        registers[libc::REG_RSP as usize] = (CONTROL + control::STACK_TOP as u64) as i64;
     }
 }
 
@@ -433,7 +430,15 @@ fn sleep(word: &AtomicU32, value: u32, most: Duration) {
         tv_nsec: most.subsec_nanos().into(),
     };
     // SAFETY: word and time live during the call.
-    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, value, &raw const most) };
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAIT,
+            value,
+            &raw const most,
+        )
+    };
 }
 
 /// Ends a child that could not be set up.
@@ -446,12 +451,7 @@ fn give_up(code: i32) -> ! {
 ///
 /// # Safety
 /// To be called in a new process, with memory that is [`SHARED_BYTES`] long and backed by `file`.
-unsafe fn live(
-    shared: *mut u8,
-    file: i32,
-    regions: &[Region],
-    parent: libc::pid_t,
-) -> ! {
+unsafe fn live(shared: *mut u8, file: i32, regions: &[Region], parent: libc::pid_t) -> ! {
     // SAFETY: this process has one thread, this one. Mappings replace nothing that it goes on to use: what lies below
     // 2 GiB is the translator's, and the rest are addresses that the layout chose.
     unsafe {

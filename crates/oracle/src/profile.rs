@@ -89,9 +89,19 @@ pub fn host_has(level: Level) -> bool {
     macro_rules! all {
         ($($name:tt),*) => { $(std::is_x86_feature_detected!($name))&&* };
     }
-    let v2 = all!("sse4.2", "popcnt", "cmpxchg16b", "pclmulqdq", "aes", "xsave", "xsaveopt", "movbe", "rdrand", "rdseed");
-    v2 && (level == Level::V2
-        || all!("avx", "avx2", "bmi1", "bmi2", "fma", "f16c", "lzcnt", "adx"))
+    let v2 = all!(
+        "sse4.2",
+        "popcnt",
+        "cmpxchg16b",
+        "pclmulqdq",
+        "aes",
+        "xsave",
+        "xsaveopt",
+        "movbe",
+        "rdrand",
+        "rdseed"
+    );
+    v2 && (level == Level::V2 || all!("avx", "avx2", "bmi1", "bmi2", "fma", "f16c", "lzcnt", "adx"))
 }
 
 /// Why an instruction has no cases.

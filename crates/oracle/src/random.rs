@@ -6,6 +6,7 @@ pub struct Random(pub u64);
 
 impl Random {
     /// 64 bits.
+    #[allow(clippy::should_implement_trait)] // It has no end that an iterator could tell.
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -16,7 +17,7 @@ impl Random {
 
     /// A number below `limit`, which is not 0.
     pub fn below(&mut self, limit: u64) -> u64 {
-        (u128::from(self.next()) * u128::from(limit) >> 64) as u64
+        ((u128::from(self.next()) * u128::from(limit)) >> 64) as u64
     }
 
     /// True once in `times`.
@@ -132,7 +133,10 @@ impl Random {
                 // A small whole number.
                 let whole = self.below(2000) + 1;
                 let shift = whole.leading_zeros();
-                ((0x403e - shift) as u16 | (self.next() as u16 & 0x8000), whole << shift)
+                (
+                    (0x403e - shift) as u16 | (self.next() as u16 & 0x8000),
+                    whole << shift,
+                )
             }
             _ => (self.next() as u16, self.next()),
         };

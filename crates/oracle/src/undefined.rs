@@ -52,22 +52,72 @@ pub const TABLE: [Row; 23] = [
     row(&[M::Xor], AF, When::Always, "XOR"),
     row(&[M::Test], AF, When::Always, "TEST"),
     row(&[M::Andn], AF | PF, When::Always, "ANDN"),
-    row(&[M::Blsi, M::Blsmsk, M::Blsr], AF | PF, When::Always, "BLSI, BLSMSK, BLSR"),
+    row(
+        &[M::Blsi, M::Blsmsk, M::Blsr],
+        AF | PF,
+        When::Always,
+        "BLSI, BLSMSK, BLSR",
+    ),
     row(&[M::Bextr], AF | SF | PF, When::Always, "BEXTR"),
     row(&[M::Bzhi], AF | PF, When::Always, "BZHI"),
-    row(&[M::Mul, M::Imul], SF | ZF | AF | PF, When::Always, "MUL, IMUL"),
+    row(
+        &[M::Mul, M::Imul],
+        SF | ZF | AF | PF,
+        When::Always,
+        "MUL, IMUL",
+    ),
     row(&[M::Div, M::Idiv], ALL, When::Always, "DIV, IDIV"),
-    row(&[M::Shl, M::Sal, M::Shr, M::Sar], AF, When::Count, "SAL/SAR/SHL/SHR"),
-    row(&[M::Shl, M::Sal, M::Shr, M::Sar], OF, When::CountAbove1, "SAL/SAR/SHL/SHR"),
-    row(&[M::Shl, M::Sal, M::Shr], CF, When::CountReachesSize, "SAL/SAR/SHL/SHR"),
-    row(&[M::Rol, M::Ror, M::Rcl, M::Rcr], OF, When::CountAbove1, "RCL/RCR/ROL/ROR"),
+    row(
+        &[M::Shl, M::Sal, M::Shr, M::Sar],
+        AF,
+        When::Count,
+        "SAL/SAR/SHL/SHR",
+    ),
+    row(
+        &[M::Shl, M::Sal, M::Shr, M::Sar],
+        OF,
+        When::CountAbove1,
+        "SAL/SAR/SHL/SHR",
+    ),
+    row(
+        &[M::Shl, M::Sal, M::Shr],
+        CF,
+        When::CountReachesSize,
+        "SAL/SAR/SHL/SHR",
+    ),
+    row(
+        &[M::Rol, M::Ror, M::Rcl, M::Rcr],
+        OF,
+        When::CountAbove1,
+        "RCL/RCR/ROL/ROR",
+    ),
     row(&[M::Shld, M::Shrd], AF, When::Count, "SHLD, SHRD"),
     row(&[M::Shld, M::Shrd], OF, When::CountAbove1, "SHLD, SHRD"),
     row(&[M::Shld, M::Shrd], ALL, When::CountAboveSize, "SHLD, SHRD"),
-    row(&[M::Bsf, M::Bsr], CF | OF | SF | AF | PF, When::Always, "BSF, BSR"),
-    row(&[M::Bt, M::Bts, M::Btr, M::Btc], OF | SF | AF | PF, When::Always, "BT, BTS, BTR, BTC"),
-    row(&[M::Lzcnt, M::Tzcnt], OF | SF | PF | AF, When::Always, "LZCNT, TZCNT"),
-    row(&[M::Aaa, M::Aas], OF | SF | ZF | PF, When::Always, "AAA, AAS"),
+    row(
+        &[M::Bsf, M::Bsr],
+        CF | OF | SF | AF | PF,
+        When::Always,
+        "BSF, BSR",
+    ),
+    row(
+        &[M::Bt, M::Bts, M::Btr, M::Btc],
+        OF | SF | AF | PF,
+        When::Always,
+        "BT, BTS, BTR, BTC",
+    ),
+    row(
+        &[M::Lzcnt, M::Tzcnt],
+        OF | SF | PF | AF,
+        When::Always,
+        "LZCNT, TZCNT",
+    ),
+    row(
+        &[M::Aaa, M::Aas],
+        OF | SF | ZF | PF,
+        When::Always,
+        "AAA, AAS",
+    ),
     row(&[M::Aad, M::Aam], OF | AF | CF, When::Always, "AAD, AAM"),
     row(&[M::Daa, M::Das], OF, When::Always, "DAA, DAS"),
 ];
@@ -115,9 +165,12 @@ pub fn result(instruction: &Instruction, gpr: &[u64; 16]) -> bool {
 /// Whether an instruction accesses memory in several parts whose order the manual does not say, so that the first to
 /// fault is the CPU's choice: the address, and where the parts lie on several pages the error code.
 pub fn order(instruction: &Instruction) -> bool {
-    matches!(
-        instruction.mnemonic(),
-        M::Fxsave
+    use iced_x86::Code;
+    matches!(instruction.code(), Code::Fld_m80fp | Code::Fstp_m80fp)
+        || instruction.is_call_far_indirect()
+        || matches!(
+            instruction.mnemonic(),
+            M::Fxsave
             | M::Fxsave64
             | M::Fxrstor
             | M::Fxrstor64
@@ -135,6 +188,9 @@ pub fn order(instruction: &Instruction) -> bool {
             | M::Iret
             | M::Iretd
             | M::Iretq
+            // Ten bytes are eight and two.
+            | M::Fbld
+            | M::Fbstp
             // Of several elements.
             | M::Vmaskmovps
             | M::Vmaskmovpd
@@ -143,11 +199,41 @@ pub fn order(instruction: &Instruction) -> bool {
             | M::Maskmovq
             | M::Maskmovdqu
             | M::Vmaskmovdqu
-    )
+        )
 }
 
 /// Two vectors of which an access in several parts may raise either: part of it not canonical, or not aligned, or not
 /// mapped. (SDM vol. 2, XSAVE, FXSAVE, "#AC": whether #AC is signaled in place of #GP varies with implementations.)
 pub fn either(vectors: [u64; 2]) -> bool {
-    vectors.iter().all(|vector| matches!(vector, 12 | 13 | 14 | 17)) && vectors[0] != vectors[1]
+    vectors
+        .iter()
+        .all(|vector| matches!(vector, 12 | 13 | 14 | 17))
+        && vectors[0] != vectors[1]
+}
+
+/// What a fault leaves behind that the manual does not promise either way, and no program can rely on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Residue {
+    /// A store of ten bytes has written eight, or a far CALL one word of two.
+    pub memory: bool,
+    /// An MMX store has made TOP 0 before it faults, which it does anyway when it is done again.
+    pub top: bool,
+    /// VCVTPS2PH has noted masked exceptions in MXCSR before its store faults.
+    pub noted: bool,
+    /// Beside an unmasked overflow or underflow, whether the result would be exact: the host CPU rounds it as if the
+    /// exponent had no limit, which only it can.
+    pub precision: bool,
+}
+
+/// What of an outcome with a fault is not compared; `mxcsr` is before it.
+pub fn residue(instruction: &Instruction, mxcsr: u32, fault: u64) -> Residue {
+    use iced_x86::Code;
+    Residue {
+        memory: matches!(instruction.code(), Code::Fstp_m80fp | Code::Fbstp_m80bcd)
+            || instruction.is_call_far_indirect(),
+        top: crate::profile::memory_operand(instruction) == Some(0)
+            && instruction.op_register(1).is_mm(),
+        noted: instruction.mnemonic() == M::Vcvtps2ph && fault != 19,
+        precision: fault == 19 && mxcsr & 0xc00 != 0xc00,
+    }
 }

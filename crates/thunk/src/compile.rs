@@ -130,7 +130,9 @@ impl Compiler {
 
         let x87 = select::is_x87(mnemonic);
         let touches_x87 = x87 || uses_mmx(&renamed);
-        let waiting = touches_x87 && !select::is_x87_no_wait(mnemonic);
+        // The host CPU does not look for a pending exception before CVTPI2PS of memory.
+        let reads_memory = mnemonic == Mnemonic::Cvtpi2ps && memory.is_some();
+        let waiting = touches_x87 && !select::is_x87_no_wait(mnemonic) && !reads_memory;
         let simd_float = select::is_simd_float(mnemonic);
         let uses_vector = plan.vector_load.iter().any(|&bytes| bytes != 0)
             || plan.vector_store.iter().any(|&stored| stored)
@@ -337,6 +339,13 @@ impl Compiler {
             size,
             access,
             alignment: if aligned { size } else { 1 },
+            checked_alignment: match (size, mnemonic) {
+                (_, Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph) => 1,
+                _ if select::masked_element_size(mnemonic).is_some() => 1,
+                (2 | 4 | 8, _) => size,
+                (10, _) => 8,
+                _ => 1,
+            },
             locked: renamed.has_lock_prefix() || mnemonic == Mnemonic::Xchg,
             bit_offset: select::is_bit_test(mnemonic) && renamed.op1_kind() == OpKind::Register,
             mask: select::masked_element_size(mnemonic).map(|element_size| ElementMask {

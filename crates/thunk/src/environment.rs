@@ -37,6 +37,8 @@ pub(crate) fn thunk(code: Code) -> Option<Thunk> {
             size,
             access,
             alignment: 1,
+            // That of the words it is made of.
+            checked_alignment: if matches!(size, 28 | 108) { 4 } else { 2 },
             locked: false,
             bit_offset: false,
             mask: None,

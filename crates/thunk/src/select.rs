@@ -25,9 +25,17 @@ pub(crate) fn select(instruction: &Instruction) -> Result<Code, ThunkError> {
     }
 }
 
-/// INC and DEC in opcodes 40 … 4F, which are REX prefixes in 64-bit mode.
+/// INC and DEC in opcodes 40 … 4F, which are REX prefixes in 64-bit mode; and opcode 82, which is opcode 80 outside it.
 fn general_form(code: Code) -> Code {
     match code {
+        Code::Add_rm8_imm8_82 => Code::Add_rm8_imm8,
+        Code::Or_rm8_imm8_82 => Code::Or_rm8_imm8,
+        Code::Adc_rm8_imm8_82 => Code::Adc_rm8_imm8,
+        Code::Sbb_rm8_imm8_82 => Code::Sbb_rm8_imm8,
+        Code::And_rm8_imm8_82 => Code::And_rm8_imm8,
+        Code::Sub_rm8_imm8_82 => Code::Sub_rm8_imm8,
+        Code::Xor_rm8_imm8_82 => Code::Xor_rm8_imm8,
+        Code::Cmp_rm8_imm8_82 => Code::Cmp_rm8_imm8,
         Code::Inc_r16 => Code::Inc_rm16,
         Code::Inc_r32 => Code::Inc_rm32,
         Code::Dec_r16 => Code::Dec_rm16,

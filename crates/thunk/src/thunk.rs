@@ -62,6 +62,9 @@ pub struct MemoryOperand {
     /// Required alignment of the guest's linear address, in bytes; 1 is none. A violation is
     /// #GP(0) (SDM vol. 1 10.4.1, 14.9).
     pub alignment: usize,
+    /// Alignment whose violation is #AC where EFLAGS.AC asks for it, in bytes; 1 is none
+    /// (SDM vol. 3A, table 7-7; vol. 2A, tables 2-19 to 2-26 for VEX).
+    pub checked_alignment: usize,
     /// A host atomic on the host address: LOCK prefix, or XCHG. Don't run it across a cache line on
     /// guest memory (split lock), nor on a bounce buffer if other vCPUs run.
     pub locked: bool,

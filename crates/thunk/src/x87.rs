@@ -86,6 +86,23 @@ impl FxsaveImage {
         self.0[32 + 16 * index..][..10].copy_from_slice(&value);
     }
 
+    /// MM`index`: an MMX register has a place of its own, whichever is the top of the stack.
+    pub fn mmx_register(&self, index: usize) -> [u8; 8] {
+        let top = usize::from(self.status_word() >> 11 & 7);
+        let mut value = [0; 8];
+        value.copy_from_slice(&self.stack_register(index.wrapping_sub(top) & 7)[..8]);
+        value
+    }
+
+    /// What every MMX instruction but EMMS does: TOP becomes 0, and all registers valid
+    /// (SDM vol. 1, 9.5.1).
+    pub fn enter_mmx(&mut self) {
+        let top = usize::from(self.status_word() >> 11 & 7);
+        self.0[32..160].rotate_right(16 * top);
+        self.set_status_word(self.status_word() & !(7 << 11));
+        self.0[4] = 0xff;
+    }
+
     /// Records the last x87 instruction's address alone.
     pub fn set_instruction_pointer(&mut self, instruction: u64) {
         self.0[8..16].copy_from_slice(&instruction.to_le_bytes());
@@ -195,7 +212,8 @@ impl FxsaveImage {
         let high = |word: u32| (word >> 12) << 16;
         let (instruction, opcode, data) = match format {
             EnvironmentFormat::Protected32 => (words[3], words[4] >> 16, words[5]),
-            EnvironmentFormat::Protected16 => (words[3], u32::from(self.opcode()), words[5]),
+            // The format has no opcode.
+            EnvironmentFormat::Protected16 => (words[3], 0, words[5]),
             EnvironmentFormat::Real32 | EnvironmentFormat::Real16 => (
                 words[3] & 0xffff | high(words[4]),
                 words[4],

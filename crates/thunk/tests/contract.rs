@@ -48,6 +48,11 @@ fn memory_operands_are_described() {
         size,
         access,
         alignment,
+        checked_alignment: match size {
+            2 | 4 | 8 => size,
+            10 => 8,
+            _ => 1,
+        },
         locked: false,
         bit_offset: false,
         mask: None,

@@ -249,3 +249,25 @@ fn far_pointers_load_both_or_nothing() {
         (0x7777, InterruptShadow::None)
     );
 }
+
+/// The selector is all that is read and written of a stack's word.
+#[test]
+fn selectors_on_the_stack_have_two_bytes() {
+    let (mut cpu, _) = crate::testing::long_cpu();
+    crate::testing::unmap_page(&mut cpu);
+    cpu.regs.gpr[4] = crate::testing::UNMAPPED - 2;
+    cpu.memory
+        .write(crate::testing::UNMAPPED - 2, &[0, 0])
+        .unwrap();
+    // pop fs
+    crate::testing::execute(&mut cpu, &[0x0f, 0xa1]).unwrap();
+
+    let (mut cpu, _) = crate::testing::protected_cpu();
+    cpu.regs.gpr[4] = 0x8004;
+    cpu.memory.write(0x8000, &[0xff; 4]).unwrap();
+    // push ds
+    crate::testing::execute(&mut cpu, &[0x1e]).unwrap();
+    let mut word = [0; 4];
+    cpu.memory.read(0x8000, &mut word).unwrap();
+    assert_eq!(word, [0x10, 0, 0xff, 0xff]);
+}

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
 use trapgate_engine::{Exit, Vcpu};
 use trapgate_memory::{GuestMemory, RamRange};
+pub(crate) use trapgate_oracle::random::Random;
 use trapgate_x86::descriptor::access;
 use trapgate_x86::registers::{cr0, cr4, efer, sreg};
 use trapgate_x86::{CpuState, Segment};
@@ -17,22 +18,6 @@ pub(crate) const TABLES: u64 = 0x1000;
 pub(crate) const DATA: u64 = 0x1_0000;
 /// Where code lies.
 pub(crate) const CODE: u64 = 0x8_0000;
-
-/// Numbers from a seed.
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-}
 
 /// Memory of zeros.
 pub(crate) fn memory() -> Arc<GuestMemory> {

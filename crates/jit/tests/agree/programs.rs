@@ -13,6 +13,7 @@ use std::time::Duration;
 use trapgate_engine::{Exit, NoDevices, Signal, Vcpu};
 use trapgate_jit::{Lockstep, Translating};
 use trapgate_memory::GuestMemory;
+use trapgate_oracle::programs::{Code, Computing, PIECE, PIECES, Place, Program};
 use trapgate_x86::descriptor::access;
 use trapgate_x86::profile::Level;
 use trapgate_x86::registers::{cr4, gpr, sreg};
@@ -35,210 +36,19 @@ const HANDLER: u64 = CODE + 0x7000;
 const COUNTER: u64 = CODE + 0x7800;
 /// Addresses of the pieces.
 const TABLE: u64 = CODE + 0x7900;
-/// Bytes of a piece at most, of which the first page boundaries lie in the middle of some.
-const PIECE: u64 = 208;
-const PIECES: u64 = 24;
+/// What programs are filled with: compilers' code, and the x87.
+struct Filler<'a>(&'a [u8]);
 
-/// Code under construction.
-struct Code {
-    start: u64,
-    bytes: Vec<u8>,
-}
-
-impl Code {
-    fn raw(&mut self, bytes: &[u8]) -> &mut Self {
-        self.bytes.extend_from_slice(bytes);
-        self
-    }
-
-    fn word(&mut self, value: u32) -> &mut Self {
-        self.raw(&value.to_le_bytes())
-    }
-
-    /// A rel32 or a displacement relative to RIP, after which the instruction has `more` bytes.
-    fn to(&mut self, target: u64, more: u64) -> &mut Self {
-        let next = self.start + self.bytes.len() as u64 + 4 + more;
-        self.word(target.wrapping_sub(next) as u32)
-    }
-
-    /// Ends the program if it has jumped often enough.
-    fn count(&mut self) {
-        self.raw(&[0xff, 0x0d]).to(COUNTER, 0); // dec dword [counter]
-        self.raw(&[0x79, 0x01, 0xf4]); // jns +1; hlt
-    }
-}
-
-/// The pieces of a program.
-struct Program<'a> {
-    random: &'a mut Random,
-    compiled: &'a [u8],
-    base: u64,
-}
-
-impl Program<'_> {
-    fn any_piece(&mut self) -> u64 {
-        self.base + self.random.below(PIECES) * PIECE
-    }
-
-    fn data(&mut self) -> u64 {
-        DATA + self.random.below(0x2_0000)
-    }
-
-    /// One thing that a program does.
-    fn part(&mut self, code: &mut Code) {
-        let small = self.random.next() as u8;
-        match self.random.below(20) {
-            0..=4 => {
-                let (bytes, _) = sequence(self.compiled, self.random);
-                code.raw(&bytes[..]);
-            }
-            5 | 6 => self.string(code),
-            7 => {
-                // pushfq; pop rax; and eax, arithmetic flags and IF; push rax; popfq
-                code.raw(&[0x9c, 0x58, 0x25]).word(0xad5).raw(&[0x50, 0x9d]);
-            }
-            8 => {
-                // sahf; setc al; adc ebx, ecx; lahf
-                code.raw(&[0x9e, 0x0f, 0x92, 0xc0, 0x11, 0xcb, 0x9f]);
-            }
-            9 | 10 => {
-                // Another piece's first instruction is `mov al, imm8`.
-                let target = self.any_piece() + 1;
-                code.raw(&[0xc6, 0x05]).to(target, 1).raw(&[small]);
-            }
-            11 => {
-                // mov ecx, small; cdq; idiv ecx
-                code.raw(&[0xb9]).word((small & 3).into());
-                code.raw(&[0x99, 0xf7, 0xf9]);
-            }
-            12 => match small % 4 {
-                0 => {
-                    code.raw(&[0x0f, 0x0b]); // ud2
-                }
-                // A load, and a store, where nothing is mapped.
-                1 => {
-                    code.raw(&[0x48, 0x8b, 0x04, 0x25]).word(0x70_0000);
-                }
-                2 => {
-                    code.raw(&[0x48, 0x89, 0x04, 0x25]).word(0x70_0000);
-                }
-                // A return to an address that is not canonical.
-                _ => {
-                    code.raw(&[0x48, 0xb8]).raw(&(1u64 << 60).to_le_bytes());
-                    code.raw(&[0x50, 0xc3]);
-                }
-            },
-            13 => {
-                // cmp eax, small; cmovl rdx, r10; setg [data]
-                let data = self.data();
-                code.raw(&[0x83, 0xf8, small, 0x49, 0x0f, 0x4c, 0xd2]);
-                code.raw(&[0x0f, 0x9f, 0x05]).to(data, 0);
-            }
-            14 => {
-                // mov ecx, few; rol rax, 1; add r11, rax; loop
-                code.raw(&[0xb9]).word(u32::from(small & 15) + 1);
-                code.raw(&[0x48, 0xd1, 0xc0, 0x49, 0x01, 0xc3, 0xe2, 0xf8]);
-            }
-            16..=19 => {
-                for _ in 0..1 + small % 8 {
-                    crate::x87::part(self.random, code.start, &mut code.bytes);
-                }
-            }
-            _ => {
-                // lock xadd [data], eax; bts [data], edx
-                let data = self.data();
-                code.raw(&[0xf0, 0x0f, 0xc1, 0x05]).to(data, 0);
-                code.raw(&[0x81, 0xe2]).word(0xfff);
-                code.raw(&[0x0f, 0xab, 0x15]).to(data, 0);
+impl Computing for Filler<'_> {
+    fn compute(&mut self, _: &Place, random: &mut Random, code: &mut Code) {
+        if random.below(9) < 5 {
+            let (bytes, _) = sequence(self.0, random);
+            code.raw(&bytes);
+        } else {
+            for _ in 0..1 + random.below(8) {
+                crate::x87::part(random, code.start, &mut code.bytes);
             }
         }
-    }
-
-    fn string(&mut self, code: &mut Code) {
-        let (to, from) = (self.data(), self.data());
-        code.raw(&[0x48, 0x8d, 0x3d]).to(to, 0); // lea rdi, [to]
-        code.raw(&[0x48, 0x8d, 0x35]).to(from, 0); // lea rsi, [from]
-        let most = [4, 64, 700, 5000][self.random.below(4) as usize];
-        code.raw(&[0xb9]).word(self.random.below(most) as u32); // mov ecx, count
-        let down = self.random.below(4) == 0;
-        if down {
-            code.raw(&[0xfd]); // std
-        }
-        let opcodes = [
-            0xa4, 0xa5, 0xaa, 0xab, 0xa4, 0xaa, 0xac, 0xad, 0xa6, 0xa7, 0xae, 0xaf,
-        ];
-        let opcode = opcodes[self.random.below(12) as usize];
-        match self.random.below(4) {
-            0 => {}
-            1 => code.bytes.push(0xf2),
-            _ => code.bytes.push(0xf3),
-        }
-        match self.random.below(4) {
-            0 if opcode & 1 != 0 => code.bytes.push(0x66),
-            1 => code.bytes.push(0x48),
-            _ => {}
-        }
-        code.raw(&[opcode]);
-        if down {
-            code.raw(&[0xfc]); // cld
-        }
-    }
-
-    /// How a piece ends: always somewhere else.
-    fn end(&mut self, code: &mut Code) {
-        let (target, other) = (self.any_piece(), self.any_piece());
-        code.count();
-        match self.random.below(8) {
-            0..=2 => {
-                let condition = self.random.below(16) as u8;
-                code.raw(&[0x0f, 0x80 | condition]).to(target, 0);
-            }
-            3 => {
-                code.raw(&[0xe8]).to(target, 0); // call
-            }
-            4 => {
-                code.raw(&[0xc3]); // ret
-            }
-            5 => {
-                // lea rax, [target]; push rax; ret
-                code.raw(&[0x48, 0x8d, 0x05])
-                    .to(target, 0)
-                    .raw(&[0x50, 0xc3]);
-            }
-            6 => {
-                let entry = TABLE + self.random.below(PIECES) * 8;
-                // call or jmp [entry]
-                let form = if self.random.below(2) == 0 {
-                    0x15
-                } else {
-                    0x25
-                };
-                code.raw(&[0xff, form]).to(entry, 0);
-            }
-            _ => {}
-        }
-        code.raw(&[0xe9]).to(other, 0); // jmp
-    }
-
-    fn piece(&mut self, number: u64) -> Code {
-        let mut code = Code {
-            start: self.base + number * PIECE,
-            bytes: vec![0xb0, number as u8],
-        };
-        if self.random.below(2) == 0 {
-            code.raw(&[0x48, 0x8d, 0x25]).to(STACK - 0x100, 0); // lea rsp, [stack]
-        }
-        for _ in 0..1 + self.random.below(3) {
-            let before = code.bytes.len();
-            self.part(&mut code);
-            if code.bytes.len() > PIECE as usize - 48 {
-                code.bytes.truncate(before);
-                break;
-            }
-        }
-        self.end(&mut code);
-        assert!(code.bytes.len() <= PIECE as usize);
-        code
     }
 }
 
@@ -283,18 +93,23 @@ fn write(memory: &GuestMemory, compiled: &[u8], random: &mut Random) -> CpuState
     }
     let mut program = Program {
         random,
-        compiled,
-        base,
+        computing: &mut Filler(compiled),
+        place: Place {
+            base,
+            counter: COUNTER,
+            table: TABLE,
+            data: (DATA, 0x2_0000),
+            stack: STACK - 0x100,
+            nowhere: 0x70_0000,
+            end: None,
+        },
     };
     for number in 0..PIECES {
         let piece = program.piece(number);
         put(piece.start, &piece.bytes);
     }
-    let mut handler = Code {
-        start: HANDLER,
-        bytes: Vec::new(),
-    };
-    handler.count();
+    let mut handler = Code::at(HANDLER);
+    program.count(&mut handler);
     handler.raw(&[0x48, 0x8d, 0x25]).to(STACK - 0x200, 0);
     // Else #MF comes again and again.
     handler.raw(&[0xdb, 0xe2]); // fnclex

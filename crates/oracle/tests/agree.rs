@@ -1,0 +1,116 @@
+//! A bounded share of the oracle. `TRAPGATE_ORACLE_SEED` repeats a run, `TRAPGATE_ORACLE_SECONDS` makes it longer.
+
+use std::time::Duration;
+
+use trapgate_oracle::bench::OracleError;
+use trapgate_oracle::engine::Kind;
+use trapgate_oracle::{fresh_seed, instructions, native, profile, sequences};
+use trapgate_x86::profile::Level;
+
+const ENGINES: [Kind; 2] = [Kind::Interpreter, Kind::Translator];
+
+fn seed() -> u64 {
+    let given = std::env::var("TRAPGATE_ORACLE_SEED").ok();
+    let seed = given.and_then(|text| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok());
+    let seed = seed.unwrap_or_else(fresh_seed);
+    eprintln!("TRAPGATE_ORACLE_SEED={seed:#x}");
+    seed
+}
+
+fn seconds(otherwise: u64) -> Duration {
+    let given = std::env::var("TRAPGATE_ORACLE_SECONDS").ok();
+    let seconds = given.and_then(|text| text.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(otherwise))
+}
+
+/// Whether this host can judge a profile; says so if not.
+fn can_judge(level: Level) -> bool {
+    if let Err(error) = native::usable() {
+        eprintln!("skipped: {error}");
+        return false;
+    }
+    if !profile::host_has(level) {
+        eprintln!("skipped: the host CPU has less than {}", level.name());
+        return false;
+    }
+    true
+}
+
+fn instructions_agree(level: Level, bits: u32, most: u64) {
+    if !can_judge(level) {
+        return;
+    }
+    let settings = instructions::Settings {
+        seed: seed(),
+        first: 0,
+        batches: u64::MAX / 2,
+        time: seconds(most),
+        jobs: 1,
+        level,
+        bits,
+        engines: ENGINES.to_vec(),
+        code: None,
+        enough: 10,
+    };
+    let report = match instructions::run(&settings) {
+        Ok(report) => report,
+        Err(error @ OracleError::Native(_)) => panic!("{error:?}"),
+        Err(error) => panic!("{error}"),
+    };
+    eprintln!(
+        "{} cases, {} of {} encodings, {} faults",
+        report.cases, report.covered, report.encodings, report.faults
+    );
+    let texts: Vec<&str> = report
+        .differences
+        .iter()
+        .map(|difference| difference.text.as_str())
+        .collect();
+    assert!(texts.is_empty(), "{}", texts.join("\n"));
+    assert!(report.cases > 10_000, "only {} cases", report.cases);
+    assert!(report.faults > report.cases / 20 && report.faults < report.cases / 2);
+}
+
+#[test]
+fn instructions_of_64_bit_code_do_what_the_host_cpu_does() {
+    instructions_agree(Level::V3, 64, 20);
+}
+
+#[test]
+fn instructions_of_32_bit_code_do_what_the_host_cpu_does() {
+    instructions_agree(Level::V3, 32, 12);
+}
+
+#[test]
+fn instructions_of_the_smaller_profile_do_what_the_host_cpu_does() {
+    instructions_agree(Level::V2, 64, 8);
+}
+
+#[test]
+fn programs_do_what_they_do_on_the_host_cpu() {
+    if !can_judge(Level::V3) {
+        return;
+    }
+    let settings = sequences::Settings {
+        seed: seed(),
+        first: 0,
+        batches: u64::MAX / 2,
+        time: seconds(20),
+        jobs: 1,
+        level: Level::V3,
+        engines: ENGINES.to_vec(),
+        enough: 1,
+    };
+    let report = sequences::run(&settings).expect("host and engines can be asked");
+    eprintln!(
+        "{} programs, {} faults, {} jumps",
+        report.programs, report.faults, report.jumps
+    );
+    assert!(
+        report.differences.is_empty(),
+        "{}",
+        report.differences.join("\n")
+    );
+    assert!(report.programs > 500, "only {} programs", report.programs);
+    assert!(report.jumps > report.programs * 20);
+}
