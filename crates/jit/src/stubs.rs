@@ -219,7 +219,7 @@ impl Writer<'_> {
     }
 
     /// From host code's stack to the thread's.
-    fn switch_to_host_stack(&mut self) {
+    fn leave_stack(&mut self) {
         self.asm.store(Mem::low(self.at.stack()), RSP);
         self.asm.load(RSP, Mem::low(self.at.host_stack()));
     }
@@ -397,7 +397,7 @@ impl Writer<'_> {
         let start = self.asm.here();
         self.save();
         self.asm.mov_imm(RAX, u64::from(reason));
-        self.switch_to_host_stack();
+        self.leave_stack();
         self.leave();
         start
     }
@@ -457,7 +457,7 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
         writer.asm.store(Mem::low(at.linear()), ADDRESS);
         writer.asm.pop_memory(Mem::low(at.resume()));
         writer.save();
-        writer.switch_to_host_stack();
+        writer.leave_stack();
         writer.asm.mov_imm(RDI, u64::from(at.base()));
         writer.asm.call_memory(Mem::low(function));
         writer.asm.alu(true, Alu::Or, RAX, RAX);
