@@ -878,8 +878,14 @@ impl Context {
             return Ok(None);
         };
         self.rust.access = self.interp.cpu.system_flags & rflags::AC != 0;
-        // Host code that changes the privilege level looks for this.
+        // Host code that changes the mode looks for this.
         self.target_modes[class(mode)] = mode.0;
+        if !mode.is_user() {
+            for set in [false, true] {
+                let mode = mode.with_access(set);
+                self.target_modes[class(mode)] = mode.0;
+            }
+        }
         let rip = self.wrapped_rip(mode);
         self.find(rip, mode, true)
     }
