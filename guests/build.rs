@@ -80,15 +80,19 @@ fn main() {
             &format!("the guest `{name}`"),
             &target,
         );
-        let expected = root.join(format!("expected/{name}.txt"));
-        let expected = if expected.is_file() {
-            format!("Some(include_str!({expected:?}))")
-        } else {
-            "None".to_owned()
+        let text = |file: String| {
+            let file = root.join("expected").join(file);
+            if file.is_file() {
+                format!("Some(include_str!({file:?}))")
+            } else {
+                "None".to_owned()
+            }
         };
+        let expected = text(format!("{name}.txt"));
+        let expected_v3 = text(format!("{name}.v3.txt"));
         writeln!(
             table,
-            "    Program {{ name: {name:?}, image: include_bytes!({image:?}), expected: {expected} }},"
+            "    Program {{ name: {name:?}, image: include_bytes!({image:?}), expected: {expected}, expected_v3: {expected_v3} }},"
         )
         .expect("a String takes any text");
     }

@@ -211,6 +211,11 @@ pub fn load() {
     unsafe { asm!("lidt [{}]", in(reg) &pointer, options(nostack)) }
 }
 
+/// The address of the IDT.
+pub fn table() -> u64 {
+    (&raw const IDT) as u64
+}
+
 /// Writes the gate of `vector`. `access` is the descriptor's sixth byte (present, DPL, type).
 pub fn set_gate(vector: u8, selector: u16, offset: u64, access: u8, ist: u8) {
     let [low, high] = segments::gate_descriptor(selector, offset, access);

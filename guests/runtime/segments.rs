@@ -159,6 +159,14 @@ pub fn set_ist(slot: u8, top: u64) {
     set_tss_address(7 + 2 * usize::from(slot), top);
 }
 
+/// Gives the TSS another limit, and loads it again. [`load`] undoes it.
+pub fn set_task_limit(limit: u32) {
+    let [low, _] = system_descriptor((&raw const TSS) as u64, limit, 0x89);
+    set_descriptor(TASK, low);
+    // SAFETY: the same task-state segment.
+    unsafe { asm!("ltr {:x}", in(reg) TASK, options(nostack, preserves_flags)) }
+}
+
 /// Lets code without I/O privilege use `port` (0 to 255), or not.
 pub fn permit_port(port: u8, permitted: bool) {
     let word = 26 + usize::from(port / 32);

@@ -58,6 +58,17 @@ pub fn set_upper(level: Upper, flags: u64) {
     cpu::write_cr3(cpu::read_cr3());
 }
 
+/// The entry above the window at `level`, as the CPU left it.
+pub fn upper(level: Upper) -> u64 {
+    let (entry, index) = match level {
+        Upper::Pml4 => ((cpu::read_cr3() & !0xFFF) as *const u64, 1),
+        Upper::DirectoryPointers => ((&raw const DIRECTORY_POINTERS) as *const u64, 0),
+        Upper::Directory => ((&raw const DIRECTORY) as *const u64, 0),
+    };
+    // SAFETY: as in `set_upper`.
+    unsafe { entry.add(index).read_volatile() }
+}
+
 /// Writes the second entry of the window's page directory: it maps a 2 MiB page, or nothing.
 /// Returns the first address it translates.
 pub fn set_large(entry: u64) -> u64 {
@@ -94,6 +105,16 @@ pub fn set_huge(entry: u64) -> u64 {
     }
     cpu::write_cr3(cpu::read_cr3());
     address
+}
+
+/// The entry that [`set_huge`] wrote, as the CPU left it.
+pub fn huge_entry() -> u64 {
+    // SAFETY: as in `set_upper`.
+    unsafe {
+        ((&raw const DIRECTORY_POINTERS) as *const u64)
+            .add(1)
+            .read_volatile()
+    }
 }
 
 /// Maps page number `page` of the window (0 to 511) to the physical page at `physical`. Returns

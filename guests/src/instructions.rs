@@ -42,6 +42,7 @@ const MARKED: &[(&str, &[&str])] = &[
             "x87_divide_by_zero",
         ],
     ),
+    ("hostile", &["save_and_restore", "vectors", "wide5xsave"]),
 ];
 
 fn word(bytes: &[u8], at: usize) -> u32 {

@@ -22,7 +22,7 @@ mod instructions;
 #[path = "../programs/hello/expression.rs"]
 mod expression;
 
-pub use output::{Mismatch, check};
+pub use output::{Mismatch, check, compare};
 
 /// A guest program.
 #[derive(Debug, Clone, Copy)]
@@ -33,6 +33,8 @@ pub struct Program {
     pub image: &'static [u8],
     /// What every correct CPU makes it print, if that is always the same text.
     pub expected: Option<&'static str>,
+    /// The same on a CPU of level x86-64-v3, where that is another text: `expected` is for x86-64-v2.
+    pub expected_v3: Option<&'static str>,
 }
 
 static PROGRAMS: &[Program] = include!(concat!(env!("OUT_DIR"), "/programs.rs"));
@@ -42,7 +44,12 @@ impl Program {
     /// them there: a KVM that emulates supervisor code does not. The other programs do not, if they
     /// were built for the freestanding [`TARGET`].
     pub fn uses_coprocessor(&self) -> bool {
-        ["bench", "coprocessor"].contains(&self.name)
+        ["bench", "coprocessor", "hostile"].contains(&self.name)
+    }
+
+    /// How many processors the machine must have for it to print what is expected.
+    pub fn processors(&self) -> u32 {
+        if self.name == "processors" { 2 } else { 1 }
     }
 }
 

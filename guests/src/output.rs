@@ -43,7 +43,11 @@ pub fn check(program: &Program, output: &str) -> Result<(), Mismatch> {
     }
 }
 
-fn compare(expected: &str, output: &str) -> Result<(), Mismatch> {
+/// As [`check`], with a text.
+///
+/// # Errors
+/// The first difference.
+pub fn compare(expected: &str, output: &str) -> Result<(), Mismatch> {
     let mut wanted = expected.lines();
     let mut printed = output
         .lines()

@@ -21,7 +21,7 @@ mod saved;
 #[cfg(test)]
 mod tests;
 
-pub use lent::{ControllersState, LentPit};
+pub use lent::ControllersState;
 pub use saved::{BoardState, ChipsetState, RestoreError};
 
 /// The access is refused: the vCPU must see #GP(0).
@@ -119,8 +119,6 @@ pub struct Chipset {
     deadline_is_stale: bool,
     /// Somebody else runs the interrupt controllers, see [`lent`].
     lent: bool,
-    /// And the interval timer.
-    pit_is_lent: bool,
     apics: Vec<LocalApic>,
     /// What [`interrupt_pending`](Self::interrupt_pending) answers, by vCPU.
     pending: Vec<bool>,
@@ -158,7 +156,6 @@ impl Chipset {
             pending: vec![false; config.cpus],
             lowest_priority_turn: 0,
             lent: false,
-            pit_is_lent: false,
             apics,
             io_apic: IoApic::new(),
             lines: [0; map::IO_APIC_PINS as usize],
@@ -434,9 +431,6 @@ impl Chipset {
     }
 
     fn settle_pit(&mut self, now: u64) {
-        if self.pit_is_lent {
-            return;
-        }
         let rose = self.pit.settle(now);
         let connected = !self.hpet.is_legacy();
         if rose && connected {
@@ -514,6 +508,13 @@ impl Chipset {
         self.settle_timers(now);
     }
 
+    /// The machine stood still while the time of day went on by `away` nanoseconds: the real-time clock has a battery.
+    pub fn time_of_day_went_on(&mut self, away: u64, now: u64) {
+        let now = self.clock(now);
+        self.rtc.run_on_battery(away, now);
+        self.settle_rtc(now);
+    }
+
     /// When [`advance`](Self::advance) must next be called; `None` while nothing is armed. A timer
     /// whose interrupt is masked wherever it goes is not waited for.
     pub fn next_deadline(&mut self) -> Option<u64> {
@@ -533,7 +534,7 @@ impl Chipset {
             .min()
             .unwrap_or(never);
         if !self.hpet.is_legacy() {
-            if !self.pit_is_lent && self.is_heard(map::TIMER_GSI) {
+            if self.is_heard(map::TIMER_GSI) {
                 deadline = deadline.min(self.pit.deadline().unwrap_or(never));
             }
             if self.is_heard(map::RTC_GSI) {
@@ -669,12 +670,7 @@ impl Chipset {
                 self.service_io_apic();
             }
         } else if let Some(offset) = offset_in(gpa, map::HPET_ADDRESS, map::HPET_SIZE) {
-            let was_legacy = self.hpet.is_legacy();
             self.hpet.write(offset, data, now);
-            if self.pit_is_lent && self.hpet.is_legacy() != was_legacy {
-                self.effects.timer_connected = Some(was_legacy);
-                self.has_effects = true;
-            }
             self.settle_hpet(now);
             // Legacy replacement may have connected or disconnected them.
             self.settle_pit(now);

@@ -12,8 +12,6 @@ pub struct Effects {
     pub lines: Vec<(u32, bool)>,
     /// While the interrupt controllers are lent: message-signalled interrupts, as address and data.
     pub messages: Vec<(u64, u32)>,
-    /// While the interval timer is lent: whether it is to interrupt from now on, or the HPET stands in for it.
-    pub timer_connected: Option<bool>,
     /// The machine is to stop. The first request wins.
     pub power: Option<PowerRequest>,
     /// Bytes written to COM1 and COM2.
@@ -30,7 +28,6 @@ impl Effects {
         self.signals.is_empty()
             && self.lines.is_empty()
             && self.messages.is_empty()
-            && self.timer_connected.is_none()
             && self.power.is_none()
             && self.serial.iter().all(Vec::is_empty)
             && !self.serial_room.contains(&true)
@@ -43,7 +40,6 @@ impl Effects {
             signals,
             lines,
             messages,
-            timer_connected,
             power,
             serial,
             serial_room,
@@ -52,7 +48,6 @@ impl Effects {
         signals.clear();
         lines.clear();
         messages.clear();
-        *timer_connected = None;
         *power = None;
         serial.iter_mut().for_each(Vec::clear);
         *serial_room = [false; 2];

@@ -24,6 +24,6 @@ pub mod ticks;
 
 pub use chipset::{
     BoardState, Chipset, ChipsetConfig, ChipsetState, ConfigError, ControllersState,
-    GeneralProtection, LentPit, RestoreError,
+    GeneralProtection, RestoreError,
 };
 pub use effects::{CpuSignal, Effects, PowerRequest, ResetCause, Signal};

@@ -148,14 +148,36 @@ impl Rtc {
             self.cells[C] |= B_PERIODIC;
         }
         if self.runs() {
-            let (from, to) = (self.seconds(before), self.seconds(now));
-            if to > from {
-                self.cells[C] |= B_UPDATE;
-                if self.next_alarm(from).is_some_and(|alarm| alarm <= to) {
-                    self.cells[C] |= B_ALARM;
-                }
+            self.note_seconds(self.seconds(before), self.seconds(now));
+        }
+    }
+
+    /// Sets the interrupt flags for the clock's way from one second to another.
+    fn note_seconds(&mut self, from: i64, to: i64) {
+        if to > from {
+            self.cells[C] |= B_UPDATE;
+            if self.next_alarm(from).is_some_and(|alarm| alarm <= to) {
+                self.cells[C] |= B_ALARM;
             }
         }
+    }
+
+    /// Lets the clock go on by `away` nanoseconds in which there was no VM time. An alarm that was due then
+    /// rings now.
+    pub fn run_on_battery(&mut self, away: u64, now: u64) {
+        self.settle(now);
+        if !self.runs() {
+            return;
+        }
+        let from = self.seconds(now);
+        let second = i128::from(NS_PER_SECOND);
+        let begun = i128::from(self.base_ns) - i128::from(away);
+        // Back into the second before VM time 0, if it is further away.
+        let seconds = (-begun).div_euclid(second).max(0);
+        // Less than 2^64 ns are less than 2^35 seconds.
+        self.base_seconds = self.base_seconds.saturating_add(seconds as i64);
+        self.base_ns = (begun + seconds * second) as i64;
+        self.note_seconds(from, self.seconds(now));
     }
 
     /// The level of the interrupt line (register C, bit 7).
@@ -616,6 +638,60 @@ mod tests {
         put(&mut rtc, B, B_ALARM | B_24_HOURS, 0);
         rtc.settle(3 * 86_400 * S);
         assert!(rtc.interrupt());
+    }
+
+    #[test]
+    fn clock_goes_on_while_the_machine_stands_still() {
+        for (away, time) in [
+            (0, [0x29, 0, 0, 0]),
+            (S / 2, [0x29, 0, 0, 0]),
+            (S, [0x29, 0, 0, 1]),
+            (S + S / 2, [0x29, 0, 0, 1]),
+            (100 * 86_400 * S, [0x08, 0, 0, 0]),
+        ] {
+            for start in [0, S / 4] {
+                let mut rtc = Rtc::new(UTC * S + start, 512 << 20, 3 << 30);
+                let now = 2 * S - start;
+                rtc.run_on_battery(away, now);
+                let [_, _, _, day, _, hour, minute, second] = shown(&mut rtc, now);
+                assert_eq!([day, hour, minute, second], time, "{away} {start}");
+                // Where in the second it is shows too.
+                let rest = away % S;
+                let next = now + S - rest;
+                let seconds = [next - 1, next].map(|at| get(&mut rtc, SECONDS, at));
+                assert_eq!(seconds, [time[3], time[3] + 1], "{away} {start}");
+                Rtc::restore(&rtc.save(), next).unwrap();
+            }
+        }
+        // Several times, and as long as can be.
+        let mut rtc = rtc();
+        for _ in 0..3 {
+            rtc.run_on_battery(20 * S, S);
+        }
+        assert_eq!(shown(&mut rtc, S)[6..], [0x00, 0x59]);
+        rtc.run_on_battery(u64::MAX, S);
+        shown(&mut rtc, S);
+    }
+
+    #[test]
+    fn alarm_that_was_due_while_the_machine_stood_still_rings() {
+        let mut rtc = rtc();
+        put(&mut rtc, HOURS_ALARM, 0x00, 0);
+        put(&mut rtc, MINUTES_ALARM, 0x01, 0);
+        put(&mut rtc, SECONDS_ALARM, 0x30, 0);
+        put(&mut rtc, B, B_ALARM | B_24_HOURS, 0);
+        rtc.run_on_battery(91 * S, S / 2);
+        assert!(!rtc.interrupt());
+        rtc.run_on_battery(S / 2, S / 2);
+        assert!(rtc.interrupt());
+    }
+
+    #[test]
+    fn clock_that_the_guest_stopped_stands() {
+        let mut rtc = rtc();
+        put(&mut rtc, B, B_SET | B_24_HOURS, 0);
+        rtc.run_on_battery(100 * S, S);
+        assert_eq!(get(&mut rtc, SECONDS, S), 0x58);
     }
 
     #[test]

@@ -92,7 +92,8 @@ const RESTORE: &str = "Lets a machine go on from a snapshot, connected to this t
         Nothing is read but what the guest touches, and nothing is written to the snapshot: any number of machines may go \
         on from it. Its files must stay as they are for as long. Disks are not in it: they are expected where they were, \
         unless `machine.json` in the directory is changed to name others.\n\n\
-        For the guest no time has passed. Its clocks go on where they stood, so its time of day is late.";
+        For the guest no time has passed. Its clocks go on where they stood, so its time of day is late. The machine's \
+        real-time clock is right: `hwclock -s -u` in the guest sets the time of day by it.";
 
 /// What trapgate can do.
 #[derive(Debug, Subcommand)]

@@ -358,8 +358,11 @@ impl Blocks {
         let limit = if cpu.is_64bit() {
             MAX_INSTRUCTION as u64
         } else {
-            let code = &cpu.sys.segments[sreg::CS];
-            (u64::from(code.limit) + 1 - cpu.rip).min(MAX_INSTRUCTION as u64)
+            let whole = (1..=MAX_INSTRUCTION).rev();
+            whole
+                .into_iter()
+                .find(|&length| inside_limit(cpu, length))
+                .unwrap_or(0) as u64
         };
         let view = cpu.plain_view;
         for have in 0..limit {
@@ -450,8 +453,9 @@ impl Blocks {
     }
 }
 
-/// Whether `length` bytes from EIP are inside the code segment.
+/// Whether `length` bytes from EIP are inside the code segment. Nothing is outside of one of 4 GiB: a host CPU
+/// (Intel family 6, model 167) goes on at 0, within an instruction too.
 fn inside_limit(cpu: &Cpu, length: usize) -> bool {
-    let limit = u64::from(cpu.sys.segments[sreg::CS].limit);
-    cpu.rip + length.max(1) as u64 - 1 <= limit
+    let limit = cpu.sys.segments[sreg::CS].limit;
+    limit == u32::MAX || cpu.rip + length.max(1) as u64 - 1 <= u64::from(limit)
 }

@@ -259,13 +259,29 @@ impl Cpu {
     /// Works out whether the run loop must take its slow path. To be called after each change to
     /// the shadow, TF, DR7 or pending events.
     pub fn update_attention(&mut self) {
-        self.attention = self.sys.shadow != InterruptShadow::None
-            || self.system_flags & (rflags::TF | rflags::RF) != 0
+        self.attention = self.asks_for_attention(rflags::TF | rflags::RF);
+    }
+
+    fn asks_for_attention(&self, flags: u64) -> bool {
+        self.sys.shadow != InterruptShadow::None
+            || self.system_flags & flags != 0
             || self.sys.dr7 & 0xff != 0
             || self.sys.nmi_pending
             || self.pending.is_some()
             || self.acknowledged.is_some()
-            || (self.interrupt_waits && self.system_flags & rflags::IF != 0);
+            || (self.interrupt_waits && self.system_flags & rflags::IF != 0)
+    }
+
+    /// Whether RFLAGS.RF, while no breakpoint is enabled, is all that asks for attention: the next instruction would merely
+    /// clear it.
+    pub fn merely_resumes(&self) -> bool {
+        self.system_flags & rflags::RF != 0 && !self.asks_for_attention(rflags::TF)
+    }
+
+    /// The next instruction is run without looking at what asks for attention: it clears RFLAGS.RF.
+    pub fn resume(&mut self) {
+        self.system_flags &= !rflags::RF;
+        self.update_attention();
     }
 
     // Flags.

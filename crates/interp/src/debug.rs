@@ -343,4 +343,25 @@ mod tests {
         cpu.regs.gpr[gpr::RSI] = 0x8002;
         execute(&mut cpu, load).unwrap();
     }
+
+    /// RETFQ and IRETQ pop several words at once.
+    #[test]
+    fn frames_of_far_transfers_are_watched_and_checked() {
+        let (retf, iret): (&[u8], &[u8]) = (&[0x48, 0xcb], &[0x48, 0xcf]);
+        for code in [retf, iret] {
+            let mut cpu = watching_cpu(0x8008, 0b1011);
+            cpu.regs.gpr[gpr::RSP] = 0x8000;
+            // The null selector there is refused; it was read.
+            assert_eq!(fault(&mut cpu, code), GP0);
+            assert_eq!(cpu.take_breakpoints(), 1 << 2);
+
+            let (mut cpu, _) = long_cpu();
+            set_cpl(&mut cpu, 3);
+            cpu.sys.cr0 |= cr0::AM;
+            cpu.set_rflags(rflags::AC);
+            cpu.update_mode();
+            cpu.regs.gpr[gpr::RSP] = 0x8004;
+            assert_eq!(fault(&mut cpu, code), (Vector::AC, Some(0)));
+        }
+    }
 }

@@ -4,6 +4,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Reg
 use trapgate_x86::registers::sreg;
 
 use crate::cpu::{CodeSize, Cpu, Step};
+use crate::features::is_lacking;
 use crate::op::{AddressForm, Handler, NO_REGISTER, Op, RIP_REGISTER, attribute};
 use crate::quiet::Traits;
 use crate::vector::Lowered;
@@ -64,6 +65,11 @@ pub(crate) fn decode(cpu: &mut Cpu, bytes: &[u8], most: usize) -> Result<Decoded
             } else {
                 undefined()
             });
+            length = end;
+            break;
+        }
+        if is_lacking(cpu.profile.level, &instruction) {
+            ops.push(undefined());
             length = end;
             break;
         }

@@ -197,33 +197,22 @@ fn op_ltr(cpu: &mut Cpu, op: &Op) -> Step {
     Ok(())
 }
 
-/// LAR: the descriptor's access rights, if it is of a type that LAR knows.
+/// LAR: the descriptor's access rights.
 fn op_lar(cpu: &mut Cpu, op: &Op) -> Step {
-    cpu.check_has_selectors()?;
-    let selector = source_word(cpu, op)?;
-    let long = cpu.is_long();
-    let known = |descriptor: &Descriptor| {
-        descriptor.has(access::S)
-            || match descriptor.kind() {
-                system::LDT | system::TSS | system::TSS_BUSY | system::CALL_GATE => true,
-                system::TSS16 | system::TSS16_BUSY | system::CALL_GATE16 | system::TASK_GATE => {
-                    !long
-                }
-                _ => false,
-            }
-    };
-    let found = cpu.visible_descriptor(selector)?.filter(known);
-    if let Some(descriptor) = found {
-        // The manual leaves the limit's bits undefined; processors give them.
-        let rights = (descriptor.0 >> 32) as u32 & 0x00ff_ff00;
-        write_result(cpu, op, rights);
-    }
-    cpu.set_zero_flag(found.is_some());
-    Ok(())
+    // The manual leaves the limit's bits undefined; processors give them.
+    tell(cpu, op, true, |descriptor| {
+        (descriptor.0 >> 32) as u32 & 0x00ff_ff00
+    })
 }
 
 /// LSL: the segment's limit in bytes.
 fn op_lsl(cpu: &mut Cpu, op: &Op) -> Step {
+    tell(cpu, op, false, Descriptor::limit)
+}
+
+/// Writes what `of` says of the descriptor, and ZF whether it is one that LAR or LSL knows: segments and, for LAR,
+/// `gates`.
+fn tell(cpu: &mut Cpu, op: &Op, gates: bool, of: fn(Descriptor) -> u32) -> Step {
     cpu.check_has_selectors()?;
     let selector = source_word(cpu, op)?;
     let long = cpu.is_long();
@@ -232,12 +221,14 @@ fn op_lsl(cpu: &mut Cpu, op: &Op) -> Step {
             || match descriptor.kind() {
                 system::LDT | system::TSS | system::TSS_BUSY => true,
                 system::TSS16 | system::TSS16_BUSY => !long,
+                system::CALL_GATE => gates,
+                system::CALL_GATE16 | system::TASK_GATE => gates && !long,
                 _ => false,
             }
     };
     let found = cpu.visible_descriptor(selector)?.filter(known);
     if let Some(descriptor) = found {
-        write_result(cpu, op, descriptor.limit());
+        write_result(cpu, op, of(descriptor));
     }
     cpu.set_zero_flag(found.is_some());
     Ok(())

@@ -80,6 +80,11 @@ impl Cpu {
                 Ok(()) => return Ok(()),
                 Err(stop) => stop,
             };
+            // "Processors update CR2 whenever a page fault is detected", also if that makes a double fault or is in
+            // the delivery of one (SDM vol. 3A, 7.15, vector 14, footnote).
+            if stop == Stop::Fault && self.exception.vector == Vector::PF {
+                self.sys.cr2 = self.exception.address;
+            }
             if stop != Stop::Fault || current.vector == Vector::DF {
                 return Err(Stop::Shutdown);
             }

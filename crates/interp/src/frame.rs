@@ -23,6 +23,8 @@ pub(crate) struct Stack {
     view: View,
     /// 64-bit addressing, without segment.
     flat: bool,
+    /// An instruction's own accesses: alignment checks and data breakpoints count.
+    explicit: bool,
     /// Error code of the #SS that a frame without room raises.
     code: u32,
 }
@@ -36,7 +38,16 @@ impl Stack {
             mask: cpu.stack_mask,
             view: cpu.plain_view,
             flat: cpu.is_64bit(),
+            explicit: false,
             code: ext,
+        }
+    }
+
+    /// The current stack as the operand of a far transfer.
+    pub(crate) fn operand(cpu: &Cpu) -> Self {
+        Self {
+            explicit: cpu.view == View::Checked,
+            ..Self::current(cpu, 0)
         }
     }
 
@@ -53,6 +64,7 @@ impl Stack {
             mask,
             view: cpu.view_at(segment.dpl()),
             flat: false,
+            explicit: false,
             code: selector_code(segment.selector) | ext,
         }
     }
@@ -65,6 +77,7 @@ impl Stack {
             mask: u64::MAX,
             view: cpu.view_at(level),
             flat: true,
+            explicit: false,
             code: ext,
         }
     }
@@ -121,10 +134,32 @@ impl Cpu {
         Ok(())
     }
 
+    /// Alignment checks and data breakpoints for values of `size` bytes from an offset on.
+    fn check_values(
+        &mut self,
+        stack: &Stack,
+        offset: u64,
+        size: u64,
+        count: usize,
+        access: Access,
+    ) -> Step {
+        if !stack.explicit {
+            return Ok(());
+        }
+        for index in 0..count as u64 {
+            let offset = offset.wrapping_add(index * size) & stack.mask;
+            let linear = self.stack_address(stack, offset, size)?;
+            self.check_alignment(linear, size)?;
+            self.note_data_breakpoints(linear, size, access);
+        }
+        Ok(())
+    }
+
     /// Pushes values of `size` bytes, the first first; all or, on a fault, none.
     pub(crate) fn push_frame(&mut self, stack: &mut Stack, size: u64, values: &[u64]) -> Step {
         let total = size * values.len() as u64;
         let low = stack.pointer.wrapping_sub(total) & stack.mask;
+        self.check_values(stack, low, size, values.len(), Access::Write)?;
         if stack.is_contiguous(low, total) {
             let linear = self.stack_address(stack, low, total)?;
             if let (8, Some(host)) = (
@@ -185,8 +220,7 @@ impl Cpu {
         self.peek_words(stack, size, depth, values, size)
     }
 
-    /// As [`Self::peek_frame`], for a frame that ends with a selector: of its word two bytes are read. Where EFLAGS.AC asks
-    /// for it, the frame must be aligned.
+    /// As [`Self::peek_frame`], for a frame that ends with a selector: of its word two bytes are read.
     pub(crate) fn peek_return(
         &mut self,
         stack: &Stack,
@@ -194,16 +228,7 @@ impl Cpu {
         depth: u64,
         values: &mut [u64],
     ) -> Step {
-        self.check_stack_alignment(stack, size)?;
         self.peek_words(stack, size, depth, values, 2)
-    }
-
-    /// #AC where EFLAGS.AC asks for it and a stack is not aligned to its words.
-    pub(crate) fn check_stack_alignment(&mut self, stack: &Stack, size: u64) -> Step {
-        if self.view == View::Checked {
-            self.check_alignment(stack.pointer, size)?;
-        }
-        Ok(())
     }
 
     fn peek_words(
@@ -216,6 +241,7 @@ impl Cpu {
     ) -> Step {
         let total = size * (values.len() as u64 - 1) + last;
         let low = stack.pointer.wrapping_add(depth) & stack.mask;
+        self.check_values(stack, low, size, values.len(), Access::Read)?;
         if stack.is_contiguous(low, total) {
             let linear = self.stack_address(stack, low, total)?;
             if let (8, Some(host)) = (

@@ -117,7 +117,7 @@ impl Cpu {
 
     /// Protected and long mode, after [`rflags::NT`] and [`rflags::VM`] were dealt with.
     fn return_protected(&mut self, size: u64) -> Step {
-        let stack = Stack::current(self, 0);
+        let stack = Stack::operand(self);
         let long = self.is_64bit();
         let mut frame = [0; 5];
         // 64-bit mode pops the stack pointer whatever the levels are.
@@ -206,7 +206,7 @@ impl Cpu {
 
     /// Real mode, and virtual-8086 mode where it may: `mask` is the flags to restore.
     fn return_real(&mut self, size: u64, mask: u64) -> Step {
-        let stack = Stack::current(self, 0);
+        let stack = Stack::operand(self);
         let mut frame = [0; 3];
         self.peek_frame(&stack, size, 0, &mut frame)?;
         let [rip, selector, flags] = frame;
@@ -234,7 +234,7 @@ impl Cpu {
             return self.gp0();
         }
         // With the mode's extensions, VIF stands for IF (SDM vol. 3A, 21.3.2).
-        let stack = Stack::current(self, 0);
+        let stack = Stack::operand(self);
         let mut frame = [0; 3];
         self.peek_frame(&stack, 2, 0, &mut frame)?;
         let enables = frame[2] & rflags::IF != 0;

@@ -18,6 +18,7 @@ mod descriptor_tables;
 mod door;
 mod entropy;
 mod events;
+mod features;
 mod flag_control;
 mod flags;
 mod frame;
@@ -56,6 +57,7 @@ use crate::block::Blocks;
 pub use crate::block::Dropped;
 use crate::cpu::Cpu;
 pub use crate::door::Target;
+pub use crate::features::is_lacking;
 pub use crate::tlb::{Access, Changes, Layout, View};
 
 /// A vCPU that interprets.

@@ -193,6 +193,8 @@ impl Interpreter {
         let place = self.blocks.single(cpu)?;
         let op = self.blocks.ops(place)[0];
         cpu.system_flags &= !rflags::RF;
+        // A repeated string instruction that goes on is not to look up after each element for RF's sake.
+        cpu.update_attention();
         cpu.end_block = false;
         cpu.rip = cpu.rip.wrapping_add(u64::from(op.length));
         let next = cpu.rip;

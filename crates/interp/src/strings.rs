@@ -109,8 +109,11 @@ fn repeated<E: Element, T: Width>(cpu: &mut Cpu, op: &Op) -> Step {
         let poll = until_poll == 0 && cpu.signals.any();
         if poll || cpu.end_block || cpu.attention {
             // The instruction is not finished: it goes on from here after whatever it is that
-            // must be seen to.
+            // must be seen to. RF, which that then has in its frame, keeps a breakpoint on the instruction from
+            // hitting again (SDM vol. 3B, 19.3.1.1).
             cpu.rip = cpu.rip.wrapping_sub(u64::from(op.length));
+            cpu.system_flags |= rflags::RF;
+            cpu.update_attention();
             return Err(Stop::EndBlock);
         }
         if until_poll == 0 {
@@ -388,7 +391,29 @@ pub(crate) fn lower(instruction: &Instruction, op: &mut Op) -> Option<Handler> {
 mod tests {
     use trapgate_x86::registers::gpr;
 
+    use super::*;
     use crate::testing::{GP0, execute, fault, long_cpu, set_cpl};
+
+    /// SDM vol. 3B, 19.3.1.1: whatever comes in the middle has RF in its frame.
+    #[test]
+    fn instruction_that_is_stopped_half_way_has_the_resume_flag() {
+        let (mut cpu, _) = long_cpu();
+        let rep_stosb: &[u8] = &[0xf3, 0xaa];
+        cpu.regs.gpr[RDI] = 0x8000;
+        cpu.regs.gpr[RCX] = 2;
+        cpu.attention = true;
+        assert_eq!(execute(&mut cpu, rep_stosb), Err(Stop::EndBlock));
+        assert_eq!(
+            (cpu.regs.gpr[RCX], cpu.rflags() & rflags::RF),
+            (1, rflags::RF)
+        );
+
+        cpu.set_rflags(0);
+        cpu.attention = false;
+        cpu.rip = 0;
+        assert_eq!(execute(&mut cpu, rep_stosb), Ok(()));
+        assert_eq!((cpu.regs.gpr[RCX], cpu.rflags() & rflags::RF), (0, 0));
+    }
 
     /// As the host CPU does.
     #[test]

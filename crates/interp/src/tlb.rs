@@ -1,7 +1,8 @@
 //! The software translation lookaside buffer.
 //!
 //! Four direct-mapped tables, one for each kind of access the processor makes by itself (see
-//! [`View`]). Entries carry an address-space tag, so a CR3 load only changes the tag. An entry's
+//! [`View`]). Entries carry an address-space tag, so a CR3 load only changes the tag; and since processes
+//! like to use the same addresses, the index of those that are not of all address spaces depends on it. An entry's
 //! write tag is there only while the page is dirty in the guest's tables and has no trace flags.
 #![allow(unsafe_code)]
 
@@ -45,6 +46,11 @@ const SPACE_SHIFT: u32 = 52;
 const SPACE_TAG_BITS: u32 = 64 - SPACE_SHIFT;
 /// Address-space tags are 1 to this.
 const LAST_SPACE: u64 = 0xffe;
+
+/// Address spaces whose translations of a page have an index of their own; others share these.
+const GROUPS: u64 = 16;
+/// What the index of a translation differs by from group to group.
+const GROUP_STEP: u64 = ENTRIES as u64 / GROUPS;
 
 /// A cached translation of one page.
 #[derive(Clone, Copy, Debug)]
@@ -101,7 +107,9 @@ pub struct Layout {
     pub entries: u64,
     /// Address of two words: the current address space's tag, and that of global pages of the upper half.
     pub tags: u64,
-    /// Entries of each view, a power of two; the index is the page number's lowest bits.
+    /// Address of two words, which go with the tags: the index is the lowest bits of the page number XOR this.
+    pub twists: u64,
+    /// Entries of each view, a power of two.
     pub per_view: u64,
     /// Bytes of an entry.
     pub entry_bytes: u64,
@@ -123,6 +131,8 @@ pub(crate) struct Tlb {
     /// The current address space's tag, shifted to its place; and that of global pages of the upper half of the
     /// address space, which a kernel's are. What is not global there is found by [`Self::find`] alone.
     tags: [u64; 2],
+    /// What the index of a translation with each tag differs by.
+    twists: [u64; 2],
     next_space: u64,
     /// Address-space tag of each PCID, 0 if it has none.
     spaces: Box<[u16; 4096]>,
@@ -140,6 +150,7 @@ impl Tlb {
             changes: Changes::default(),
             table: 0,
             tags: [1 << SPACE_SHIFT, 2 << SPACE_SHIFT],
+            twists: [twist(1), 0],
             next_space: 3,
             spaces: vec![0; 4096]
                 .into_boxed_slice()
@@ -156,7 +167,7 @@ impl Tlb {
 
     /// Whether the cached translation of an address in the upper half is of the current address space only.
     pub(crate) fn is_local(&self, view: View, linear: u64) -> bool {
-        let entry = &self.entries[Self::slot(view as usize * ENTRIES, linear)];
+        let entry = &self.entries[self.local_slot(view as usize * ENTRIES, linear)];
         let local = self.local_tag(linear);
         linear >> 63 != 0 && (entry.read == local || entry.write == local || entry.execute == local)
     }
@@ -175,6 +186,7 @@ impl Tlb {
         Layout {
             entries: self.entries.as_ptr() as u64,
             tags: &raw const self.tags as u64,
+            twists: &raw const self.twists as u64,
             per_view: ENTRIES as u64,
             entry_bytes: size_of::<Entry>() as u64,
             read: offset_of!(Entry, read) as i32,
@@ -183,9 +195,20 @@ impl Tlb {
         }
     }
 
+    /// Where the translation of an address is that has the tag for its half of the address space.
     #[inline(always)]
-    fn slot(table: usize, linear: u64) -> usize {
-        (table + (linear >> 12) as usize % ENTRIES) % (ENTRIES * VIEWS)
+    fn slot(&self, table: usize, linear: u64) -> usize {
+        Self::twisted(table, linear, self.twists[(linear >> 63) as usize])
+    }
+
+    /// Where one is that is of the current address space only.
+    fn local_slot(&self, table: usize, linear: u64) -> usize {
+        Self::twisted(table, linear, self.twists[0])
+    }
+
+    #[inline(always)]
+    fn twisted(table: usize, linear: u64, twist: u64) -> usize {
+        (table + ((linear >> 12) ^ twist) as usize % ENTRIES) % (ENTRIES * VIEWS)
     }
 
     /// Makes a view the current one.
@@ -202,7 +225,7 @@ impl Tlb {
     /// Host address of `size` bytes for reading in the current view, if cached and in one page.
     #[inline(always)]
     pub(crate) fn read(&self, linear: u64, size: u64) -> Option<HostAddress> {
-        let entry = &self.entries[Self::slot(self.table, linear)];
+        let entry = &self.entries[self.slot(self.table, linear)];
         if entry.read == self.tag(linear) && linear & 0xfff <= 0x1000 - size {
             Some(host(entry, linear))
         } else {
@@ -213,7 +236,7 @@ impl Tlb {
     /// Host address of `size` bytes for writing in the current view, if cached and in one page.
     #[inline(always)]
     pub(crate) fn write(&self, linear: u64, size: u64) -> Option<HostAddress> {
-        let entry = &self.entries[Self::slot(self.table, linear)];
+        let entry = &self.entries[self.slot(self.table, linear)];
         if entry.write == self.tag(linear) && linear & 0xfff <= 0x1000 - size {
             Some(host(entry, linear))
         } else {
@@ -229,25 +252,32 @@ impl Tlb {
         linear: u64,
         size: u64,
     ) -> Option<HostAddress> {
-        let entry = &self.entries[Self::slot(view as usize * ENTRIES, linear)];
-        let tag = match access {
-            Access::Read => entry.read,
-            Access::Write => entry.write,
-            Access::Execute => entry.execute,
-        };
-        let known = tag == self.tag(linear) || tag == self.local_tag(linear);
-        (known && linear & 0xfff <= 0x1000 - size).then(|| host(entry, linear))
+        let table = view as usize * ENTRIES;
+        let places = [
+            (self.slot(table, linear), self.tag(linear)),
+            (self.local_slot(table, linear), self.local_tag(linear)),
+        ];
+        let entry = places.into_iter().find_map(|(slot, wanted)| {
+            let entry = &self.entries[slot];
+            let tag = match access {
+                Access::Read => entry.read,
+                Access::Write => entry.write,
+                Access::Execute => entry.execute,
+            };
+            (tag == wanted).then_some(entry)
+        })?;
+        (linear & 0xfff <= 0x1000 - size).then(|| host(entry, linear))
     }
 
     /// Caches a translation. `page` is the host address of the linear address's page.
     pub(crate) fn insert(&mut self, view: View, linear: u64, page: HostAddress, rights: Rights) {
-        let tag = if rights.global {
-            self.tag(linear)
+        let table = view as usize * ENTRIES;
+        let (tag, slot) = if rights.global {
+            (self.tag(linear), self.slot(table, linear))
         } else {
-            self.local_tag(linear)
+            (self.local_tag(linear), self.local_slot(table, linear))
         };
         let given = |right: bool| if right { tag } else { NEVER };
-        let slot = Self::slot(view as usize * ENTRIES, linear);
         self.entries[slot] = Entry {
             read: given(rights.read),
             write: given(rights.write),
@@ -275,8 +305,16 @@ impl Tlb {
             self.changes.any = true;
             self.changes.pages.push(linear);
         }
+        self.empty(linear);
+    }
+
+    /// Empties every place where the translation of an address may be, of whatever address space.
+    fn empty(&mut self, linear: u64) {
         for view in 0..VIEWS {
-            self.entries[Self::slot(view * ENTRIES, linear)] = EMPTY;
+            for group in 0..GROUPS {
+                let slot = Self::twisted(view * ENTRIES, linear, twist(group));
+                self.entries[slot] = EMPTY;
+            }
         }
     }
 
@@ -286,7 +324,9 @@ impl Tlb {
         self.changes.all = true;
         self.spaces.fill(0);
         self.large = [(u64::MAX, 0); 2];
-        self.tags = [0, 1].map(|_| self.new_space() << SPACE_SHIFT);
+        let spaces = [0, 1].map(|_| self.new_space());
+        self.tags = spaces.map(|space| space << SPACE_SHIFT);
+        self.twists[0] = twist(spaces[0]);
     }
 
     /// Forgets the address space of one PCID (all of them if it is the current one's tag only).
@@ -314,6 +354,7 @@ impl Tlb {
             self.changes.space = true;
         }
         self.tags[0] = tag;
+        self.twists[0] = twist(space);
     }
 
     fn new_space(&mut self) -> u64 {
@@ -333,6 +374,7 @@ impl Tlb {
     /// as long as that one's cached translations are.
     pub(crate) fn take_tags(&mut self, other: &Self) {
         self.tags = other.tags;
+        self.twists = other.twists;
     }
 
     /// Forgets everything, whatever its tags.
@@ -348,9 +390,7 @@ impl Tlb {
             self.forget();
             return;
         }
-        for view in 0..VIEWS {
-            self.entries[Self::slot(view * ENTRIES, linear)] = EMPTY;
-        }
+        self.empty(linear);
     }
 
     /// Forgets the right to write to any page.
@@ -388,10 +428,93 @@ pub(crate) struct Rights {
     pub(crate) global: bool,
 }
 
+/// What the indices of an address space's translations differ by.
+fn twist(space: u64) -> u64 {
+    space % GROUPS * GROUP_STEP
+}
+
 #[inline(always)]
 fn host(entry: &Entry, linear: u64) -> HostAddress {
     // SAFETY: the addend was made in `insert` from an address that `GuestMemory` gave for this
     // page, and the tag compare says that `linear` lies in that page. The `Cpu` that owns this TLB
     // keeps the `GuestMemory` alive.
     unsafe { HostAddress::new(linear.wrapping_add(entry.addend) as *mut u8) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: Rights = Rights {
+        read: true,
+        write: true,
+        execute: true,
+        global: false,
+    };
+    const LOWER: u64 = 0x40_1000;
+    const UPPER: u64 = 0xffff_8880_0040_5000;
+
+    fn page(number: u64) -> HostAddress {
+        // SAFETY: nobody accesses memory there.
+        unsafe { HostAddress::new((number << 12) as *mut u8) }
+    }
+
+    fn found(tlb: &Tlb, linear: u64) -> Option<u64> {
+        let host = tlb.find(View::User, Access::Write, linear, 1)?;
+        Some(host.as_ptr() as u64 >> 12)
+    }
+
+    /// Two address spaces, each with a page of its own at both addresses; the second is current.
+    fn two_spaces() -> Tlb {
+        let mut tlb = Tlb::new();
+        for pcid in [1, 2] {
+            tlb.switch(pcid, true);
+            for linear in [LOWER, UPPER] {
+                tlb.insert(View::User, linear, page(u64::from(pcid)), ALL);
+            }
+        }
+        tlb
+    }
+
+    #[test]
+    fn address_spaces_do_not_take_each_other_s_translations_of_the_same_addresses() {
+        let mut tlb = two_spaces();
+        for pcid in [1, 2, 1] {
+            tlb.switch(pcid, true);
+            for linear in [LOWER, UPPER] {
+                assert_eq!(found(&tlb, linear), Some(pcid.into()), "{linear:#x}");
+            }
+        }
+        tlb.switch(3, true);
+        assert_eq!(found(&tlb, LOWER), None);
+        assert_eq!(found(&tlb, UPPER), None);
+    }
+
+    #[test]
+    fn page_is_forgotten_in_every_address_space() {
+        for linear in [LOWER, UPPER] {
+            let mut tlb = two_spaces();
+            tlb.flush_page(linear);
+            for pcid in [1, 2] {
+                tlb.switch(pcid, true);
+                assert_eq!(found(&tlb, linear), None, "{linear:#x}");
+                assert_eq!(found(&tlb, linear ^ 0x3000), None);
+                assert!(found(&tlb, LOWER ^ UPPER ^ linear).is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn global_page_of_the_upper_half_is_in_every_address_space() {
+        let mut tlb = two_spaces();
+        let global = Rights {
+            global: true,
+            ..ALL
+        };
+        tlb.insert(View::User, UPPER + 0x1000, page(7), global);
+        for pcid in [1, 9] {
+            tlb.switch(pcid, true);
+            assert_eq!(found(&tlb, UPPER + 0x1000), Some(7));
+        }
+    }
 }

@@ -58,8 +58,7 @@ impl Cpu {
 
     /// Pushes CS and RIP on the current stack.
     fn push_return(&mut self, size: u64) -> Step {
-        let mut stack = Stack::current(self, 0);
-        self.check_stack_alignment(&stack, size)?;
+        let mut stack = Stack::operand(self);
         let selector = u64::from(self.sys.segments[sreg::CS].selector);
         self.push_frame(&mut stack, size, &[selector, self.rip])?;
         self.set_stack_pointer(stack.pointer);
@@ -247,7 +246,7 @@ impl Cpu {
     /// MORE-PRIVILEGE: to the stack that the TSS has for the level.
     fn call_inner(&mut self, target: &GateTarget, level: u8) -> Step {
         let size = target.size;
-        let old = Stack::current(self, 0);
+        let old = Stack::operand(self);
         let mut stack = if size == 8 {
             let pointer = self.read_tss(4 + u64::from(level) * 8, 8, 0)?;
             Stack::long(self, pointer, level, 0)
@@ -281,7 +280,7 @@ impl Cpu {
     /// RETF in protected and long mode; `released` bytes of parameters go from both stacks (SDM
     /// vol. 2B, RET).
     fn far_return(&mut self, size: u64, released: u64) -> Step {
-        let stack = Stack::current(self, 0);
+        let stack = Stack::operand(self);
         let mut frame = [0; 2];
         self.peek_return(&stack, size, 0, &mut frame)?;
         let [rip, selector] = frame;
@@ -308,7 +307,7 @@ impl Cpu {
 
     /// RETF in real and virtual-8086 mode.
     fn far_return_real(&mut self, size: u64, released: u64) -> Step {
-        let stack = Stack::current(self, 0);
+        let stack = Stack::operand(self);
         let mut frame = [0; 2];
         self.peek_frame(&stack, size, 0, &mut frame)?;
         let [rip, selector] = frame;

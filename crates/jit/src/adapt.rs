@@ -5,19 +5,22 @@
 //! end of a page, they use the table instead. Others use the table, where two pages may want the same entry; if one
 //! loses it all the time, it gets a translation without an index. And one that often lies across the end of a page is
 //! made ready for that: see [`crate::crossing`].
+//!
+//! A unit ends at a CALL, since most calls are made once or never, and what comes after them is often jumped to as well. After one
+//! that returns all the time the unit goes on.
 
 use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashMap;
 
-/// Misses of one kind before the last of them is looked at.
-pub(crate) const PATIENCE: u32 = 1024;
+/// Misses of a kind before the last of them is looked at; and returns.
+pub(crate) const PATIENCE: [u32; Lesson::COUNT] = [1024, 1024, 1024, 8192];
 /// If so many miss in less time than this, it is worth doing something about it.
 const OFTEN: Duration = Duration::from_millis(2);
 /// Instructions that are remembered before all are forgotten.
 const MOST: usize = 1 << 14;
 
-/// Where an access missed, and how. The later ones say more.
+/// What was learnt of an instruction: where its access missed, and how. The later ones say more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
 pub(crate) enum Lesson {
     /// In the table: another page wants the same entry.
@@ -26,11 +29,13 @@ pub(crate) enum Lesson {
     Wanders,
     /// Anywhere: it lies across the end of a page.
     Crosses,
+    /// No access: a CALL that a RET came back to, known by its return address.
+    Returns,
 }
 
 impl Lesson {
     /// How many there are.
-    pub(crate) const COUNT: usize = 3;
+    pub(crate) const COUNT: usize = 4;
 }
 
 /// An instruction, by its offset on its page, and what is known of its accesses.
@@ -67,7 +72,10 @@ impl Lessons {
         }
         let offset = (rip & 0xfff) as u16;
         let noted = self.pages.entry(gpa >> 12).or_default();
-        match noted.iter_mut().find(|(other, _)| *other == offset) {
+        let returns = lesson == Lesson::Returns;
+        let same =
+            |noted: &&mut Noted| noted.0 == offset && (noted.1 == Lesson::Returns) == returns;
+        match noted.iter_mut().find(same) {
             Some((_, known)) if *known >= lesson => false,
             Some((_, known)) => {
                 *known = lesson;

@@ -2,11 +2,11 @@
 //! field by a 32-bit address and needs no register for it.
 
 use std::mem::offset_of;
-use std::sync::atomic::AtomicU32;
 
 use crate::adapt::Lesson;
 use crate::clock::Reading;
 use crate::crossing::Crossing;
+use crate::returns::{Bell, EMPTY, Stack};
 use trapgate_interp::Interpreter;
 use trapgate_interp::cpu::Cpu;
 use trapgate_thunk::RegisterFile;
@@ -15,7 +15,7 @@ use trapgate_x86::descriptor::Segment;
 
 /// Entries of the largest table of translations.
 pub(crate) const TLB: usize = 2048;
-/// Entries of the user's table, which is copied when address spaces are exchanged.
+/// Entries of the user's table.
 pub(crate) const USER_TLB: usize = 512;
 /// Entries of the table for the few accesses of a kernel to user memory.
 pub(crate) const ACCESS_TLB: usize = 128;
@@ -101,9 +101,14 @@ fn never(index: usize) -> u64 {
 }
 
 /// A table of translations, indexed by the lowest bits of the page number; a power of two of them.
-pub(crate) struct Table<'a>(pub(crate) &'a mut [Entry]);
+pub(crate) struct Table<'a>(&'a mut [Entry]);
 
-impl Table<'_> {
+impl<'a> Table<'a> {
+    /// A view's.
+    pub(crate) fn of(tlbs: &'a mut [[Entry; TLB]; VIEWS], view: usize) -> Self {
+        Self(&mut tlbs[view][..TLB_ENTRIES[view]])
+    }
+
     fn index(&self, linear: u64) -> usize {
         (linear >> 12) as usize % self.0.len()
     }
@@ -235,8 +240,7 @@ pub(crate) const NO_TARGET: u64 = 0x8000_0000_0000_0000;
 /// See the module.
 #[repr(C)]
 pub(crate) struct Context {
-    /// 0 if a signal may be raised, else 1. Other threads clear it.
-    pub(crate) poll: AtomicU32,
+    pub(crate) bell: Bell,
     /// The arithmetic flags as LAHF and SETO leave them in AX, while they are not in the host's flags.
     pub(crate) flags: u32,
     /// The site that called out.
@@ -253,10 +257,17 @@ pub(crate) struct Context {
     pub(crate) target_modes: [u8; CLASSES],
     /// The time-stamp counter.
     pub(crate) clock: Reading,
-    /// Accesses that may yet miss, by lesson, before one is looked at: see [`crate::adapt`].
+    /// What may yet happen, by lesson, before one case of it is looked at: see [`crate::adapt`].
     pub(crate) patience: [u32; Lesson::COUNT],
     /// The access that lies across the end of a page.
     pub(crate) crossing: Crossing,
+    /// RSP of host code while Rust code runs, and of the thread's stack while host code runs.
+    pub(crate) stack: u64,
+    pub(crate) host_stack: u64,
+    /// Where the call of a Rust function returns to.
+    pub(crate) resume: u64,
+    /// RSP of host code of each class, while it is not the current one.
+    pub(crate) tops: [u64; CLASSES],
     /// The host's MXCSR.
     pub(crate) host_mxcsr: u32,
     /// Where the guest's x87 registers are: see [`crate::x87`].
@@ -270,12 +281,14 @@ pub(crate) struct Context {
     pub(crate) unmatched: u64,
     pub(crate) tlbs: [[Entry; TLB]; VIEWS],
     pub(crate) slots: [[Entry; SLOTS]; VIEWS],
-    /// Addresses whose pages are in the tables and not in every address space, by view: those of the upper half
-    /// that are not global, and a supervisor's of the lower half.
+    /// Addresses whose pages are in the tables and not in every address space, by view: those of the lower half, and
+    /// of the upper half those that are not global.
     pub(crate) local: [Local; VIEWS],
     /// Which mapping of a code page is known to be in force, by linear page; 0 is none.
     pub(crate) pages: Pages,
     pub(crate) targets: [Targets; CLASSES],
+    /// Host code's stacks.
+    pub(crate) stacks: [Stack; CLASSES],
     /// The processor.
     pub(crate) interp: Interpreter,
     /// What only Rust code uses.
@@ -303,7 +316,33 @@ impl Addresses {
     }
 
     pub(crate) fn poll(self) -> u32 {
-        self.field(offset_of!(Context, poll))
+        self.field(offset_of!(Context, bell) + offset_of!(Bell, poll))
+    }
+
+    /// The lowest RSP with which a CALL goes on.
+    pub(crate) fn limit(self, class: usize) -> u32 {
+        self.field(offset_of!(Context, bell) + offset_of!(Bell, limits)) + (class * 4) as u32
+    }
+
+    pub(crate) fn stack(self) -> u32 {
+        self.field(offset_of!(Context, stack))
+    }
+
+    pub(crate) fn host_stack(self) -> u32 {
+        self.field(offset_of!(Context, host_stack))
+    }
+
+    pub(crate) fn resume(self) -> u32 {
+        self.field(offset_of!(Context, resume))
+    }
+
+    pub(crate) fn top(self, class: usize) -> u32 {
+        self.field(offset_of!(Context, tops)) + (class * 8) as u32
+    }
+
+    /// RSP of a class's stack without calls.
+    pub(crate) fn empty_stack(self, class: usize) -> u32 {
+        self.field(offset_of!(Context, stacks)) + (class * size_of::<Stack>()) as u32 + EMPTY
     }
 
     pub(crate) fn flags(self) -> u32 {

@@ -65,6 +65,7 @@ impl Mem {
 
 /// Condition codes of Jcc, as the manual numbers them (SDM vol. 1, appendix B).
 pub(crate) mod condition {
+    pub(crate) const B: u8 = 2;
     pub(crate) const E: u8 = 4;
     pub(crate) const NE: u8 = 5;
     pub(crate) const AE: u8 = 3;
@@ -349,6 +350,11 @@ impl Asm {
         self.alu_load(Alu::Cmp, register, with);
     }
 
+    /// `cmp r32, [m]`
+    pub(crate) fn compare_load32(&mut self, register: Reg, with: Mem) {
+        self.memory(false, &[0x3b], register.0, with);
+    }
+
     /// `test r8, imm8`, low byte.
     pub(crate) fn test_byte(&mut self, register: Reg, value: u8) {
         self.raw(&[0x40 | register.0 >> 3, 0xf6, 0xc0 | register.0 & 7, value]);
@@ -483,6 +489,21 @@ impl Asm {
         self.memory(false, &[0xff], 2, target);
     }
 
+    /// `push qword [m]`
+    pub(crate) fn push_memory(&mut self, from: Mem) {
+        self.memory(false, &[0xff], 6, from);
+    }
+
+    /// `pop qword [m]`
+    pub(crate) fn pop_memory(&mut self, to: Mem) {
+        self.memory(false, &[0x8f], 0, to);
+    }
+
+    /// `ret`
+    pub(crate) fn ret(&mut self) {
+        self.bytes.push(0xc3);
+    }
+
     /// `push r64`
     pub(crate) fn push(&mut self, register: Reg) {
         if register.0 >= 8 {
@@ -497,6 +518,12 @@ impl Asm {
             self.bytes.push(0x41);
         }
         self.bytes.push(0x58 | register.0 & 7);
+    }
+
+    /// `por xmm, [m]`
+    pub(crate) fn or_vector(&mut self, register: u8, address: u32) {
+        self.bytes.push(0x66);
+        self.memory(false, &[0x0f, 0xeb], register, Mem::low(address));
     }
 
     /// `xsave64 [m]` or `xrstor64 [m]`; EDX:EAX says of which components.

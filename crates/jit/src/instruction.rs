@@ -6,7 +6,7 @@ use trapgate_x86::registers::{rflags, sreg};
 
 use crate::emit::{RCX, Reg};
 use crate::mode::Mode;
-use crate::registers::{ADDRESS, HOME, SPARE, is_high_byte, number};
+use crate::registers::{ADDRESS, GUEST_RCX, HOME, SPARE, is_high_byte, number};
 use crate::x87;
 
 /// The arithmetic flags, as the decoder names them.
@@ -45,6 +45,8 @@ pub(crate) enum Kind {
     Return(u16),
     PushFlags,
     PopFlags,
+    /// STD, else CLD.
+    Direction(bool),
     /// STI, else CLI.
     Interrupts(bool),
     /// STAC, else CLAC.
@@ -110,6 +112,16 @@ impl Kind {
                 | Self::OperateLast
         )
     }
+
+    /// Whether a RET comes back to the next instruction.
+    pub(crate) fn is_call(self) -> bool {
+        matches!(self, Self::Call(_) | Self::CallIndirect)
+    }
+
+    /// Whether the next instruction need not be run right after it, though it is of the same unit.
+    pub(crate) fn leaves(self) -> bool {
+        self.is_call() || matches!(self, Self::JumpIf(..))
+    }
 }
 
 /// A string instruction.
@@ -143,6 +155,8 @@ pub(crate) struct Plan {
     pub(crate) indexes: bool,
     /// An operand is AH, DH or BH: no REX prefix.
     pub(crate) high: bool,
+    /// It names CH: the guest's RCX is in the host's meanwhile, all of it.
+    pub(crate) visits_rcx: bool,
     /// MOVZX from AH and its like to a register that needs a REX prefix: by way of [`SPARE`].
     pub(crate) detour: bool,
     pub(crate) writes_memory: bool,
@@ -286,6 +300,8 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         }
         Code::Pushfq => return Kind::PushFlags,
         Code::Popfq => return Kind::PopFlags,
+        Code::Cld => return Kind::Direction(false),
+        Code::Std => return Kind::Direction(true),
         Code::Cli if !mode.is_user() => return Kind::Interrupts(false),
         Code::Sti if !mode.is_user() => return Kind::Interrupts(true),
         Code::Syscall if mode.is_user() && !mode.is_compatibility() => return Kind::SystemCall,
@@ -331,7 +347,7 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         }
         _ => {}
     }
-    if let Some(string) = string(instruction) {
+    if let Some(string) = string(instruction, mode) {
         return Kind::String(string);
     }
     let refused = writes_code(instruction, mode);
@@ -353,8 +369,8 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
     }
 }
 
-/// MOVS and STOS with 64-bit addresses and no segment of its own.
-fn string(instruction: &Instruction) -> Option<Text> {
+/// MOVS and STOS with addresses as wide as the mode's and no segment of its own.
+fn string(instruction: &Instruction, mode: Mode) -> Option<Text> {
     let (size, moves) = match instruction.code() {
         Code::Movsb_m8_m8 => (1, true),
         Code::Movsw_m16_m16 => (2, true),
@@ -366,11 +382,10 @@ fn string(instruction: &Instruction) -> Option<Text> {
         Code::Stosq_m64_RAX => (8, false),
         _ => return None,
     };
-    let wide = |index| {
-        matches!(
-            instruction.op_kind(index),
-            OpKind::MemoryESRDI | OpKind::MemorySegRSI | OpKind::Register
-        )
+    let wide = |index| match instruction.op_kind(index) {
+        OpKind::MemoryESRDI | OpKind::MemorySegRSI => true,
+        OpKind::MemoryESEDI | OpKind::MemorySegESI => mode.is_compatibility(),
+        kind => kind == OpKind::Register,
     };
     let plain = instruction.segment_prefix() == Register::None;
     (wide(0) && wide(1) && plain && !instruction.has_repne_prefix()).then_some(Text {
@@ -501,9 +516,15 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
                 | Mnemonic::Vpcmpistri
         ),
         high: false,
+        visits_rcx: false,
         detour: false,
         writes_memory: false,
     };
+    // CH is no part of the register where the guest's RCX lives.
+    plan.visits_rcx = (0..instruction.op_count()).any(|index| {
+        instruction.op_kind(index) == OpKind::Register
+            && instruction.op_register(index) == Register::CH
+    });
     let mut guests: [Option<usize>; 3] = [None; 3];
     let mut memory = false;
     let mut needs_rex = false;
@@ -530,12 +551,12 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
                 }
                 if is_high_byte(register) {
                     plan.high = true;
-                    if register == Register::CH {
-                        return None;
-                    }
                     continue;
                 }
                 let guest = number(register);
+                if plan.visits_rcx && HOME[guest] == Some(GUEST_RCX) {
+                    continue;
+                }
                 match HOME[guest] {
                     None => {
                         needs_rex = true;
@@ -559,6 +580,11 @@ fn plan(instruction: &Instruction, mode: Mode) -> Option<Plan> {
             | OpKind::Immediate32to64 => {}
             _ => return None,
         }
+    }
+    if plan.visits_rcx {
+        plan.counts = true;
+        plan.indexes = true;
+        return (!memory && !needs_rex).then_some(plan);
     }
     if plan.high {
         if plan.counts {
@@ -620,3 +646,80 @@ fn has_short_address(instruction: &Instruction) -> bool {
 
 /// The guest's RCX as a count goes to the host's.
 pub(crate) const COUNTER: Reg = RCX;
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory};
+
+    use super::*;
+
+    /// Legacy and VEX encodings of everything, with `[RDI]` as memory operand.
+    fn with_memory() -> impl Iterator<Item = Instruction> {
+        let modrm = || (0..8u8).map(|reg| reg << 3 | 7);
+        let prefixes: [&[u8]; 8] = [
+            &[],
+            &[0x66],
+            &[0xf3],
+            &[0xf2],
+            &[0x48],
+            &[0x66, 0x48],
+            &[0xf3, 0x48],
+            &[0xf0],
+        ];
+        let maps: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
+        let legacy = prefixes.into_iter().flat_map(move |prefix| {
+            maps.into_iter().flat_map(move |map| {
+                (0..=255u8).flat_map(move |opcode| {
+                    modrm().map(move |modrm| [prefix, map, &[opcode, modrm]].concat())
+                })
+            })
+        });
+        let vex = (1..4u8).flat_map(move |map| {
+            (0..16u8).flat_map(move |last| {
+                let last = last >> 3 << 7 | 0x78 | last & 7;
+                (0..=255u8).flat_map(move |opcode| {
+                    modrm().map(move |modrm| vec![0xc4, 0xe0 | map, last, opcode, modrm])
+                })
+            })
+        });
+        legacy.chain(vex).filter_map(|mut bytes| {
+            bytes.resize(15, 0);
+            let instruction = Decoder::new(64, &bytes, DecoderOptions::NONE).decode();
+            let memory = (0..instruction.op_count())
+                .any(|index| instruction.op_kind(index) == OpKind::Memory);
+            memory.then_some(instruction)
+        })
+    }
+
+    /// Host code checks an address for as many bytes as the decoder says that the operand has: an instruction that touches
+    /// more, or other memory beside, would leave the guest's.
+    #[test]
+    fn instructions_that_run_in_place_touch_their_operand_and_no_more() {
+        let everything = Mode::for_test_of_everything();
+        let mut factory = InstructionInfoFactory::new();
+        let mut seen = 0;
+        for instruction in with_memory() {
+            let (Kind::Same(plan) | Kind::BitOfMemory(plan)) = classify(&instruction, everything)
+            else {
+                continue;
+            };
+            seen += 1;
+            let info = factory.info(&instruction);
+            let [used] = info.used_memory() else {
+                panic!("{instruction:?}: {:?}", info.used_memory());
+            };
+            let size = instruction.memory_size().size();
+            assert!(
+                size > 0 && used.memory_size().size() <= size,
+                "{instruction:?}"
+            );
+            assert!(used.index() == Register::None, "{instruction:?}");
+            let writes = !matches!(
+                used.access(),
+                iced_x86::OpAccess::Read | iced_x86::OpAccess::CondRead
+            );
+            assert!(plan.writes_memory || !writes, "{instruction:?}");
+        }
+        assert!(seen > 3000, "{seen}");
+    }
+}

@@ -18,6 +18,7 @@ mod memory;
 mod mode;
 mod perf_map;
 mod registers;
+mod returns;
 mod run;
 mod spaces;
 mod statistics;

@@ -46,6 +46,12 @@ impl Mode {
     /// Bits used.
     pub(crate) const BITS: u32 = 8;
 
+    /// 64-bit code of ring 3 with all that a processor may have switched on.
+    #[cfg(test)]
+    pub(crate) fn for_test_of_everything() -> Self {
+        Self(Self::USER | Self::USER_PAGES | Self::SSE | Self::AVX | Self::MASKED | Self::BASES)
+    }
+
     /// An address of code: in compatibility mode it wraps at 4 GiB.
     pub(crate) fn wrap(self, rip: u64) -> u64 {
         if self.is_compatibility() {

@@ -2,39 +2,38 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod lockstep;
+mod translations;
+mod units;
 
 use std::ptr::{addr_of_mut, from_mut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use iced_x86::Code;
 use rustc_hash::FxHashMap;
 use trapgate_engine::{Costs, Counter, Exit as RunExit, Observe, Signals, StateError, Vcpu, World};
+use trapgate_interp::Interpreter;
 use trapgate_interp::cpu::Stop;
 use trapgate_interp::op::Op;
-use trapgate_interp::{Access, Interpreter, Target, View};
-use trapgate_memory::{GuestMemory, HostAddress, PAGE_SIZE};
-use trapgate_x86::paging::is_canonical;
+use trapgate_memory::{GuestMemory, PAGE_SIZE};
 use trapgate_x86::profile::Level;
 use trapgate_x86::registers::{gpr, rflags};
-use trapgate_x86::{Activity, CpuProfile, CpuState, Exception};
+use trapgate_x86::{Activity, CpuProfile, CpuState};
 
 use crate::adapt::{Lesson, Lessons, PATIENCE};
 use crate::clock::Rate;
 use crate::code_memory::CodeMemory;
-use crate::context::{
-    ACCESS_TLB, Addresses, CLASSES, Context, MOST_LOCAL, NO_MODE, NO_TARGET, Slots, TARGETS,
-    TLB_ENTRIES, Table, USER_TLB,
-};
+use crate::context::{Addresses, CLASSES, Context, NO_MODE, NO_TARGET, TARGETS};
 use crate::emit::Asm;
 use crate::list::List;
 use crate::low::Low;
 use crate::mode::Mode;
-use crate::perf_map::{self, PerfMap};
-use crate::spaces::{Parts, Spaces};
+use crate::perf_map::PerfMap;
+use crate::returns::Bell;
+use crate::spaces::Spaces;
 use crate::statistics::{Cell, Slow, Statistics};
 use crate::stubs::{self, Stubs, answer, exit};
-use crate::unit::{Exit, Request, Site, Translator};
+use crate::unit::{Exit, Site, Translator};
 use crate::x87;
 
 use lockstep::Watch;
@@ -125,9 +124,9 @@ impl Number {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Block {
+pub(crate) struct Block {
     pc: u64,
-    checked: u64,
+    pub(crate) checked: u64,
     entry: u64,
     /// What it is found by.
     key: u64,
@@ -138,6 +137,8 @@ struct Block {
     next_on_page: [Number; 2],
     /// Number of its first site.
     first_site: u32,
+    /// A RET may enter it in its middle.
+    has_landing: bool,
     /// The mapping of the second page, or 0.
     second: u32,
     alive: bool,
@@ -157,12 +158,12 @@ pub(crate) struct Inner {
     code: CodeMemory,
     /// Bytes of stubs at the start of the code.
     stubs_end: usize,
-    stubs: Stubs,
+    pub(crate) stubs: Stubs,
     translator: Translator,
     sites: List<Site>,
     ops: List<Op>,
-    exits: List<Exit>,
-    blocks: List<Block>,
+    pub(crate) exits: List<Exit>,
+    pub(crate) blocks: List<Block>,
     /// Most bytes of code and lists.
     most: usize,
     /// Blocks by key: for flags in the host's, and for flags in memory.
@@ -201,7 +202,7 @@ pub struct Translating {
     _doorbell: Arc<Doorbell>,
 }
 
-/// Where signals are rung: the context's poll word, as long as there is a context.
+/// Where signals are rung: the context's bell, as long as there is a context.
 struct Doorbell {
     word: std::sync::Mutex<Option<usize>>,
 }
@@ -224,10 +225,10 @@ impl Doorbell {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(address) = *word {
-            // SAFETY: the address is that of the poll word of a context that lives: its owner takes the
+            // SAFETY: the address is that of the bell of a context that lives: its owner takes the
             // address away, under this lock, before it goes.
-            let poll = unsafe { &*(address as *const AtomicU32) };
-            poll.store(0, Ordering::SeqCst);
+            let bell = unsafe { &*(address as *const Bell) };
+            bell.ring();
         }
     }
 }
@@ -282,7 +283,8 @@ impl Translating {
         let bell = Arc::clone(&doorbell);
         let signals = Arc::new(Signals::with_interrupter(move || bell.ring()));
         // Registers of 256 bits with dirty upper halves make SSE code slow, so only where a guest may use them.
-        let wide = profile.level == Level::V3 && std::is_x86_feature_detected!("avx");
+        let level = profile.level;
+        let wide = level == Level::V3 && std::is_x86_feature_detected!("avx");
         let mut interp =
             Interpreter::with_signals(memory, world, profile, index, count, Arc::clone(&signals));
         interp.note_changes();
@@ -312,15 +314,14 @@ impl Translating {
                 addr_of_mut!((*context).target_modes).write([NO_MODE; CLASSES]);
                 addr_of_mut!((*context).unmatched).write(unmatched());
                 addr_of_mut!((*context).x87).write(x87::IMAGE);
-                addr_of_mut!((*context).patience).write([PATIENCE; Lesson::COUNT]);
-                addr_of_mut!((*context).poll).write(AtomicU32::new(1));
+                addr_of_mut!((*context).patience).write(PATIENCE);
                 addr_of_mut!((*context).miss).write(miss as *const () as u64);
                 addr_of_mut!((*context).operate).write(operate as *const () as u64);
                 addr_of_mut!((*context).rust).write(Inner {
                     code,
                     stubs_end,
                     stubs,
-                    translator: Translator::new(at, stubs),
+                    translator: Translator::new(at, stubs, level),
                     sites,
                     ops,
                     exits,
@@ -350,13 +351,14 @@ impl Translating {
         // SAFETY: no host code runs.
         let whole = unsafe { &mut *context.pointer() };
         whole.forget_all_code();
+        whole.stack = whole.tops[0];
         whole.clear_translations();
         whole.name_stubs();
         *doorbell
             .word
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner) =
-            Some(from_mut(&mut whole.poll) as usize);
+            Some(from_mut(&mut whole.bell) as usize);
         Ok(Self {
             context,
             signals,
@@ -374,9 +376,11 @@ impl Translating {
         unsafe { &mut *self.context.pointer() }
     }
 
-    /// Runs host code from [`Context::target`].
-    fn enter(&mut self) -> u32 {
-        let stub = self.whole().rust.stubs.enter;
+    /// Runs host code of a mode from [`Context::target`].
+    fn enter(&mut self, mode: Mode) -> u32 {
+        let context = self.whole();
+        context.stand_on(mode);
+        let stub = context.rust.stubs.enter;
         // SAFETY: the stub was written by `stubs::write` for this signature, and lives as long as the
         // context. What runs from there was made by `Translator`: it keeps the host's stack and callee-saved
         // registers, and touches no memory but the context and guest RAM that the TLB vouches for.
@@ -434,8 +438,8 @@ impl Translating {
         let found = context.find_here();
         // Translating may have taken rights to write away.
         context.apply_changes();
-        let target = match found {
-            Ok(Some(target)) => target,
+        let (target, mode) = match found {
+            Ok(Some(found)) => found,
             Ok(None) => {
                 context.rust.statistics.interpreted += 1;
                 let span = context.rust.statistics.start();
@@ -446,7 +450,7 @@ impl Translating {
             }
             Err(stop) => return context.interp.after(stop),
         };
-        context.poll.store(1, Ordering::SeqCst);
+        context.bell.rest((&raw const context.stacks) as u32);
         fence(Ordering::SeqCst);
         if context.interp.cpu.signals.any() {
             return None;
@@ -456,10 +460,10 @@ impl Translating {
         context.rust.statistics.entries += 1;
         let span = context.rust.statistics.start();
         context.rust.statistics.count(Cell::CODE);
-        let reason = self.enter();
+        let reason = self.enter(mode);
         let context = self.whole();
         context.rust.statistics.stop(span);
-        context.rust.statistics.left[reason as usize & 3] += 1;
+        context.rust.statistics.left[reason as usize % exit::COUNT] += 1;
         context.settle();
         context.interp.cpu.end_block = false;
         if reason == exit::STOP {
@@ -474,6 +478,14 @@ impl Translating {
             exit::INDIRECT => {
                 let stop = context.charged(Context::indirect);
                 stop.and_then(|stop| context.outcome(Err(stop)))
+            }
+            exit::CALL => {
+                context.leave_at_call();
+                None
+            }
+            exit::RETURN => {
+                context.leave_at_return();
+                None
             }
             _ => None,
         }
@@ -569,8 +581,10 @@ impl Context {
         }
         for lesson in [Lesson::Crowded, Lesson::Wanders, Lesson::Crosses] {
             if self.patience[lesson as usize] == 0 {
-                self.patience[lesson as usize] = PATIENCE;
-                self.adapt(site, lesson);
+                self.patience[lesson as usize] = PATIENCE[lesson as usize];
+                let blocks = &self.rust.blocks;
+                let block = blocks.partition_point(|block| block.first_site <= self.site);
+                self.adapt(block, site.rip, lesson);
             }
         }
         if crosses {
@@ -584,13 +598,8 @@ impl Context {
         let cell = Cell::miss(site.mode.view(), site.write);
         self.rust.statistics.count(cell);
         let cpu = &mut self.interp.cpu;
-        let access = if site.write {
-            Access::Write
-        } else {
-            Access::Read
-        };
-        match cpu.resolve(linear, size, access, site.segment) {
-            Ok(Some(target)) if (site.write && target.write) || (!site.write && target.read) => {
+        match cpu.resolve(linear, size, site.access(), site.segment) {
+            Ok(Some(target)) if site.is_allowed(&target) => {
                 self.keep(&site, linear, &target);
                 self.give_x87(&site);
                 answer::RETURN
@@ -609,46 +618,6 @@ impl Context {
                 self.take_flags();
                 self.rust.ended = Ended::Stopped(stop);
                 answer::LEAVE
-            }
-        }
-    }
-
-    /// Keeps the translation of a site's access in the table.
-    fn keep(&mut self, site: &Site, linear: u64, target: &Target) {
-        let view = site.mode.view();
-        let host = target.page.as_ptr() as u64;
-        let rights = (target.read, target.write);
-        if let Some(watch) = &mut self.rust.watch {
-            watch.resolved(site, linear, host);
-        }
-        Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]).insert(linear, host, rights);
-        // What is not there in every address space. The other tables are exchanged.
-        if target.local || (linear >> 63 == 0 && view == View::Supervisor as usize) {
-            self.local[view].push(linear);
-        }
-        if self.interp.cpu.changes().any {
-            self.apply_changes();
-        }
-    }
-
-    /// Keeps the translations of both pages of a site's access, which the interpreter has just done.
-    fn keep_both(&mut self, site: &Site, linear: u64) {
-        let last = linear.wrapping_add(u64::from(site.size) - 1);
-        for linear in [linear, last] {
-            let access = if site.write {
-                Access::Write
-            } else {
-                Access::Read
-            };
-            let cpu = &mut self.interp.cpu;
-            if let Ok(Some(target)) = cpu.resolve(linear, 1, access, site.segment)
-                && (if site.write {
-                    target.write
-                } else {
-                    target.read
-                })
-            {
-                self.keep(site, linear, &target);
             }
         }
     }
@@ -753,7 +722,7 @@ impl Context {
     fn elsewhere(&mut self) -> Option<u64> {
         let cpu = &self.interp.cpu;
         if self.rust.watch.is_some()
-            || cpu.attention
+            || (cpu.attention && !cpu.merely_resumes())
             || cpu.signals.any()
             || cpu.has_stale_code()
             || self.interp.has_dropped()
@@ -763,7 +732,10 @@ impl Context {
         }
         self.rust.access = cpu.system_flags & rflags::AC != 0;
         let mode = Mode::of(cpu)?;
-        self.known_target(cpu.rip, mode)
+        let target = self.known_target(cpu.rip, mode)?;
+        self.interp.cpu.resume();
+        self.stand_on(mode);
+        Some(target)
     }
 
     /// Host code for a linear address, if it is in the table of jump targets.
@@ -782,17 +754,24 @@ impl Context {
         in_force.then_some(targets.host[slot])
     }
 
+    /// Jump targets and calls of a mode's class are to be those of that mode.
+    pub(crate) fn use_mode(&mut self, mode: Mode) {
+        let class = class(mode);
+        if self.target_modes[class] != mode.0 {
+            self.target_modes[class] = mode.0;
+            self.targets[class].linear.fill(NO_TARGET);
+            self.forget_calls_of(class);
+        }
+    }
+
     /// Remembers where a jump to a linear address leads.
     fn know_target(&mut self, rip: u64, mode: Mode, block: u32) {
         if self.rust.watch.is_some() || self.rust.blocks[block as usize].second != 0 {
             // Both its pages must be looked at each time.
             return;
         }
+        self.use_mode(mode);
         let class = class(mode);
-        if self.target_modes[class] != mode.0 {
-            self.target_modes[class] = mode.0;
-            self.targets[class].linear.fill(NO_TARGET);
-        }
         let slot = rip as usize % TARGETS;
         let Block { checked, key, .. } = self.rust.blocks[block as usize];
         self.targets[class].linear[slot] = rip;
@@ -815,507 +794,6 @@ impl Context {
         self.rust.ops.push(op);
         self.rust.sites[self.site as usize].op = self.rust.ops.len() as u32 - 1;
         Some(op)
-    }
-
-    // Translations of addresses.
-
-    fn clear_translations(&mut self) {
-        self.clear_tables();
-        for local in &mut self.local {
-            local.count = 0;
-        }
-        self.pages.clear();
-        self.rust.spaces.clear();
-        self.rust.local_code.clear();
-    }
-
-    /// Forgets the translations in tables and slots.
-    fn clear_tables(&mut self) {
-        for (tlb, entries) in self.tlbs.iter_mut().zip(TLB_ENTRIES) {
-            Table(&mut tlb[..entries]).clear();
-        }
-        self.clear_slots();
-    }
-
-    fn clear_slots(&mut self) {
-        for slots in &mut self.slots {
-            Slots(slots).clear(self.unmatched);
-        }
-    }
-
-    /// Forgets what the processor's TLB forgot.
-    fn apply_changes(&mut self) {
-        let unmatched = self.unmatched;
-        let changes = self.interp.cpu.changes();
-        if !changes.any {
-            return;
-        }
-        let (all, space) = (changes.all, changes.space);
-        if let Some(watch) = &mut self.rust.watch {
-            watch.forget(changes);
-        }
-        if !all {
-            let tables = self.tlbs.iter_mut().zip(TLB_ENTRIES);
-            let tables = tables.map(|(tlb, entries)| Table(&mut tlb[..entries]));
-            for mut tlb in tables.chain(self.rust.spaces.tables()) {
-                for &linear in &changes.pages {
-                    tlb.clear_page(linear);
-                }
-                for &host in &changes.revoked {
-                    tlb.revoke_write(host);
-                }
-            }
-            for mut slots in self.slots.iter_mut().map(Slots) {
-                for &linear in &changes.pages {
-                    slots.clear_page(linear, unmatched);
-                }
-                for &host in &changes.revoked {
-                    slots.revoke_write(host, unmatched);
-                }
-            }
-            for &linear in &changes.pages {
-                *self.pages.of(linear) = 0;
-                self.rust.spaces.clear_code_page(linear);
-            }
-        }
-        changes.clear();
-        let tag = self.interp.cpu.space();
-        if all {
-            self.clear_translations();
-        } else if space && tag != self.rust.space {
-            // What is global stays in the supervisor's table and the upper half.
-            for (view, local) in self.local.iter_mut().enumerate() {
-                let mut tlb = Table(&mut self.tlbs[view][..TLB_ENTRIES[view]]);
-                if local.is_full() {
-                    tlb.clear();
-                }
-                for &linear in local.list() {
-                    tlb.clear_page(linear);
-                }
-                local.count = 0;
-            }
-            if self.rust.local_code.len() >= MOST_LOCAL {
-                self.pages.kernel.fill(0);
-            }
-            for linear in self.rust.local_code.drain(..) {
-                *self.pages.of(linear) = 0;
-            }
-            let [_, access, user] = &mut self.tlbs;
-            self.rust.spaces.exchange(
-                self.rust.space,
-                tag,
-                Parts {
-                    access: &mut access[..ACCESS_TLB],
-                    user: &mut user[..USER_TLB],
-                    pages: &mut self.pages.user,
-                },
-            );
-            self.clear_slots();
-        }
-        self.rust.space = tag;
-    }
-
-    // Code.
-
-    /// Host code for RIP, in the present mode; `None` if it can't be translated.
-    fn find_here(&mut self) -> Result<Option<u64>, Stop> {
-        let Some(mode) = Mode::of(&self.interp.cpu) else {
-            return Ok(None);
-        };
-        self.rust.access = self.interp.cpu.system_flags & rflags::AC != 0;
-        let rip = self.wrapped_rip(mode);
-        if let Some(target) = self.known_target(rip, mode) {
-            return Ok(Some(target));
-        }
-        let Some(block) = self.find(rip, mode, true)? else {
-            return Ok(None);
-        };
-        self.know_target(rip, mode, block);
-        Ok(Some(self.rust.blocks[block as usize].entry))
-    }
-
-    /// RIP, after an instruction that may have been the last below 4 GiB in compatibility mode.
-    fn wrapped_rip(&mut self, mode: Mode) -> u64 {
-        let rip = &mut self.interp.cpu.rip;
-        *rip = mode.wrap(*rip);
-        *rip
-    }
-
-    /// The block at a linear address.
-    fn find(&mut self, rip: u64, mode: Mode, memory: bool) -> Result<Option<u32>, Stop> {
-        let cpu = &mut self.interp.cpu;
-        if !is_canonical(rip) {
-            return cpu.gp0();
-        }
-        let Some(host) = cpu.fetch(rip)? else {
-            return Ok(None);
-        };
-        if self.rust.mapped.len() >= MOST_MAPPINGS || self.rust.blocks.is_full() {
-            // Some mappings are of pages where nothing could be translated, so no other limit bounds them.
-            self.forget_all_code();
-        }
-        let mapping = self.mapping(rip, host, mode)?;
-        let half = (rip >> 63) as usize;
-        if self.rust.page_users[half] != mode.is_user() {
-            self.rust.page_users[half] = mode.is_user();
-            self.pages.half(half).fill(0);
-        }
-        self.set_page(rip, mapping);
-        let found = self.rust.found.get(&key(mapping, rip, mode));
-        if let Some(block) = found.and_then(|found| found[usize::from(memory)].get())
-            && self.second_in_force(rip, mode, block)?
-        {
-            return Ok(Some(block));
-        }
-        Ok(self.charged(|context| {
-            context.rust.statistics.count(Cell::TRANSLATION);
-            context.translate(rip, mode, memory, host, mapping)
-        }))
-    }
-
-    /// Bits of the mode that a block is for.
-    fn bits_of(&self, block: u32) -> u32 {
-        Mode(self.rust.blocks[block as usize].key as u8).bits()
-    }
-
-    /// The mapping of a code page, just fetched from, is in force.
-    fn set_page(&mut self, linear: u64, mapping: u32) {
-        let slot = self.pages.of(linear);
-        if *slot != mapping {
-            *slot = mapping;
-            if self.rust.local_code.len() < MOST_LOCAL && self.interp.cpu.fetched_locally(linear) {
-                self.rust.local_code.push(linear);
-            }
-        }
-    }
-
-    /// Whether the next page, if the block goes on there, is what it was; if not the block is dropped.
-    fn second_in_force(&mut self, rip: u64, mode: Mode, block: u32) -> Result<bool, Stop> {
-        let second = self.rust.blocks[block as usize].second;
-        if second == 0 {
-            return Ok(true);
-        }
-        let next = mode.next_page(rip);
-        if let Some(host) = self.interp.cpu.fetch(next)?
-            && self.mapping(next, host, mode)? == second
-        {
-            self.set_page(next, second);
-            return Ok(true);
-        }
-        self.drop_block(block);
-        Ok(false)
-    }
-
-    fn mapping(&mut self, rip: u64, host: HostAddress, mode: Mode) -> Result<u32, Stop> {
-        let page = (rip >> 12) << 1 | u64::from(mode.is_user());
-        let key = (page, host.as_ptr() as u64);
-        if let Some(&number) = self.rust.mappings.get(&key) {
-            return Ok(number);
-        }
-        let gpa = self.interp.cpu.fetch_physical(rip)?;
-        self.rust.mapped.push(Mapping {
-            gpa: gpa & !(PAGE_SIZE - 1),
-        });
-        // Numbers start at 1: 0 is no mapping.
-        let number = self.rust.mapped.len() as u32;
-        self.rust.mappings.insert(key, number);
-        Ok(number)
-    }
-
-    fn translate(
-        &mut self,
-        rip: u64,
-        mode: Mode,
-        memory: bool,
-        host: HostAddress,
-        mapping: u32,
-    ) -> Option<u32> {
-        if self.rust.code.left() < UNIT || self.rust.bytes() > self.rust.most {
-            self.forget_all_code();
-            // The mapping's number is gone with the rest; next time.
-            return None;
-        }
-        self.translate_on(rip, mode, memory, host, mapping, None)
-            .or_else(|| self.translate_crossing(rip, mode, memory, host, mapping))
-    }
-
-    /// Translates an instruction that begins on one page and ends on the next.
-    fn translate_crossing(
-        &mut self,
-        rip: u64,
-        mode: Mode,
-        memory: bool,
-        host: HostAddress,
-        mapping: u32,
-    ) -> Option<u32> {
-        if rip & 0xfff <= 0xfff - 15 {
-            return None;
-        }
-        let next = mode.next_page(rip);
-        // A fault of the second page's fetch is the interpreter's to find.
-        if !is_canonical(next) {
-            return None;
-        }
-        let second_host = self.interp.cpu.fetch(next).ok()??;
-        let second = self.mapping(next, second_host, mode).ok()?;
-        let gpa = self.rust.mapped[second as usize - 1].gpa;
-        self.interp.cpu.watch_code(gpa, 15);
-        self.set_page(next, second);
-        let block = self.translate_on(
-            rip,
-            mode,
-            memory,
-            host,
-            mapping,
-            Some((second, second_host)),
-        )?;
-        let first = self.rust.mapped[mapping as usize - 1].gpa;
-        if first != gpa {
-            self.rust.put_on_page(block, 1, gpa);
-        }
-        Some(block)
-    }
-
-    fn translate_on(
-        &mut self,
-        rip: u64,
-        mode: Mode,
-        memory: bool,
-        host: HostAddress,
-        mapping: u32,
-        second: Option<(u32, HostAddress)>,
-    ) -> Option<u32> {
-        let gpa = self.rust.mapped[mapping as usize - 1].gpa;
-        // Mark first, then read: a write in between is then seen.
-        self.interp.cpu.watch_code(gpa + (rip & 0xfff), 1);
-        let rust = &mut self.rust;
-        host.read(&mut rust.page[..PAGE_SIZE as usize]);
-        let bytes = match second {
-            None => PAGE_SIZE as usize,
-            Some((_, second)) => {
-                second.read(&mut rust.page[PAGE_SIZE as usize..]);
-                rust.page.len()
-            }
-        };
-        let request = Request {
-            rip,
-            mode,
-            memory,
-            page: &rust.page[..bytes],
-            mapping,
-            second: second.map(|(mapping, _)| mapping),
-            first_site: rust.sites.len() as u32,
-            first_exit: rust.exits.len() as u32,
-            lessons: rust.lessons.on_page(gpa),
-            exact: rust.exact,
-            counting: rust.statistics.timed(),
-        };
-        let first_site = request.first_site;
-        let place = rust.code.next();
-        let unit = rust
-            .translator
-            .translate(request, place, &mut self.interp, &mut rust.ops)?;
-        let bytes = rust.translator.asm.bytes.len();
-        if bytes > UNIT {
-            return None;
-        }
-        rust.code.append(&rust.translator.asm.bytes);
-        rust.statistics.units += 1;
-        rust.statistics.instructions += u64::from(unit.instructions);
-        rust.statistics.host_bytes += bytes as u64;
-        rust.statistics.exits += unit.exits.len() as u64;
-        if let Some(perf) = &rust.perf {
-            let name = perf_map::unit(mode.is_user(), rip, gpa);
-            perf.add([(place, bytes as u64, name)]);
-        }
-        rust.sites.extend_from_slice(&unit.sites);
-        rust.exits.extend_from_slice(&unit.exits);
-        let number = rust.blocks.len() as u32;
-        let key = key(mapping, rip, mode);
-        let found = rust.found.entry(key).or_default();
-        found[usize::from(memory)] = Number::of(number);
-        if unit.any_flags {
-            found[usize::from(!memory)] = Number::of(number);
-        }
-        rust.blocks.push(Block {
-            pc: rip,
-            checked: unit.checked,
-            entry: unit.entry,
-            key,
-            incoming: Number::NONE,
-            next_on_page: [Number::NONE; 2],
-            first_site,
-            second: second.map_or(0, |(mapping, _)| mapping),
-            alive: true,
-        });
-        rust.put_on_page(number, 0, gpa);
-        let cpu = &mut self.interp.cpu;
-        let first = unit.length.min(PAGE_SIZE - (rip & 0xfff));
-        cpu.watch_code(gpa + (rip & 0xfff), first);
-        for (start, end) in unit.seen {
-            cpu.watch_code(gpa + u64::from(start), u64::from(end - start));
-        }
-        Some(number)
-    }
-
-    /// Host code jumped where nothing was yet.
-    fn link(&mut self) -> Option<RunExit> {
-        let number = self.site;
-        let exit = self.rust.exits[number as usize];
-        self.rust.statistics.count(Cell::LINK);
-        self.interp.cpu.rip = exit.target;
-        // Whatever changed meanwhile is seen to first, and the link made another time.
-        let cpu = &self.interp.cpu;
-        let watched = self.rust.watch.is_some();
-        if watched || cpu.signals.any() || cpu.attention || Mode::of(cpu) != Some(exit.mode) {
-            return None;
-        }
-        let units = self.rust.statistics.flushes;
-        match self.find(exit.target, exit.mode, exit.memory) {
-            Ok(Some(block)) if self.rust.statistics.flushes == units => {
-                let rust = &mut self.rust;
-                let target = &mut rust.blocks[block as usize];
-                let to = if exit.far {
-                    target.checked
-                } else {
-                    target.entry
-                };
-                // An exit that is linked does not come here, so it is in no other block's list.
-                let exit = &mut rust.exits[number as usize];
-                exit.linked = Number::of(block);
-                exit.next = std::mem::replace(&mut target.incoming, Number::of(number));
-                let exit = *exit;
-                rust.code.patch(exit.patch, to);
-                rust.statistics.links += 1;
-                None
-            }
-            // The fault comes again when the run loop looks; nothing has changed.
-            Ok(_) | Err(_) => None,
-        }
-    }
-
-    /// Host code jumped through a register to what was not in the table.
-    fn indirect(&mut self) -> Option<Stop> {
-        self.rust.statistics.indirect += 1;
-        self.rust.statistics.count(Cell::INDIRECT);
-        let rip = self.interp.cpu.rip;
-        if !is_canonical(rip) {
-            // The transfer itself faults.
-            let site = self.rust.sites[self.site as usize];
-            let cpu = &mut self.interp.cpu;
-            let pointer = &mut cpu.regs.gpr[gpr::RSP];
-            *pointer = pointer.wrapping_sub(site.popped as u64);
-            cpu.rip = site.rip;
-            return Some(cpu.raise(Exception::gp(0)));
-        }
-        let cpu = &self.interp.cpu;
-        if self.rust.watch.is_some() || cpu.signals.any() || cpu.attention {
-            return None;
-        }
-        let mode = Mode::of(cpu)?;
-        if let Ok(Some(block)) = self.find(rip, mode, true) {
-            self.know_target(rip, mode, block);
-        }
-        None
-    }
-
-    /// So many accesses missed that time is lost by it: the code of the last is made anew.
-    fn adapt(&mut self, site: Site, lesson: Lesson) {
-        if !self.rust.lessons.is_often(lesson) {
-            return;
-        }
-        let blocks = &self.rust.blocks;
-        let number = blocks.partition_point(|block| block.first_site <= self.site);
-        let Some(number) = number.checked_sub(1) else {
-            return;
-        };
-        let block = &blocks[number];
-        let gpa = self.rust.mapped[mapping_of(block.key) as usize - 1].gpa;
-        if block.alive && self.rust.lessons.note(gpa, site.rip, lesson) {
-            self.drop_block(number as u32);
-        }
-    }
-
-    /// Throws units away whose code the interpreter threw away.
-    fn see_dropped(&mut self) {
-        let dropped = self.interp.take_dropped();
-        if !dropped.all && dropped.pages.is_empty() {
-            return;
-        }
-        let span = self.rust.statistics.start();
-        self.rust.statistics.count(Cell::INVALIDATION);
-        if dropped.all {
-            self.forget_all_code();
-        } else {
-            for page in dropped.pages {
-                let mut next = self.rust.on_page.remove(&page).unwrap_or_default();
-                while let Some(number) = next.get() {
-                    let block = self.rust.blocks[number as usize];
-                    let first = self.rust.mapped[mapping_of(block.key) as usize - 1].gpa;
-                    next = block.next_on_page[usize::from(first >> 12 != page)];
-                    self.drop_block(number);
-                }
-            }
-        }
-        self.rust.statistics.stop(span);
-    }
-
-    fn drop_block(&mut self, number: u32) {
-        let rust = &mut self.rust;
-        let block = &mut rust.blocks[number as usize];
-        if !block.alive {
-            return;
-        }
-        block.alive = false;
-        rust.statistics.dropped += 1;
-        if let Some(found) = rust.found.get_mut(&block.key) {
-            for found in found.iter_mut() {
-                if *found == Number::of(number) {
-                    *found = Number::NONE;
-                }
-            }
-            if *found == [Number::NONE; 2] {
-                rust.found.remove(&block.key);
-            }
-        }
-        let mut next = std::mem::take(&mut block.incoming);
-        while let Some(exit) = next.get() {
-            let exit = &mut rust.exits[exit as usize];
-            next = exit.next;
-            exit.linked = Number::NONE;
-            rust.code.patch(exit.patch, exit.stub);
-        }
-        let slot = block.pc as usize % TARGETS;
-        for targets in &mut self.targets {
-            if targets.host[slot] == block.checked {
-                targets.linear[slot] = NO_TARGET;
-            }
-        }
-    }
-
-    /// Throws everything away.
-    fn forget_all_code(&mut self) {
-        let rust = &mut self.rust;
-        rust.statistics.flushes += 1;
-        rust.code.rewind(rust.stubs_end, UNIT);
-        rust.sites.clear();
-        rust.ops.clear();
-        // Number 0 means none.
-        self.interp.clear();
-        if let Some(op) = self.interp.cpu.lower_one(&[0x90]) {
-            rust.ops.push(op);
-        }
-        rust.exits.clear();
-        rust.blocks.clear();
-        rust.found.clear();
-        rust.mappings.clear();
-        rust.mapped.clear();
-        rust.on_page.clear();
-        self.pages.clear();
-        for targets in &mut self.targets {
-            targets.linear.fill(NO_TARGET);
-        }
-        self.interp.take_dropped();
     }
 }
 
@@ -1342,7 +820,6 @@ impl Inner {
             std::mem::replace(first, Number::of(block));
     }
 }
-
 /// What a block is found by.
 fn key(mapping: u32, rip: u64, mode: Mode) -> u64 {
     let low = (rip & 0xfff) << Mode::BITS | u64::from(mode.0);
@@ -1408,3 +885,6 @@ impl Vcpu for Translating {
         Some(context.rust.statistics.costs())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -242,7 +242,7 @@ pub(crate) struct Statistics {
     /// Times that host code was entered.
     pub(crate) entries: u64,
     /// Times that it was left, by [`crate::stubs::exit`].
-    pub(crate) left: [u64; 4],
+    pub(crate) left: [u64; exit::COUNT],
     /// Indirect jumps whose target was looked up.
     pub(crate) indirect: u64,
     /// Translations fetched into the inline TLB by Rust code.
@@ -280,7 +280,7 @@ impl Statistics {
             exits: 0,
             links: 0,
             entries: 0,
-            left: [0; 4],
+            left: [0; exit::COUNT],
             indirect: 0,
             misses: 0,
             slow: [0; 3],
@@ -362,7 +362,9 @@ impl Statistics {
             self.exits,
             self.links,
             self.left[exit::LINK as usize],
-            self.left[exit::GO as usize],
+            self.left[exit::GO as usize]
+                + self.left[exit::CALL as usize]
+                + self.left[exit::RETURN as usize],
             self.left[exit::STOP as usize],
             self.indirect,
             all,

@@ -1,13 +1,15 @@
 //! Host code that is there once: the way in, the way out, and calls of Rust functions.
 
-use trapgate_interp::{Layout, View};
+use trapgate_interp::Layout;
 
 use crate::adapt::Lesson;
-use crate::context::{Addresses, Entry, HOST_OFFSET, MOST_LOCAL, TLB_ENTRIES, VIEWS, page_offset};
+use crate::context::{
+    Addresses, CLASSES, Entry, HOST_OFFSET, MOST_LOCAL, TARGETS, TLB_ENTRIES, VIEWS, page_offset,
+};
 use crate::emit::{
     Alu, Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSP, condition,
 };
-use crate::registers::{ADDRESS, HOME};
+use crate::registers::{ADDRESS, HOME, SPARE};
 use crate::statistics::Cell;
 
 /// Addresses of the stubs.
@@ -25,8 +27,8 @@ pub(crate) struct Stubs {
     pub(crate) cross: [[u64; 2]; VIEWS],
     /// Called after a store to such a place.
     pub(crate) spread: u64,
-    /// Called to run a site's instruction on the interpreter, with the site's number after the call; goes on
-    /// elsewhere.
+    /// Called to run a site's instruction on the interpreter, with the site's number in RCX; goes on at the next
+    /// instruction or elsewhere.
     pub(crate) operate: u64,
     /// Called, with the exit's number after the call: leave with [`exit::LINK`]; the flags are in the host's.
     pub(crate) link_host: u64,
@@ -39,6 +41,13 @@ pub(crate) struct Stubs {
     /// Called, with the site's number after the call: leave with [`exit::INDIRECT`]; the target is in
     /// [`ADDRESS`], the flags are in memory.
     pub(crate) indirect: u64,
+    /// Jumped to after a RET: no call is remembered, or one from elsewhere. The target is in [`ADDRESS`], the site's number
+    /// stored, the flags are in memory.
+    pub(crate) no_call: [u64; CLASSES],
+    /// Jumped to, with the exit's number in RCX: leave with [`exit::CALL`] or [`exit::RETURN`]; the flags are in memory.
+    pub(crate) at_call: u64,
+    pub(crate) at_return: u64,
+    pub(crate) other_call: [u64; CLASSES],
     /// Called to load the guest's x87 registers: see [`crate::x87`]. The flags and RCX are lost; ZF is set if it was
     /// possible.
     pub(crate) load_x87: u64,
@@ -59,6 +68,10 @@ impl Stubs {
             go_host,
             go_memory,
             indirect,
+            no_call,
+            other_call: _,
+            at_call,
+            at_return,
             load_x87,
         } = self;
         let mut names = vec![
@@ -69,6 +82,9 @@ impl Stubs {
             (*go_host, "stub leave, flags in the host's".to_owned()),
             (*go_memory, "stub leave".to_owned()),
             (*indirect, "stub indirect".to_owned()),
+            (no_call[0], "stub return".to_owned()),
+            (*at_call, "stub leave at a call".to_owned()),
+            (*at_return, "stub leave at a return".to_owned()),
             (*load_x87, "stub load x87".to_owned()),
             (*spread, "stub spread".to_owned()),
         ];
@@ -96,6 +112,12 @@ pub(crate) mod exit {
     pub(crate) const INDIRECT: u32 = 2;
     /// A called function says so: it left the reason in the context.
     pub(crate) const STOP: u32 = 3;
+    /// At a CALL that finds its stack full, or a signal raised; the site is its exit.
+    pub(crate) const CALL: u32 = 4;
+    /// At a landing, where patience ended; the site is its exit.
+    pub(crate) const RETURN: u32 = 5;
+    /// How many there are.
+    pub(crate) const COUNT: usize = 6;
 }
 
 /// What a called function answers.
@@ -143,12 +165,38 @@ impl Writer<'_> {
         self.save_x87();
     }
 
+    /// Vector registers from memory; the flags are lost. Upper halves that are zero stay as VZEROUPPER leaves them:
+    /// loaded, even with zeros, they make each change between SSE and VEX instructions cost dozens of cycles.
+    fn restore_vectors(&mut self) {
+        let load = |asm: &mut Asm, wide: bool| {
+            for index in 0..16 {
+                let address = self.at.vector(usize::from(index));
+                asm.vector(wide, false, index, address);
+            }
+        };
+        if !self.wide {
+            load(self.asm, false);
+            return;
+        }
+        let upper = |index: usize| self.at.vector(index) + 16;
+        self.asm.vector(false, false, 0, upper(0));
+        for index in 1..16 {
+            self.asm.or_vector(0, upper(index));
+        }
+        self.asm.raw(&[0x66, 0x0f, 0x38, 0x17, 0xc0]); // ptest xmm0, xmm0
+        self.asm.jump_if(condition::NE, self.asm.here());
+        let used = self.asm.bytes.len() - 4;
+        load(self.asm, false);
+        self.asm.jump(self.asm.here());
+        let done = self.asm.bytes.len() - 4;
+        self.asm.patch(used, self.asm.here());
+        load(self.asm, true);
+        self.asm.patch(done, self.asm.here());
+    }
+
+    /// The other registers.
     fn restore(&mut self) {
         self.asm.mxcsr(false, Mem::low(self.at.mxcsr()));
-        for index in 0..16 {
-            let address = self.at.vector(usize::from(index));
-            self.asm.vector(self.wide, false, index, address);
-        }
         for (index, home) in HOME.iter().enumerate() {
             if let Some(home) = home {
                 self.asm.load(*home, Mem::low(self.at.gpr(index)));
@@ -170,7 +218,13 @@ impl Writer<'_> {
         self.asm.flags_from_ax();
     }
 
-    /// Back to whoever called `enter`; EAX is the answer.
+    /// From host code's stack to the thread's.
+    fn leave_stack(&mut self) {
+        self.asm.store(Mem::low(self.at.stack()), RSP);
+        self.asm.load(RSP, Mem::low(self.at.host_stack()));
+    }
+
+    /// Back to whoever called `enter`, from the thread's stack; EAX is the answer.
     fn leave(&mut self) {
         self.asm.mxcsr(false, Mem::low(self.at.host_mxcsr()));
         self.asm.alu_imm(true, Alu::Add, RSP, 8);
@@ -256,20 +310,9 @@ impl Writer<'_> {
             self.asm.push(register);
         }
         // RDX: the entry of the processor's TLB. RBX: the tag.
-        self.asm.mov(RAX, ADDRESS);
-        self.asm.shr(RAX, 12);
-        self.asm.mov32(RDX, RAX);
-        self.asm
-            .alu_imm(false, Alu::And, RDX, tlb.per_view as i32 - 1);
-        self.asm.shl32(RDX, tlb.entry_bytes.trailing_zeros() as u8);
-        let entries = tlb.entries + view as u64 * tlb.per_view * tlb.entry_bytes;
-        self.asm.mov_imm(RCX, entries);
-        self.asm.alu(true, Alu::Add, RDX, RCX);
-        self.asm.mov(RBX, RAX);
         self.asm.mov(RCX, ADDRESS);
         self.asm.shr(RCX, 63);
-        self.asm
-            .alu_load(Alu::Or, RBX, Mem::array(tlb.tags as u32, RCX));
+        self.tagged(tlb, view, |word| Mem::array(word as u32, RCX));
         let (tag, other) = if write {
             (tlb.write, tlb.read)
         } else {
@@ -278,12 +321,10 @@ impl Writer<'_> {
         self.asm.compare_load(RBX, Mem::at(RDX, tag));
         self.asm.jump_if(condition::NE, self.asm.here());
         let unknown = self.asm.bytes.len() - 4;
-        // A supervisor's table holds pages of the lower half only if they are listed, which Rust code does.
-        let unlisted = (view == View::Supervisor as usize).then(|| {
-            self.asm.alu(false, Alu::Or, RCX, RCX);
-            self.asm.jump_if(condition::E, self.asm.here());
-            self.asm.bytes.len() - 4
-        });
+        // What is not of every address space is listed.
+        self.asm.alu(false, Alu::Or, RCX, RCX);
+        self.asm.jump_if(condition::E, self.asm.here());
+        let local = self.asm.bytes.len() - 4;
         let known = self.asm.here();
         // RAX: the entry of the table. RCX: the page.
         self.asm.rorx32(RAX, ADDRESS, 12 - ENTRY_SHIFT);
@@ -314,10 +355,10 @@ impl Writer<'_> {
         // it; if the list is full all are.
         self.asm.patch(unknown, self.asm.here());
         let lower = self.asm.short_if_rcx_zero();
-        self.asm.mov(RBX, RAX);
-        self.asm.alu_load(Alu::Or, RBX, Mem::low(tlb.tags as u32));
+        self.tagged(tlb, view, |word| Mem::low(word as u32));
         self.asm.compare_load(RBX, Mem::at(RDX, tag));
         let elsewhere = self.asm.short_if(condition::NE);
+        self.asm.patch(local, self.asm.here());
         let count = Mem::low(self.at.local_count(view));
         self.asm.load32(RCX, count);
         self.asm.alu_imm(false, Alu::Cmp, RCX, MOST_LOCAL as i32);
@@ -328,9 +369,6 @@ impl Writer<'_> {
         self.asm.jump(known);
         self.asm.land(lower);
         self.asm.land(elsewhere);
-        if let Some(jump) = unlisted {
-            self.asm.patch(jump, self.asm.here());
-        }
         self.asm.patch(crosses, self.asm.here());
         for register in saved.into_iter().rev() {
             self.asm.pop(register);
@@ -339,12 +377,42 @@ impl Writer<'_> {
         (subtracted, start)
     }
 
+    /// The entry of the processor's TLB for [`ADDRESS`] to RDX, and its tag to RBX, by the word of tags and twists at
+    /// `which`. RAX is lost.
+    fn tagged(&mut self, tlb: Layout, view: usize, which: impl Fn(u64) -> Mem) {
+        self.asm.mov(RBX, ADDRESS);
+        self.asm.shr(RBX, 12);
+        self.asm.mov(RDX, RBX);
+        self.asm.alu_load(Alu::Or, RBX, which(tlb.tags));
+        self.asm.alu_load(Alu::Xor, RDX, which(tlb.twists));
+        self.asm
+            .alu_imm(false, Alu::And, RDX, tlb.per_view as i32 - 1);
+        self.asm.shl32(RDX, tlb.entry_bytes.trailing_zeros() as u8);
+        let entries = tlb.entries + view as u64 * tlb.per_view * tlb.entry_bytes;
+        self.asm.mov_imm(RAX, entries);
+        self.asm.alu(true, Alu::Add, RDX, RAX);
+    }
+
     fn leave_with(&mut self, reason: u32) -> u64 {
         let start = self.asm.here();
         self.save();
         self.asm.mov_imm(RAX, u64::from(reason));
+        self.leave_stack();
         self.leave();
         start
+    }
+}
+
+impl Asm {
+    /// The place of the linear address in [`ADDRESS`] in a table of jump targets to [`SPARE`], or else a jump; gives
+    /// the position of its rel32.
+    pub(crate) fn find_target(&mut self, at: Addresses, class: usize, otherwise: u64) -> usize {
+        // The index is the lower half of the address's lower half.
+        const { assert!(TARGETS == 1 << 16) };
+        self.zero_extend16(SPARE, ADDRESS);
+        self.compare_load(ADDRESS, Mem::array(at.targets_linear(class), SPARE));
+        self.jump_if(condition::NE, otherwise);
+        self.bytes.len() - 4
     }
 }
 
@@ -358,14 +426,15 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
     }
     writer.asm.alu_imm(true, Alu::Sub, RSP, 8);
     writer.asm.mxcsr(true, Mem::low(at.host_mxcsr()));
+    writer.asm.store(Mem::low(at.host_stack()), RSP);
+    writer.restore_vectors();
     writer.restore_flags();
     writer.restore();
+    writer.asm.load(RSP, Mem::low(at.stack()));
     writer.asm.jump_memory(Mem::low(at.target()));
 
-    // What a called function answered beside "return": RAX is that, and its call's return address is on
-    // the stack.
+    // What a called function answered beside "return": RAX is that.
     let elsewhere = writer.asm.here();
-    writer.asm.alu_imm(true, Alu::Add, RSP, 8);
     writer
         .asm
         .alu_imm(true, Alu::Cmp, RAX, answer::LEAVE as i32);
@@ -373,31 +442,37 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
     writer.asm.mov_imm(RAX, u64::from(exit::STOP));
     writer.leave();
     writer.asm.land(going);
-    writer.asm.store(Mem::low(at.target()), RAX);
+    writer.asm.store(Mem::low(at.resume()), RAX);
     writer.load_x87_if_wanted(load_x87);
+    writer.restore_vectors();
     writer.restore_flags();
     writer.restore();
-    writer.asm.jump_memory(Mem::low(at.target()));
+    writer.asm.load(RSP, Mem::low(at.stack()));
+    // RET, as there was a CALL: else the host would expect the guest's returns one call too early.
+    writer.asm.push_memory(Mem::low(at.resume()));
+    writer.asm.ret();
 
     // Calls of Rust functions `extern "sysv64" fn(*mut Context) -> u64`.
-    let call = |writer: &mut Writer<'_>, function: u32, site: i32| {
-        let start = writer.asm.here();
-        writer.note_site(site);
+    let call = |writer: &mut Writer<'_>, function: u32| {
         writer.asm.store(Mem::low(at.linear()), ADDRESS);
+        writer.asm.pop_memory(Mem::low(at.resume()));
         writer.save();
-        writer.asm.alu_imm(true, Alu::Sub, RSP, 8);
+        writer.leave_stack();
         writer.asm.mov_imm(RDI, u64::from(at.base()));
         writer.asm.call_memory(Mem::low(function));
-        writer.asm.alu_imm(true, Alu::Add, RSP, 8);
         writer.asm.alu(true, Alu::Or, RAX, RAX);
         writer.asm.jump_if(condition::NE, elsewhere);
         writer.load_x87_if_wanted(load_x87);
+        writer.restore_vectors();
         writer.restore();
+        writer.asm.load(RSP, Mem::low(at.stack()));
+        writer.asm.push_memory(Mem::low(at.resume()));
         writer.asm.load(ADDRESS, Mem::low(at.linear()));
-        writer.asm.raw(&[0xc3]);
-        start
+        writer.asm.ret();
     };
-    let miss = call(&mut writer, at.miss(), RETRY);
+    let miss = writer.asm.here();
+    writer.note_site(RETRY);
+    call(&mut writer, at.miss());
     let mut refill = [[0; 2]; VIEWS];
     let mut find = [[0; 2]; VIEWS];
     let mut cross = [[0; 2]; VIEWS];
@@ -410,7 +485,9 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
             cross[view][usize::from(write)] = writer.cross(view, write, plain);
         }
     }
-    let operate = call(&mut writer, at.operate(), 0);
+    let operate = writer.asm.here();
+    writer.asm.store32(Mem::low(at.site()), RCX);
+    call(&mut writer, at.operate());
 
     let link_host = writer.asm.here();
     writer.save_flags();
@@ -424,8 +501,31 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
     let indirect = writer.asm.here();
     writer.note_site(0);
     writer.asm.alu_imm(true, Alu::Add, RSP, 8);
+    let noted = writer.asm.here();
     writer.asm.store(Mem::low(at.rip()), ADDRESS);
     writer.leave_with(exit::INDIRECT);
+
+    // A RET that leads elsewhere goes by the table of jump targets.
+    let (mut no_call, mut other_call) = ([0; CLASSES], [0; CLASSES]);
+    for class in 0..CLASSES {
+        no_call[class] = writer.asm.here();
+        writer.asm.lea(true, RSP, Mem::at(RSP, -8));
+        other_call[class] = writer.asm.here();
+        writer
+            .asm
+            .alu_memory_imm32(Alu::Cmp, Mem::low(at.poll()), 0);
+        writer.asm.jump_if(condition::E, noted);
+        writer.asm.find_target(at, class, noted);
+        writer
+            .asm
+            .jump_memory(Mem::array(at.targets_host(class), SPARE));
+    }
+    let at_call = writer.asm.here();
+    writer.asm.store32(Mem::low(at.site()), RCX);
+    writer.leave_with(exit::CALL);
+    let at_return = writer.asm.here();
+    writer.asm.store32(Mem::low(at.site()), RCX);
+    writer.leave_with(exit::RETURN);
     Stubs {
         enter,
         refill,
@@ -438,6 +538,10 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
         go_host,
         go_memory,
         indirect,
+        no_call,
+        other_call,
+        at_call,
+        at_return,
         load_x87,
     }
 }

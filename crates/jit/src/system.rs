@@ -5,9 +5,11 @@ use trapgate_x86::descriptor::{Segment, access};
 use trapgate_x86::registers::{MXCSR_MASK, cr4, efer, rflags, sreg};
 
 use crate::clock::WINDOW;
-use crate::emit::{Alu, Mem, RAX, RDX, condition};
+use crate::emit::{Alu, Mem, RAX, RDX, RSP, condition};
 use crate::instruction::{FLAGS, Guest};
+use crate::mode::Mode;
 use crate::registers::{ADDRESS, GUEST_RCX, GUEST_RSP, SPARE};
+use crate::run::class;
 use crate::unit::{Where, Writer};
 
 /// RFLAGS but for the arithmetic flags.
@@ -54,6 +56,18 @@ impl Writer<'_> {
         self.asm.lea(true, GUEST_RSP, Mem::at(GUEST_RSP, 8));
     }
 
+    /// CLD and STD.
+    pub(crate) fn direction(&mut self, guest: &Guest, down: bool) {
+        self.give_up_flags(guest.live_in);
+        let flags = Mem::low(self.at.system_flags());
+        let (operation, value) = if down {
+            (Alu::Or, rflags::DF)
+        } else {
+            (Alu::And, !rflags::DF)
+        };
+        self.asm.alu_memory_imm32(operation, flags, value as i32);
+    }
+
     /// CLI and STI at CPL 0. The instruction that STI holds interrupts off for is not heeded: none waits, and
     /// one that comes now might have come later.
     pub(crate) fn interrupts(&mut self, guest: &Guest, enable: bool) {
@@ -73,6 +87,8 @@ impl Writer<'_> {
     /// STAC and CLAC at CPL 0.
     pub(crate) fn access(&mut self, guest: &Guest, set: bool) {
         self.give_up_flags(guest.live_in);
+        let mode = self.mode.with_access(set);
+        self.check_targets(guest, mode);
         let flags = Mem::low(self.at.system_flags());
         if set {
             self.asm.alu_memory_imm32(Alu::Or, flags, rflags::AC as i32);
@@ -80,7 +96,17 @@ impl Writer<'_> {
             self.asm
                 .alu_memory_imm32(Alu::And, flags, !(rflags::AC as i32));
         }
-        self.mode = self.mode.with_access(set);
+        self.change_mode(mode);
+    }
+
+    /// Code of another class follows, which has another stack.
+    fn change_mode(&mut self, mode: Mode) {
+        let (old, new) = (class(self.mode), class(mode));
+        if old != new {
+            self.asm.store(Mem::low(self.at.top(old)), RSP);
+            self.asm.load(RSP, Mem::low(self.at.top(new)));
+        }
+        self.mode = mode;
     }
 
     /// SWAPGS at CPL 0.
@@ -121,8 +147,12 @@ impl Writer<'_> {
         self.asm.alu_imm(false, Alu::And, SPARE, 0xfffc);
         self.store_selectors(0, 8);
         self.asm.load(ADDRESS, Mem::low(self.at.lstar()));
+        self.asm.store(Mem::low(self.at.top(class(self.mode))), RSP);
+        // The kernel's calls begin.
+        let empty = self.at.empty_stack(class(mode));
+        self.asm.mov_imm(RSP, u64::from(empty));
         self.mode = mode;
-        self.indirect(guest, 0);
+        self.indirect(guest);
     }
 
     /// SYSRET at CPL 0 (SDM vol. 2B) to the lower half of the address space.
@@ -150,17 +180,22 @@ impl Writer<'_> {
         self.asm.alu_imm(false, Alu::Or, SPARE, 3);
         self.store_selectors(8, 0);
         self.asm.mov(ADDRESS, GUEST_RCX);
-        self.mode = mode;
-        self.indirect(guest, 0);
+        self.change_mode(mode);
+        self.indirect(guest);
     }
 
     /// The conditions of a change of the privilege level to `mode`: SYSCALL is enabled, and the table of jump
     /// targets is for that mode.
-    fn change_level(&mut self, guest: &Guest, mode: crate::mode::Mode) {
+    fn change_level(&mut self, guest: &Guest, mode: Mode) {
         self.asm
             .test_byte_memory(Mem::low(self.at.efer()), efer::SCE as u8);
         self.operate_if(guest, condition::E);
-        let target_mode = self.at.target_mode(crate::run::class(mode));
+        self.check_targets(guest, mode);
+    }
+
+    /// The interpreter does it unless the table of jump targets, and the stack, of a mode's class are for that mode.
+    fn check_targets(&mut self, guest: &Guest, mode: Mode) {
+        let target_mode = self.at.target_mode(class(mode));
         self.asm.compare_byte(Mem::low(target_mode), mode.0);
         self.operate_if(guest, condition::NE);
     }

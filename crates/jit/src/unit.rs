@@ -5,23 +5,24 @@
 //! boundary. The arithmetic flags are in the host's flags, in memory, or in both; where they are is known
 //! when the code is written.
 
-use iced_x86::{
-    Code, CodeSize, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, OpKind, Register,
-};
-use trapgate_interp::Interpreter;
+mod decode;
+mod strings;
+mod transfer;
+
+use iced_x86::{Code, CodeSize, Encoder, Instruction, OpKind, Register};
 use trapgate_interp::op::Op;
+use trapgate_interp::{Access, Interpreter, Target};
 use trapgate_thunk::Class;
+use trapgate_x86::profile::Level;
 use trapgate_x86::registers::sreg;
 
 use crate::adapt::{Lesson, Noted};
-use crate::context::{Addresses, TARGETS};
+use crate::context::Addresses;
 use crate::crossing::Cross;
-use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDI, RDX, RSI, Reg, condition};
-use crate::instruction::{
-    COUNTER, Count, FLAGS, Guest, Kind, Plan, Text, Undefined, classify, flag_use,
-};
+use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDX, Reg, condition};
+use crate::instruction::{COUNTER, FLAGS, Guest, Kind, Plan};
 use crate::list::List;
-use crate::memory::{Missed, Place};
+use crate::memory::Missed;
 use crate::mode::Mode;
 use crate::registers::{ADDRESS, GUEST_RCX, GUEST_RSP, HOME, SPARE, is_high_byte, named, number};
 use crate::run::Number;
@@ -30,10 +31,6 @@ use crate::x87;
 
 /// Most instructions in a unit.
 pub(crate) const MOST: usize = 64;
-/// Most bytes of a loop whose accesses are taken to be few.
-const LOOP: u64 = 2048;
-/// Instructions that a look ahead for flags reads.
-const AHEAD: usize = 12;
 
 /// A place in host code from which Rust code may be called, and what it needs to know then.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +58,26 @@ pub(crate) struct Site {
     pub(crate) x87: bool,
     /// So many bytes ahead of it lies the x87 instruction whose address is to be FIP; 0 if that is known already.
     pub(crate) x87_behind: u16,
+}
+
+impl Site {
+    /// What its access does.
+    pub(crate) fn access(&self) -> Access {
+        if self.write {
+            Access::Write
+        } else {
+            Access::Read
+        }
+    }
+
+    /// Whether its access has the right to what it leads to.
+    pub(crate) fn is_allowed(&self, target: &Target) -> bool {
+        if self.write {
+            target.write
+        } else {
+            target.read
+        }
+    }
 }
 
 /// A direct jump out of a unit.
@@ -107,6 +124,15 @@ pub(crate) struct Request<'a> {
     pub(crate) counting: bool,
 }
 
+impl Request<'_> {
+    /// Whether a CALL is one that is returned to all the time.
+    pub(crate) fn is_returned_to(&self, instruction: &Instruction) -> bool {
+        let offset = (instruction.next_ip() & 0xfff) as u16;
+        // Who is compared seldom runs long enough to learn it.
+        self.exact && offset & 1 == 0 || self.lessons.contains(&(offset, Lesson::Returns))
+    }
+}
+
 /// A translated unit.
 #[derive(Debug, Default)]
 pub(crate) struct Unit {
@@ -116,6 +142,8 @@ pub(crate) struct Unit {
     pub(crate) entry: u64,
     /// The flags on entry do not matter.
     pub(crate) any_flags: bool,
+    /// A RET may enter it in its middle.
+    pub(crate) has_landing: bool,
     /// Bytes of guest code that it was made of, from the start.
     pub(crate) length: u64,
     pub(crate) instructions: u32,
@@ -158,6 +186,17 @@ pub(crate) enum Aside {
         jumps: [usize; 2],
         site: u32,
     },
+    Leave {
+        jump: usize,
+        exit: usize,
+        /// Address of the stub that leaves.
+        stub: u64,
+    },
+    CallIndirect {
+        jumps: [usize; 2],
+        site: u32,
+        landing: u64,
+    },
     /// A miss that may be an access across the end of a page.
     Cross(Cross),
     /// The x87's registers must be loaded, or the interpreter does the instruction.
@@ -176,6 +215,7 @@ pub(crate) struct Translator {
     pub(crate) guests: Vec<Guest>,
     at: Addresses,
     stubs: Stubs,
+    level: Level,
     /// Most instructions in a unit.
     pub(crate) most: usize,
     /// Everything is done twice, and must give the same: the interpreter reads the clock.
@@ -192,13 +232,14 @@ impl std::fmt::Debug for Translator {
 }
 
 impl Translator {
-    pub(crate) fn new(at: Addresses, stubs: Stubs) -> Self {
+    pub(crate) fn new(at: Addresses, stubs: Stubs, level: Level) -> Self {
         Self {
             asm: Asm::default(),
             encoder: Encoder::new(64),
             guests: Vec::new(),
             at,
             stubs,
+            level,
             most: MOST,
             repeats: false,
             #[cfg(test)]
@@ -233,9 +274,10 @@ impl Translator {
             mode: request.mode,
             unit: &mut unit,
             asides: Vec::new(),
+            is_last: false,
             x87: false,
             last_x87: None,
-            loops: loops(&guests),
+            loops: decode::loops(&guests),
             interp,
             ops,
         };
@@ -243,211 +285,6 @@ impl Translator {
         self.guests = guests;
         whole.then_some(unit)
     }
-
-    fn decode(&mut self, request: &Request<'_>, unit: &mut Unit) -> Option<()> {
-        self.guests.clear();
-        let offset = (request.rip & 0xfff) as usize;
-        let bytes = &request.page[offset..];
-        let mut decoder = Decoder::with_ip(
-            request.mode.bits(),
-            bytes,
-            request.rip,
-            DecoderOptions::NO_WBNOINVD,
-        );
-        let mut instruction = Instruction::default();
-        let mut mode = request.mode;
-        let most = if request.second.is_some() {
-            1
-        } else {
-            self.most
-        };
-        let mut undefined = Undefined::default();
-        while decoder.can_decode() && self.guests.len() < most {
-            let start = decoder.position();
-            decoder.decode_out(&mut instruction);
-            if instruction.is_invalid() {
-                let rest = bytes.len() - start;
-                if decoder.last_error() == iced_x86::DecoderError::NoMoreBytes && rest < 15 {
-                    break;
-                }
-                // The interpreter raises what is due.
-                instruction = Instruction::default();
-                instruction.set_len(1);
-                instruction.set_ip(request.rip + start as u64);
-                self.push(instruction, Kind::OperateLast);
-                unit.length = start as u64 + 15.min(rest as u64);
-                break;
-            }
-            // Who compares what this does with what the interpreter does takes over what it left undefined first.
-            if request.exact && undefined.is_read_by(&instruction) {
-                break;
-            }
-            undefined.after(&instruction);
-            #[cfg(test)]
-            if let Some(fault) = self.fault {
-                fault(&mut instruction);
-            }
-            plain_offset(&mut instruction);
-            let mut kind = classify(&instruction, mode);
-            if self.repeats && matches!(kind, Kind::ReadTime { .. }) {
-                kind = Kind::Operate;
-            }
-            if let Kind::Access(set) = kind {
-                mode = mode.with_access(set);
-            }
-            self.push(instruction, kind);
-            unit.length = decoder.position() as u64;
-            if kind.ends() {
-                break;
-            }
-        }
-        unit.instructions = self.guests.len() as u32;
-        (!self.guests.is_empty()).then_some(())
-    }
-
-    fn push(&mut self, instruction: Instruction, kind: Kind) {
-        let (reads, kills, modifies) = match kind {
-            Kind::Operate | Kind::OperateLast => (FLAGS, 0, FLAGS),
-            // Division leaves the flags undefined; the checks around it change them.
-            Kind::Divide { .. } => (0, FLAGS, FLAGS),
-            Kind::Nothing | Kind::Verbatim | Kind::Lea => (0, 0, 0),
-            Kind::Count(..) => (0, 0, 0),
-            Kind::PushFlags => (FLAGS, 0, 0),
-            Kind::SystemCall => (FLAGS, 0, FLAGS),
-            Kind::PopFlags | Kind::SystemReturn => (0, FLAGS, FLAGS),
-            Kind::ReadTime { .. } => (0, 0, 0),
-            Kind::Interrupts(_)
-            | Kind::Access(_)
-            | Kind::SwapGs
-            | Kind::Selector(_)
-            | Kind::SelectorWord(_)
-            | Kind::ReadBase(_)
-            | Kind::WriteBase(_)
-            | Kind::ControlWord
-            | Kind::LoadControlWord
-            | Kind::Wait
-            | Kind::StoreMxcsr
-            | Kind::LoadMxcsr
-            | Kind::String(_) => (0, 0, 0),
-            _ => flag_use(&instruction),
-        };
-        self.guests.push(Guest {
-            instruction,
-            kind,
-            reads,
-            kills,
-            modifies,
-            live_in: FLAGS,
-            live_out: FLAGS,
-        });
-    }
-
-    fn work_out_flags(&mut self, request: &Request<'_>, unit: &mut Unit) {
-        let look = |unit: &mut Unit, target: u64| {
-            if request.exact {
-                FLAGS
-            } else {
-                look_ahead(request, unit, target, 2)
-            }
-        };
-        let mut live = match self.guests.last() {
-            None => FLAGS,
-            Some(guest) => match guest.kind {
-                Kind::Jump(target) | Kind::Call(target) => look(unit, target),
-                Kind::Count(_, target) => {
-                    look(unit, target) | look(unit, guest.instruction.next_ip())
-                }
-                kind if kind.ends() => FLAGS,
-                _ => look(unit, guest.instruction.next_ip()),
-            },
-        };
-        for guest in self.guests.iter_mut().rev() {
-            if let Kind::JumpIf(_, target) = guest.kind {
-                live |= look(unit, target);
-            }
-            guest.live_out = live;
-            live = live & !guest.kills | guest.reads;
-            if request.exact {
-                live = FLAGS;
-            }
-            guest.live_in = live;
-        }
-        unit.any_flags = live == 0;
-    }
-}
-
-/// MOV between the accumulator and an address in the instruction, as one with any memory operand.
-fn plain_offset(instruction: &mut Instruction) {
-    let code = match instruction.code() {
-        Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
-        Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
-        Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,
-        Code::Mov_RAX_moffs64 => Code::Mov_r64_rm64,
-        Code::Mov_moffs8_AL => Code::Mov_rm8_r8,
-        Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
-        Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
-        Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
-        _ => return,
-    };
-    instruction.set_code(code);
-}
-
-/// Loops that end in a unit: the targets of jumps that go back a little, and the jumps.
-fn loops(guests: &[Guest]) -> Vec<(u64, u64)> {
-    let jumps = guests.iter().filter_map(|guest| match guest.kind {
-        Kind::Jump(target) | Kind::JumpIf(_, target) | Kind::Count(_, target) => {
-            Some((target, guest.instruction.ip()))
-        }
-        _ => None,
-    });
-    jumps
-        .filter(|(target, jump)| target <= jump && jump - target <= LOOP)
-        .collect()
-}
-
-/// Flags that code at `target` may read before it overwrites them: all of them where that can't be seen.
-fn look_ahead(request: &Request<'_>, unit: &mut Unit, target: u64, depth: u32) -> u32 {
-    let page = request.rip & !0xfff;
-    let (mut live, mut open) = (0, FLAGS);
-    let mut at = target;
-    let mut instruction = Instruction::default();
-    for _ in 0..AHEAD {
-        if at & !0xfff != page || open == 0 || request.second.is_some() {
-            break;
-        }
-        let offset = (at & 0xfff) as usize;
-        let bytes = &request.page[offset..];
-        let bytes = &bytes[..bytes.len().min(15)];
-        let bits = request.mode.bits();
-        let mut decoder = Decoder::with_ip(bits, bytes, at, DecoderOptions::NO_WBNOINVD);
-        decoder.decode_out(&mut instruction);
-        if instruction.is_invalid() {
-            break;
-        }
-        unit.seen
-            .push((offset as u16, (offset + instruction.len()) as u16));
-        let (reads, kills, _) = flag_use(&instruction);
-        live |= reads & open;
-        open &= !(kills | reads);
-        match instruction.flow_control() {
-            FlowControl::Next => at = instruction.next_ip(),
-            FlowControl::UnconditionalBranch if instruction.is_jmp_short_or_near() => {
-                at = instruction.near_branch_target();
-            }
-            FlowControl::Call if instruction.is_call_near() => {
-                at = instruction.near_branch_target();
-            }
-            FlowControl::ConditionalBranch
-                if instruction.is_jcc_short_or_near() && depth > 0 && open != 0 =>
-            {
-                live |=
-                    open & look_ahead(request, unit, instruction.near_branch_target(), depth - 1);
-                at = instruction.next_ip();
-            }
-            _ => break,
-        }
-    }
-    live | open
 }
 
 /// The segment that decides whether an address that is not canonical raises #SS or #GP: only FS and GS can replace
@@ -465,12 +302,14 @@ pub(crate) struct Writer<'a> {
     encoder: &'a mut Encoder,
     pub(crate) at: Addresses,
     pub(crate) stubs: Stubs,
-    request: Request<'a>,
+    pub(crate) request: Request<'a>,
     pub(crate) flags: Where,
     /// The mode at this point: STAC and CLAC change it.
     pub(crate) mode: Mode,
-    unit: &'a mut Unit,
+    pub(crate) unit: &'a mut Unit,
     pub(crate) asides: Vec<Aside>,
+    /// Nothing of the unit comes after the instruction that is written.
+    pub(crate) is_last: bool,
     /// The guest's x87 registers are in the host's.
     pub(crate) x87: bool,
     /// Address of the last x87 instruction, while it is not FIP yet.
@@ -486,13 +325,14 @@ impl Writer<'_> {
     fn write(&mut self, guests: &[Guest]) -> bool {
         let (rip, mapping) = (self.request.rip, self.request.mapping);
         self.unit.checked = self.asm.here();
-        self.check_mapping(rip, mapping);
+        self.check_mapping(rip, mapping, rip);
         self.unit.entry = self.asm.here();
         if let Some(second) = self.request.second {
-            self.check_mapping(self.mode.next_page(rip), second);
+            self.check_mapping(self.mode.next_page(rip), second, rip);
         }
         for (index, guest) in guests.iter().enumerate() {
-            let after_jump = index == 0 || matches!(guests[index - 1].kind, Kind::JumpIf(..));
+            let after_jump = index == 0 || guests[index - 1].kind.leaves();
+            self.is_last = index + 1 == guests.len();
             if self.request.counting && after_jump {
                 self.count_run(&guests[index..]);
             }
@@ -518,11 +358,9 @@ impl Writer<'_> {
         true
     }
 
-    /// Counts the instructions from here to the next conditional jump. Neither the flags nor a guest register change.
+    /// Counts the instructions from here to the next jump out of the unit's middle. Neither the flags nor a guest register change.
     fn count_run(&mut self, guests: &[Guest]) {
-        let jump = guests
-            .iter()
-            .position(|guest| matches!(guest.kind, Kind::JumpIf(..)));
+        let jump = guests.iter().position(|guest| guest.kind.leaves());
         let run = jump.map_or(guests.len(), |jump| jump + 1);
         let counter = Mem::low(self.at.instructions());
         self.asm.load(RCX, counter);
@@ -531,11 +369,10 @@ impl Writer<'_> {
     }
 
     /// A page must still be mapped where this was translated from.
-    fn check_mapping(&mut self, linear: u64, mapping: u32) {
+    pub(crate) fn check_mapping(&mut self, linear: u64, mapping: u32, target: u64) {
         let slot = Mem::low(self.at.page(linear));
         let mapping = mapping as i32;
-        let target = self.request.rip;
-        let memory = self.request.memory;
+        let memory = !self.flags.host;
         let jump = if self.unit.any_flags || memory {
             self.asm.alu_memory_imm32(Alu::Cmp, slot, mapping);
             self.asm.jump_if(condition::NE, self.asm.here());
@@ -618,12 +455,12 @@ impl Writer<'_> {
     pub(crate) fn lesson(&self, guest: &Guest) -> Option<Lesson> {
         let offset = (guest.instruction.ip() & 0xfff) as u16;
         if self.request.exact && offset & 3 == 0 {
-            // Who is compared seldom runs long enough to learn it.
+            // Programs that are compared seldom run long enough to learn it.
             return Some(Lesson::Crosses);
         }
         let mut noted = self.request.lessons.iter();
         noted
-            .find(|(other, _)| *other == offset)
+            .find(|(other, lesson)| *other == offset && *lesson != Lesson::Returns)
             .map(|noted| noted.1)
     }
 
@@ -728,15 +565,11 @@ impl Writer<'_> {
             Kind::Jump(target) => self.jump(instruction, target, guest.live_out),
             Kind::JumpIf(condition, target) => self.jump_if(guest, condition, target),
             Kind::Count(count, target) => self.count(guest, count, target),
-            Kind::Call(target) => {
-                self.give_up_flags(guest.live_in);
-                self.push_return(guest);
-                self.jump(instruction, target, guest.live_out);
-            }
+            Kind::Call(target) => self.call(guest, target),
             Kind::JumpIndirect => {
                 self.give_up_flags(guest.live_in);
                 self.indirect_target(guest);
-                self.indirect(guest, 0);
+                self.indirect(guest);
             }
             Kind::CallIndirect => {
                 self.give_up_flags(guest.live_in);
@@ -744,7 +577,7 @@ impl Writer<'_> {
                 self.asm.store(Mem::low(self.at.stash()), ADDRESS);
                 self.push_return(guest);
                 self.asm.load(ADDRESS, Mem::low(self.at.stash()));
-                self.indirect(guest, -(self.mode.word() as i32));
+                self.call_indirect(guest);
             }
             Kind::Return(extra) => {
                 self.give_up_flags(guest.live_in);
@@ -754,10 +587,11 @@ impl Writer<'_> {
                 let popped = word as i32 + i32::from(extra);
                 self.asm
                     .lea(word == 8, GUEST_RSP, Mem::at(GUEST_RSP, popped));
-                self.indirect(guest, popped);
+                self.return_to(guest, popped);
             }
             Kind::PushFlags => self.push_flags(guest),
             Kind::PopFlags => self.pop_flags(guest),
+            Kind::Direction(down) => self.direction(guest, down),
             Kind::Interrupts(enable) => self.interrupts(guest, enable),
             Kind::Access(set) => self.access(guest, set),
             Kind::SwapGs => self.swap_gs(),
@@ -831,153 +665,6 @@ impl Writer<'_> {
         true
     }
 
-    /// MOVS, STOS and LODS with an ascending index, on one page; the interpreter does the others.
-    fn string(&mut self, guest: &Guest, string: Text) {
-        let Text {
-            size,
-            repeated,
-            moves,
-        } = string;
-        let shift = size.trailing_zeros() as u8;
-        self.give_up_flags(guest.live_in);
-        // DF is bit 10.
-        self.asm
-            .test_byte_memory(Mem::low(self.at.system_flags() + 1), 4);
-        self.operate_if(guest, condition::NE);
-        let none = if repeated {
-            self.asm.mov(SPARE, GUEST_RCX);
-            let some = self.asm.short_unless_rcx_zero();
-            self.asm.jump(self.asm.here());
-            let none = self.asm.bytes.len() - 4;
-            self.asm.land(some);
-            // The first byte after what is written, and read, must not be on a page further on.
-            self.asm.alu_imm(true, Alu::Cmp, SPARE, 4096 >> shift);
-            self.operate_if(guest, condition::A);
-            Some(none)
-        } else {
-            None
-        };
-        let pointers: &[Reg] = if moves { &[RDI, RSI] } else { &[RDI] };
-        for &pointer in pointers {
-            self.asm.mov32(ADDRESS, pointer);
-            self.asm.alu_imm(false, Alu::And, ADDRESS, 0xfff);
-            let end = if repeated {
-                Mem {
-                    base: Some(ADDRESS),
-                    index: Some((GUEST_RCX, shift)),
-                    displacement: 0,
-                }
-            } else {
-                Mem::at(ADDRESS, size)
-            };
-            self.asm.lea(true, ADDRESS, end);
-            self.asm.alu_imm(true, Alu::Cmp, ADDRESS, 4096);
-            self.operate_if(guest, condition::A);
-        }
-        if moves {
-            self.asm.mov(ADDRESS, RSI);
-            self.translate(guest, 1, false, Place::Table, sreg::DS);
-            self.asm.store(Mem::low(self.at.stash()), ADDRESS);
-        }
-        self.asm.mov(ADDRESS, RDI);
-        self.translate(guest, 1, true, Place::Table, sreg::ES);
-        // From here on nothing can go wrong. The host's own instruction does it, on host addresses.
-        self.asm.push(RDI);
-        self.asm.mov(RDI, ADDRESS);
-        if moves {
-            self.asm.push(RSI);
-            self.asm.load(RSI, Mem::low(self.at.stash()));
-        }
-        if repeated {
-            self.asm.mov(RCX, GUEST_RCX);
-        }
-        let opcode = if moves { 0xa4 } else { 0xaa } | u8::from(size > 1);
-        if size == 2 {
-            self.asm.raw(&[0x66]);
-        }
-        if repeated {
-            self.asm.raw(&[0xf3]);
-        }
-        if size == 8 {
-            self.asm.raw(&[0x48]);
-        }
-        self.asm.raw(&[opcode]);
-        if moves {
-            self.asm.pop(RSI);
-        }
-        self.asm.pop(RDI);
-        for &pointer in pointers {
-            let end = if repeated {
-                Mem {
-                    base: Some(pointer),
-                    index: Some((GUEST_RCX, shift)),
-                    displacement: 0,
-                }
-            } else {
-                Mem::at(pointer, size)
-            };
-            self.asm.lea(true, pointer, end);
-        }
-        if repeated {
-            self.asm.mov_imm(GUEST_RCX, 0);
-        }
-        if let Some(none) = none {
-            self.asm.patch(none, self.asm.here());
-        }
-    }
-
-    /// BT, BTS, BTR and BTC of memory with an offset in a register, whose upper bits move the address.
-    fn bit_of_memory(&mut self, guest: &Guest, plan: &Plan) {
-        let mut instruction = guest.instruction;
-        instruction.set_code(plan.harmless.code);
-        let size = instruction.memory_size().size();
-        let register = instruction.op1_register();
-        self.give_up_flags(guest.live_in);
-        self.linear_address(guest);
-        let offset = self.fetch(number(register), SPARE);
-        // The offset is signed; its lowest bits choose in the operand.
-        if size == 8 {
-            if offset != SPARE {
-                self.asm.mov(SPARE, offset);
-            }
-            self.asm.sar(true, SPARE, 6);
-        } else {
-            self.asm.sign_extend32(SPARE, offset);
-            self.asm.sar(true, SPARE, 5);
-        }
-        let moved = Mem {
-            base: Some(ADDRESS),
-            index: Some((SPARE, size.trailing_zeros() as u8)),
-            displacement: 0,
-        };
-        self.asm.lea(true, ADDRESS, moved);
-        if plan.harmless.locked {
-            self.asm.test_byte(ADDRESS, size as u8 - 1);
-            self.operate_if(guest, condition::NE);
-        }
-        let segment = fault_segment(&guest.instruction);
-        self.translate(guest, size, plan.writes_memory, Place::Table, segment);
-        let offset = self.fetch(number(register), SPARE);
-        if offset != SPARE {
-            self.asm.mov32(SPARE, offset);
-        }
-        self.asm
-            .alu_imm(false, Alu::And, SPARE, size as i32 * 8 - 1);
-        // The flags come by way of the spare register.
-        let stash = Mem::low(self.at.stash());
-        self.asm.store(stash, SPARE);
-        self.before(guest);
-        self.asm.load(SPARE, stash);
-        instruction.set_memory_base(named(ADDRESS, 8));
-        instruction.set_memory_index(Register::None);
-        instruction.set_memory_displacement64(0);
-        instruction.set_memory_displ_size(0);
-        instruction.set_segment_prefix(Register::None);
-        instruction.set_op_register(1, named(SPARE, register.size()));
-        self.encode(&instruction);
-        self.after(guest);
-    }
-
     fn encode(&mut self, instruction: &Instruction) {
         self.encoder.set_buffer(std::mem::take(&mut self.asm.bytes));
         let encoded = self.encoder.encode(instruction, 0);
@@ -1000,8 +687,8 @@ impl Writer<'_> {
         let site = self.add_site(site);
         self.last_x87 = None;
         self.give_up_flags(FLAGS);
+        self.asm.mov_imm(RCX, u64::from(site));
         self.asm.call(self.stubs.operate);
-        self.asm.word(site);
         true
     }
 
@@ -1057,6 +744,9 @@ impl Writer<'_> {
                         continue;
                     }
                     let guest = number(register);
+                    if plan.visits_rcx && HOME[guest] == Some(GUEST_RCX) {
+                        continue;
+                    }
                     let place = HOME[guest].or_else(|| {
                         let visitor = plan.visitors.iter().flatten();
                         visitor
@@ -1200,142 +890,6 @@ impl Writer<'_> {
         };
     }
 
-    // Transfers.
-
-    /// Pushes the address of the next instruction.
-    fn push_return(&mut self, guest: &Guest) {
-        self.stack_access(guest, true);
-        let address = guest.instruction.next_ip();
-        if self.mode.is_compatibility() {
-            self.asm.store_imm32(Mem::at(ADDRESS, 0), address as u32);
-        } else {
-            match i32::try_from(address as i64) {
-                Ok(value) => self.asm.store_imm(Mem::at(ADDRESS, 0), value),
-                Err(_) => {
-                    self.asm.mov_imm(SPARE, address);
-                    self.asm.store(Mem::at(ADDRESS, 0), SPARE);
-                }
-            }
-        }
-        self.move_stack(-1);
-    }
-
-    /// The target of an indirect jump to [`ADDRESS`].
-    fn indirect_target(&mut self, guest: &Guest) {
-        let instruction = &guest.instruction;
-        if instruction.op0_kind() == OpKind::Memory {
-            self.operand(guest, self.mode.word(), false, 1);
-            self.load_word(ADDRESS, Mem::at(ADDRESS, 0));
-        } else {
-            let register = number(instruction.op0_register());
-            let from = self.fetch(register, ADDRESS);
-            if from != ADDRESS {
-                self.mov_word(ADDRESS, from);
-            }
-        }
-    }
-
-    /// Goes on at the linear address in [`ADDRESS`]. The flags are in memory.
-    pub(crate) fn indirect(&mut self, guest: &Guest, popped: i32) {
-        let site = Site {
-            popped,
-            ..self.site(guest)
-        };
-        let site = self.add_site(site);
-        let class = crate::run::class(self.mode);
-        self.asm
-            .alu_memory_imm32(Alu::Cmp, Mem::low(self.at.poll()), 0);
-        self.asm.jump_if(condition::E, self.asm.here());
-        let poll = self.asm.bytes.len() - 4;
-        // The index is the lower half of the address's lower half.
-        const { assert!(TARGETS == 1 << 16) };
-        self.asm.zero_extend16(SPARE, ADDRESS);
-        self.asm
-            .compare_load(ADDRESS, Mem::array(self.at.targets_linear(class), SPARE));
-        self.asm.jump_if(condition::NE, self.asm.here());
-        let miss = self.asm.bytes.len() - 4;
-        self.asm
-            .jump_memory(Mem::array(self.at.targets_host(class), SPARE));
-        self.asides.push(Aside::Indirect {
-            jumps: [poll, miss],
-            site,
-        });
-    }
-
-    /// Makes the exit at the rel32 before here; `live` flags are needed at the target.
-    fn exit_here(&mut self, target: u64, live: u32) {
-        let memory = live == 0 || !self.flags.host;
-        let exit = Exit {
-            patch: self.asm.here() - 4,
-            stub: 0,
-            target,
-            mode: self.mode,
-            memory,
-            far: target & !0xfff != self.request.rip & !0xfff,
-            linked: Number::NONE,
-            next: Number::NONE,
-        };
-        self.unit.exits.push(exit);
-        self.asides.push(Aside::Link {
-            exit: self.unit.exits.len() - 1,
-        });
-    }
-
-    fn leave_direct(&mut self, target: u64, live: u32) {
-        self.asm.jump(self.asm.here());
-        self.exit_here(target, live);
-    }
-
-    /// Goes on at `target`; looks for signals first if that is not ahead, since every loop goes back
-    /// somewhere.
-    fn jump(&mut self, instruction: &Instruction, target: u64, live: u32) {
-        if target > instruction.ip() {
-            self.leave_direct(target, live);
-            return;
-        }
-        self.asm.load32(RCX, Mem::low(self.at.poll()));
-        let raised = self.asm.short_if_rcx_zero();
-        self.leave_direct(target, live);
-        self.asm.land(raised);
-        self.asm.jump(self.asm.here());
-        let jump = self.asm.bytes.len() - 4;
-        let memory = live == 0 || !self.flags.host;
-        self.asides.push(Aside::Go {
-            jump,
-            target,
-            memory,
-        });
-    }
-
-    fn jump_if(&mut self, guest: &Guest, code: u8, target: u64) {
-        self.want_flags();
-        let live = guest.live_out;
-        if target > guest.instruction.ip() {
-            self.asm.jump_if(code, self.asm.here());
-            self.exit_here(target, live);
-            return;
-        }
-        let past = self.asm.short_if(code ^ 1);
-        self.jump(&guest.instruction, target, live);
-        self.asm.land(past);
-    }
-
-    fn count(&mut self, guest: &Guest, count: Count, target: u64) {
-        if count == Count::Loop {
-            self.asm.lea(true, GUEST_RCX, Mem::at(GUEST_RCX, -1));
-        }
-        self.asm.mov(RCX, GUEST_RCX);
-        let zero = self.asm.short_if_rcx_zero();
-        let next = guest.instruction.next_ip();
-        let (counting, ended) = match count {
-            Count::Zero => (next, target),
-            Count::Loop => (target, next),
-        };
-        self.jump(&guest.instruction, counting, guest.live_out);
-        self.asm.land(zero);
-        self.jump(&guest.instruction, ended, guest.live_out);
-    }
-
     // Out of the way.
 
     fn write_asides(&mut self) {
@@ -1355,8 +909,8 @@ impl Writer<'_> {
                 Aside::Operate { jump, site } => {
                     self.asm.patch(jump, here);
                     // It does not return here: it goes on at the next instruction.
+                    self.asm.mov_imm(RCX, u64::from(site));
                     self.asm.call(self.stubs.operate);
-                    self.asm.word(site);
                 }
                 Aside::Link { exit } => {
                     let number = self.request.first_exit + exit as u32;
@@ -1387,22 +941,40 @@ impl Writer<'_> {
                     };
                     self.asm.jump(to);
                 }
-                Aside::Indirect { jumps, site } => {
-                    for jump in jumps {
-                        self.asm.patch(jump, here);
-                    }
-                    self.asm.call(self.stubs.indirect);
-                    self.asm.word(site);
+                Aside::Leave { jump, exit, stub } => {
+                    self.asm.patch(jump, here);
+                    let number = self.request.first_exit + exit as u32;
+                    self.asm.mov_imm(RCX, u64::from(number));
+                    self.asm.jump(stub);
                 }
+                Aside::Indirect { jumps, site } => self.leave_indirect(jumps, None, site),
+                Aside::CallIndirect {
+                    jumps,
+                    site,
+                    landing,
+                } => self.leave_indirect(jumps, Some(landing), site),
                 Aside::Cross(cross) => self.crossed(&cross),
                 Aside::LoadX87 { jump, retry, site } => {
                     self.asm.patch(jump, here);
                     self.asm.call(self.stubs.load_x87);
                     self.asm.jump_if(condition::E, retry);
+                    self.asm.mov_imm(RCX, u64::from(site));
                     self.asm.call(self.stubs.operate);
-                    self.asm.word(site);
                 }
             }
         }
+    }
+
+    /// Leaves, to go on at the address in [`ADDRESS`], of which no host code is known.
+    fn leave_indirect(&mut self, jumps: [usize; 2], landing: Option<u64>, site: u32) {
+        for jump in jumps {
+            self.asm.patch(jump, self.asm.here());
+        }
+        if let Some(landing) = landing {
+            self.asm.mov_imm(RCX, landing);
+            self.asm.push(RCX);
+        }
+        self.asm.call(self.stubs.indirect);
+        self.asm.word(site);
     }
 }

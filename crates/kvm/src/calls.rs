@@ -6,8 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use kvm_bindings::{
     KVM_EXIT_IO_IN, KVM_IRQCHIP_IOAPIC, kvm_device_attr, kvm_interrupt, kvm_ioapic_state,
-    kvm_ioeventfd, kvm_irqchip, kvm_lapic_state, kvm_msr_entry, kvm_msrs, kvm_pic_state,
-    kvm_reinject_control, kvm_run, kvm_sregs2,
+    kvm_ioeventfd, kvm_irqchip, kvm_lapic_state, kvm_msr_entry, kvm_msrs, kvm_pic_state, kvm_run,
+    kvm_sregs2,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -31,7 +31,6 @@ const KVM_SET_MSRS: u64 = number(WRITE, 0x89, size_of::<kvm_msrs>());
 const KVM_SET_SIGNAL_MASK: u64 = number(WRITE, 0x8b, 4);
 const KVM_GET_LAPIC: u64 = number(READ, 0x8e, size_of::<kvm_lapic_state>());
 const KVM_SET_LAPIC: u64 = number(WRITE, 0x8f, size_of::<kvm_lapic_state>());
-const KVM_REINJECT_CONTROL: u64 = number(0, 0x71, 0);
 const KVM_IOEVENTFD: u64 = number(WRITE, 0x79, size_of::<kvm_ioeventfd>());
 const KVM_GET_DEVICE_ATTR: u64 = number(WRITE, 0xe2, size_of::<kvm_device_attr>());
 const KVM_SET_DEVICE_ATTR: u64 = number(WRITE, 0xe1, size_of::<kvm_device_attr>());
@@ -322,28 +321,4 @@ pub(crate) fn ioeventfd(machine: &VmFd, event: &EventFd, gpa: u64, on: bool) -> 
     // SAFETY: the descriptor is a machine's; the kernel reads a `kvm_ioeventfd`, which lives, and keeps a reference of its own to
     // the event.
     result(unsafe { libc::ioctl(machine.as_raw_fd(), KVM_IOEVENTFD, &raw const argument) })
-}
-
-/// KVM_REINJECT_CONTROL: the interval timer's interrupts that were not taken before the next came are not made up for.
-pub(crate) fn do_not_reinject(machine: &VmFd) -> io::Result<()> {
-    let argument = kvm_reinject_control::default();
-    // SAFETY: the descriptor is a machine's; the kernel reads a `kvm_reinject_control`, which lives.
-    result(unsafe {
-        libc::ioctl(
-            machine.as_raw_fd(),
-            KVM_REINJECT_CONTROL,
-            &raw const argument,
-        )
-    })
-}
-
-/// The host's monotonic clock, nanoseconds.
-pub(crate) fn monotonic() -> u64 {
-    let mut time = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: the kernel writes a `timespec`, which lives. It always has this clock.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
-    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
 }

@@ -4,8 +4,8 @@ use std::io;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_DEBUGREGS, KVM_CAP_EXT_CPUID, KVM_CAP_GET_TSC_KHZ, KVM_CAP_IMMEDIATE_EXIT,
-    KVM_CAP_MP_STATE, KVM_CAP_REINJECT_CONTROL, KVM_CAP_SREGS2, KVM_CAP_USER_MEMORY,
-    KVM_CAP_USER_NMI, KVM_CAP_VCPU_ATTRIBUTES, KVM_CAP_VCPU_EVENTS, KVM_CAP_X86_MSR_FILTER,
+    KVM_CAP_MP_STATE, KVM_CAP_SREGS2, KVM_CAP_USER_MEMORY, KVM_CAP_USER_NMI,
+    KVM_CAP_VCPU_ATTRIBUTES, KVM_CAP_VCPU_EVENTS, KVM_CAP_X86_MSR_FILTER,
     KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_XCRS, KVM_CAP_XSAVE, KVM_MAX_CPUID_ENTRIES,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
@@ -28,8 +28,6 @@ const XSAVE_BYTES: i32 = 4096;
 pub struct Facts {
     /// PIC, I/O APIC and local APICs in the kernel.
     pub irqchip: bool,
-    /// The interval timer in the kernel, with its state, whose interrupts are not made up for when they were missed.
-    pub pit: bool,
     /// Interrupts from event file descriptors.
     pub irqfd: bool,
     /// Writes of the guest that become events of a file descriptor.
@@ -55,8 +53,6 @@ pub struct Facts {
 pub struct InKernel {
     /// It has PIC, I/O APIC and local APICs: see [`crate::KvmMachine::give_controllers`].
     pub controllers: bool,
-    /// It has the interval timer; not without the controllers.
-    pub pit: bool,
     /// Messages to the controllers go by event file descriptors; not without the controllers.
     pub irqfd: bool,
     /// Doorbells ring without leaving the guest: see [`crate::KvmMachine::ring_by_event`].
@@ -67,14 +63,12 @@ impl InKernel {
     /// It does nothing.
     pub const NOTHING: Self = Self {
         controllers: false,
-        pit: false,
         irqfd: false,
         ioeventfd: false,
     };
     /// It does all that it can.
     pub const ALL: Self = Self {
         controllers: true,
-        pit: true,
         irqfd: true,
         ioeventfd: true,
     };
@@ -85,7 +79,6 @@ impl InKernel {
         let controllers = self.controllers && other.controllers;
         Self {
             controllers,
-            pit: controllers && self.pit && other.pit,
             irqfd: controllers && self.irqfd && other.irqfd,
             ioeventfd: self.ioeventfd && other.ioeventfd,
         }
@@ -95,13 +88,11 @@ impl InKernel {
     pub fn names(self) -> Vec<&'static str> {
         let Self {
             controllers,
-            pit,
             irqfd,
             ioeventfd,
         } = self;
         [
             (controllers, "interrupt controllers"),
-            (pit, "interval timer"),
             (irqfd, "irqfd"),
             (ioeventfd, "ioeventfd"),
         ]
@@ -177,9 +168,6 @@ impl Facts {
             .map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
         Ok(Self {
             irqchip: kvm.check_extension(Cap::Irqchip),
-            pit: kvm.check_extension(Cap::Pit2)
-                && kvm.check_extension(Cap::PitState2)
-                && kvm.check_extension_raw(KVM_CAP_REINJECT_CONTROL.into()) > 0,
             irqfd: kvm.check_extension(Cap::Irqfd) && kvm.check_extension(Cap::IrqRouting),
             ioeventfd: kvm.check_extension(Cap::Ioeventfd),
             guest_debug: kvm.check_extension(Cap::SetGuestDebug),
@@ -196,7 +184,6 @@ impl Facts {
     pub fn in_kernel(&self) -> InKernel {
         InKernel {
             controllers: self.irqchip,
-            pit: self.irqchip && self.pit,
             irqfd: self.irqchip && self.irqfd,
             ioeventfd: self.ioeventfd,
         }

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use kvm_ioctls::{Kvm, VmFd};
 use trapgate_chipset::ControllersState;
-use trapgate_chipset::pit::PitState;
 use trapgate_engine::World;
 use trapgate_memory::GuestMemory;
 use trapgate_x86::CpuProfile;
@@ -78,12 +77,10 @@ impl KvmMachine {
             .set_tss_address(TSS)
             .map_err(call("KVM_SET_TSS_ADDR"))?;
         let kept = msrs::kept_by_kernel(&facts.msrs);
-        let mut in_kernel = wanted.and(facts.in_kernel());
-        // It needs a processor more.
-        in_kernel.pit &= (count as usize) < facts.vcpus;
+        let in_kernel = wanted.and(facts.in_kernel());
         let controllers = match in_kernel.controllers {
             false => None,
-            true => Some(Controllers::new(&machine, in_kernel, &memory, count)?),
+            true => Some(Controllers::new(&machine, in_kernel)?),
         };
         let more: &[u32] = match &controllers {
             Some(_) => &controllers::MSRS,
@@ -178,42 +175,6 @@ impl KvmMachine {
         }
     }
 
-    /// Lends the kernel the interval timer, before the interrupt controllers, at `now`, nanoseconds of VM time, which stands
-    /// until this returns. A timer that is not `connected` interrupts nobody (the HPET stands in for it). If `in_phase`, this may
-    /// take a period of channel 0, and a periodic channel 0 goes on where it stood; else it begins a period.
-    ///
-    /// # Errors
-    /// The kernel has none, or does not take the state.
-    pub fn give_pit(
-        &self,
-        state: &PitState,
-        now: u64,
-        connected: bool,
-        in_phase: bool,
-    ) -> Result<(), KvmError> {
-        self.controllers()?
-            .give_pit(&self.machine, state, now, connected, in_phase)
-    }
-
-    /// Takes the interval timer back, before the interrupt controllers, at `now`, nanoseconds of VM time, which stands. All
-    /// processors stand still.
-    ///
-    /// # Errors
-    /// The kernel has none, or was not given it.
-    pub fn take_pit(&self, now: u64) -> Result<PitState, KvmError> {
-        self.controllers()?.take_pit(&self.machine, now)
-    }
-
-    /// Connects the interval timer to the interrupt controllers, or disconnects it, while the kernel has it.
-    ///
-    /// # Errors
-    /// The kernel has none.
-    pub fn connect_pit(&self, connected: bool) -> Result<(), KvmError> {
-        self.controllers()?
-            .routing
-            .connect_pit(&self.machine, connected)
-    }
-
     /// Takes the interrupt controllers back. All processors stand still.
     ///
     /// # Errors
@@ -240,10 +201,10 @@ impl KvmMachine {
             .send(&self.machine, (address, data))
     }
 
-    /// How many messages of devices reach the controllers by events, and not by a call each.
-    pub fn messages_by_event(&self) -> usize {
+    /// How many messages of devices have reached the controllers by events, and not by a call each.
+    pub fn messages_by_event(&self) -> u64 {
         let controllers = self.controllers.as_ref();
-        controllers.map_or(0, |controllers| controllers.routing.carried())
+        controllers.map_or(0, |controllers| controllers.routing.sent_by_event())
     }
 
     fn controllers(&self) -> Result<&Controllers, KvmError> {

@@ -6,13 +6,15 @@ mod bench;
 use std::thread;
 use std::time::Duration;
 
-use bench::{Bench, CODE, bench_of, bench_with};
+use bench::{Bench, CODE, DEVICE, bench_of, bench_with};
+use trapgate_chipset::lapic::VectorSet;
 use trapgate_chipset::{Chipset, ChipsetConfig, ControllersState};
 use trapgate_engine::probe::Host;
 use trapgate_engine::{Exit, Signal, Vcpu, World};
 use trapgate_kvm::{Facts, InKernel};
 use trapgate_x86::registers::{rflags, sreg};
 use trapgate_x86::{Activity, CpuState};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const HLT: u8 = 0xf4;
 
@@ -296,4 +298,97 @@ fn application_processor_starts_in_the_kernel() {
     let state = second.state();
     assert_eq!(state.system.segments[sreg::CS].base, 0x9000);
     assert_eq!(state.system.efer, 0);
+}
+
+/// The kernel must not be asked for what the bus loses, nor what it was made to keep end the machine.
+#[test]
+fn messages_that_no_device_should_send_do_no_harm() {
+    if Facts::probe().is_ok_and(|facts| !facts.irqchip) {
+        eprintln!("skipped: this KVM has no interrupt controllers");
+        return;
+    }
+    // STI; JMP to itself.
+    let Some(mut bench) = bench_of(&[0xfb, 0xeb, 0xfe], InKernel::ALL, 2) else {
+        return;
+    };
+    let world = Box::new(bench.world.clone());
+    let _second = bench.machine.vcpu(world, 1).unwrap();
+    count_interrupts(&bench, &[0x51, 0x73]);
+    // Logical destinations of both models: the kernel has to ask each processor.
+    let given = state_of(2, |state| {
+        let [first, second] = &mut state.local_apics[..] else {
+            panic!("there are two");
+        };
+        (first.ldr, first.dfr) = (0x0100_0000, 0xffff_ffff);
+        (second.svr, second.ldr, second.dfr) = (0x1ff, 0x1100_0000, 0x0fff_ffff);
+    });
+    bench.machine.give_controllers(&given, 0, 0).unwrap();
+    let addresses = [
+        // No interrupts, or beyond what the kernel has a place for.
+        (0, 0x51),
+        (0xfed0_0000, 0x51),
+        (0xfef0_0000, 0x51),
+        (0x1_fee0_0000, 0x51),
+        (u64::MAX, 0x51),
+        // For processors that are not there, physically and logically.
+        (0xfee0_7000, 0x51),
+        (0xfee8_0004, 0x51),
+        (0xfee8_000c, 0x51),
+    ];
+    // System management, reserved, external; and vectors that are the processor's own.
+    let modes = [0x251, 0x351, 0x751, 0xc351].map(|data| (0xfee0_0000, data));
+    let vectors = (0..16).map(|vector| (0xfeef_f000, vector));
+    for (address, data) in addresses.into_iter().chain(modes).chain(vectors) {
+        // The first by a call, the others by an event.
+        for _ in 0..3 {
+            bench.machine.send_message(address, data).unwrap();
+        }
+    }
+    for times in 1..4 {
+        bench.machine.send_message(0xfee0_0000, 0x73).unwrap();
+        run_until(&mut bench, |bench| counts(bench) == [0, times]);
+        // The handler ends no interrupt.
+        let mut taken = bench.machine.take_controllers().unwrap();
+        let mut chipset = Chipset::new(ChipsetConfig {
+            cpus: 2,
+            ..ChipsetConfig::default()
+        })
+        .unwrap();
+        chipset.lend_controllers(0);
+        chipset.take_back_controllers(&taken, 0).unwrap();
+        taken.local_apics[0].isr = VectorSet::default();
+        bench.machine.give_controllers(&taken, 0, 0).unwrap();
+    }
+}
+
+/// A write to a doorbell that rings by an event stays in the kernel.
+#[test]
+fn doorbell_rings_by_its_event_and_only_while_it_is_to() {
+    if Facts::probe().is_ok_and(|facts| !facts.ioeventfd) {
+        eprintln!("skipped: this KVM has no ioeventfd");
+        return;
+    }
+    // MOV EAX, DEVICE; MOV [RAX], CX; MOV [RAX], ECX; HLT.
+    let mut code = [0xb8, 0, 0, 0, 0, 0x66, 0x89, 0x08, 0x89, 0x08, HLT];
+    code[1..5].copy_from_slice(&(DEVICE as u32).to_le_bytes());
+    let Some(mut bench) = bench_with(&code, InKernel::NOTHING) else {
+        return;
+    };
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    let ring = |bench: &mut Bench| {
+        bench.vcpu.set_state(&bench::long_state()).unwrap();
+        bench.run_to_halt();
+        let writes = bench.world.with(|told| std::mem::take(&mut told.memory));
+        let lengths: Vec<usize> = writes.iter().map(|(_, data)| data.len()).collect();
+        (lengths, event.read().unwrap_or_default())
+    };
+    assert_eq!(ring(&mut bench), (vec![2, 4], 0));
+    bench.machine.ring_by_event(DEVICE, &event).unwrap();
+    assert_eq!(ring(&mut bench), (vec![4], 1));
+    // The place is taken.
+    let other = EventFd::new(EFD_NONBLOCK).unwrap();
+    assert!(bench.machine.ring_by_event(DEVICE, &other).is_err());
+    assert_eq!(ring(&mut bench), (vec![4], 1));
+    bench.machine.ring_by_exit(DEVICE, &event).unwrap();
+    assert_eq!(ring(&mut bench), (vec![2, 4], 0));
 }

@@ -87,25 +87,6 @@ impl Board {
         let _ = self.controllers.set(controllers);
     }
 
-    /// Lends the interval timer while the clock still stands: it may take a moment until it is in its phase.
-    fn lend_pit(&self, cell: &mut Cell) {
-        if let Some(controllers) = self.controllers.get()
-            && controllers.has_pit()
-        {
-            let now = self.clock.now();
-            let pit = cell.chipset.lend_pit(now);
-            self.check(controllers.give_pit(&pit, now));
-        }
-    }
-
-    fn take_back_pit(&self, cell: &mut Cell, controllers: &dyn Controllers) {
-        let now = self.clock.now();
-        let taken = controllers
-            .take_pit(now)
-            .and_then(|state| cell.chipset.take_back_pit(&state, now).map_err(Into::into));
-        self.check(taken);
-    }
-
     fn lend_controllers(&self, cell: &mut Cell) {
         let Some(controllers) = self.controllers.get() else {
             return;
@@ -123,9 +104,6 @@ impl Board {
         };
         if !cell.chipset.controllers_are_lent() {
             return;
-        }
-        if controllers.has_pit() {
-            self.take_back_pit(cell, &**controllers);
         }
         let now = self.clock.now();
         self.set_lent(false);
@@ -202,9 +180,6 @@ impl Board {
             if let Some(controllers) = self.controllers.get() {
                 for &(gsi, level) in &effects.lines {
                     self.check(controllers.set_line(gsi, level));
-                }
-                if let Some(connected) = effects.timer_connected {
-                    self.check(controllers.connect_pit(connected));
                 }
                 for &(address, data) in &effects.messages {
                     self.check(controllers.send_message(address, data));
@@ -296,8 +271,10 @@ impl Board {
     /// Lets clock and timers go on.
     pub(crate) fn resume(&self) {
         let mut cell = lock(&self.cell);
-        self.lend_pit(&mut cell);
-        self.clock.resume();
+        let away = self.clock.resume();
+        let now = self.clock.now();
+        cell.chipset.time_of_day_went_on(away, now);
+        self.settle(&mut cell, now);
         self.lend_controllers(&mut cell);
         cell.running = true;
         self.timer.notify_one();

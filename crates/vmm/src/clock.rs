@@ -7,10 +7,11 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 const PAUSED: u64 = 1 << 63;
 
 /// VM time: nanoseconds since the machine was started or reset, without those in which it was
-/// paused; and the time of day at VM time zero.
+/// paused; and the time of day.
 ///
-/// A pause does not move the time of day with it: the guest's wall clock is late afterwards by as long
-/// as the pause took, as it is after a computer slept.
+/// The time of day goes on in a pause, and while a machine is a snapshot. Those who ask for it afterwards
+/// are told what it is (the real-time clock, KVM_WALL_CLOCK). A guest that counts on from what it read
+/// earlier, as Linux does, is late until it looks again, as a computer is that slept.
 #[derive(Debug)]
 pub(crate) struct Clock {
     base: Instant,
@@ -18,7 +19,10 @@ pub(crate) struct Clock {
     /// nanoseconds since `base` (modulo 2^63) to give the time. One word, so that a reader sees both parts of it
     /// or neither.
     word: AtomicU64,
+    /// Moves on when the clock does after it stood still.
     epoch: AtomicU64,
+    /// The host's time of day when the clock last stopped.
+    stopped: AtomicU64,
 }
 
 impl Clock {
@@ -28,6 +32,7 @@ impl Clock {
             base: Instant::now(),
             word: AtomicU64::new(PAUSED),
             epoch: AtomicU64::new(epoch),
+            stopped: AtomicU64::new(time_of_day()),
         }
     }
 
@@ -35,6 +40,7 @@ impl Clock {
     pub(crate) fn at(epoch: u64, now: u64) -> Self {
         Self {
             word: AtomicU64::new(now & !PAUSED | PAUSED),
+            stopped: AtomicU64::new(epoch.saturating_add(now)),
             ..Self::new(epoch)
         }
     }
@@ -66,18 +72,24 @@ impl Clock {
     pub(crate) fn pause(&self) {
         let now = self.now();
         self.word.store(now | PAUSED, Ordering::Release);
+        self.stopped.store(time_of_day(), Ordering::Relaxed);
     }
 
-    /// Lets the clock go on where it stands.
-    pub(crate) fn resume(&self) {
+    /// Lets the clock go on where it stands. Gives how far the time of day went on without it, in nanoseconds: zero
+    /// if the host's was put back meanwhile.
+    pub(crate) fn resume(&self) -> u64 {
+        let away = time_of_day().saturating_sub(self.stopped.load(Ordering::Relaxed));
+        self.epoch.fetch_add(away, Ordering::Relaxed);
         let now = self.now();
         let word = self.host().wrapping_sub(now) & !PAUSED;
         self.word.store(word, Ordering::Release);
+        away
     }
 
-    /// Puts a clock that is paused to 0.
+    /// Puts a clock that is paused to 0; `epoch` is the host's time of day.
     pub(crate) fn restart(&self, epoch: u64) {
         self.epoch.store(epoch, Ordering::Relaxed);
+        self.stopped.store(epoch, Ordering::Relaxed);
         self.word.store(PAUSED, Ordering::Release);
     }
 }
@@ -128,6 +140,29 @@ mod tests {
         clock.resume();
         let now = clock.now();
         assert!((1 << 50..(1 << 50) + 60_000_000_000).contains(&now));
+    }
+
+    #[test]
+    fn time_of_day_goes_on_in_a_pause() {
+        let clock = Clock::new(time_of_day());
+        assert!(clock.resume() < 60_000_000_000);
+        clock.pause();
+        let epoch = clock.epoch();
+        sleep(Duration::from_millis(20));
+        let away = clock.resume();
+        assert!((20_000_000..60_000_000_000).contains(&away));
+        assert_eq!(clock.epoch(), epoch + away);
+    }
+
+    #[test]
+    fn time_of_day_goes_on_in_a_snapshot() {
+        let (hour, now) = (3_600_000_000_000, 5_000_000_000);
+        let epoch = time_of_day() - now - hour;
+        let clock = Clock::at(epoch, now);
+        assert!((hour..hour + 60_000_000_000).contains(&clock.resume()));
+        // From a host whose clock is ahead.
+        let clock = Clock::at(time_of_day() + hour, now);
+        assert_eq!(clock.resume(), 0);
     }
 
     #[test]

@@ -6,8 +6,7 @@
 
 use std::error::Error;
 
-use trapgate_chipset::pit::PitState;
-use trapgate_chipset::{ControllersState, LentPit};
+use trapgate_chipset::ControllersState;
 use trapgate_kvm::{KvmError, KvmMachine};
 
 /// What went wrong, for a person.
@@ -15,14 +14,6 @@ type Failure = Box<dyn Error + Send + Sync>;
 
 /// Interrupt controllers that somebody else runs.
 pub(crate) trait Controllers: Send + Sync {
-    /// Whether it has an interval timer as well, which is lent before them, and taken back before them.
-    fn has_pit(&self) -> bool;
-    /// Takes the interval timer as it is at `now`, nanoseconds of VM time, which stands until this returns.
-    fn give_pit(&self, pit: &LentPit, now: u64) -> Result<(), Failure>;
-    /// Gives the interval timer back as it is at `now`, nanoseconds of VM time, which stands. The processors stand still.
-    fn take_pit(&self, now: u64) -> Result<PitState, Failure>;
-    /// Lets the interval timer interrupt, or no longer.
-    fn connect_pit(&self, connected: bool) -> Result<(), Failure>;
     /// Takes them, at `now`, nanoseconds of VM time, with the GSIs that are high, a bit each. The
     /// processors stand still.
     fn give(&self, state: &ControllersState, levels: u32, now: u64) -> Result<(), Failure>;
@@ -35,28 +26,6 @@ pub(crate) trait Controllers: Send + Sync {
 }
 
 impl Controllers for KvmMachine {
-    fn has_pit(&self) -> bool {
-        self.in_kernel().pit
-    }
-
-    fn give_pit(&self, pit: &LentPit, now: u64) -> Result<(), Failure> {
-        let LentPit {
-            state,
-            connected,
-            heard,
-        } = pit;
-        // The phase of an interrupt that nobody hears is not worth the wait.
-        KvmMachine::give_pit(self, state, now, *connected, *heard).map_err(boxed)
-    }
-
-    fn take_pit(&self, now: u64) -> Result<PitState, Failure> {
-        KvmMachine::take_pit(self, now).map_err(boxed)
-    }
-
-    fn connect_pit(&self, connected: bool) -> Result<(), Failure> {
-        KvmMachine::connect_pit(self, connected).map_err(boxed)
-    }
-
     fn give(&self, state: &ControllersState, levels: u32, now: u64) -> Result<(), Failure> {
         self.give_controllers(state, levels, now).map_err(boxed)
     }

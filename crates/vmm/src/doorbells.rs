@@ -198,3 +198,190 @@ impl DoorbellListener for Doorbells {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+    use trapgate_pci::{
+        BarKind, ConfigSpace, DOORBELL_BYTES, Function, Identity, SavedFunction, StateError, Window,
+    };
+
+    use super::*;
+
+    /// A function with a doorbell where its window begins.
+    struct Device {
+        space: ConfigSpace,
+        rung: Arc<AtomicU64>,
+    }
+
+    impl Function for Device {
+        fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+            self.space.read(offset, data);
+        }
+        fn config_write(&mut self, offset: u16, data: &[u8]) {
+            self.space.write(offset, data);
+        }
+        fn windows(&self) -> Vec<Window> {
+            self.space.windows()
+        }
+        fn bar_read(&mut self, _bar: u8, _offset: u64, _data: &mut [u8]) {}
+        fn bar_write(&mut self, _bar: u8, offset: u64, _data: &[u8]) {
+            self.rung.fetch_add(u64::from(offset == 0), Relaxed);
+        }
+        fn is_doorbell(&self, _bar: u8, offset: u64) -> bool {
+            offset == 0
+        }
+        fn reset(&mut self) {}
+        fn save(&mut self) -> SavedFunction {
+            SavedFunction::new("device", 1, &())
+        }
+        fn restore(&mut self, _saved: &SavedFunction) -> Result<(), StateError> {
+            Ok(())
+        }
+    }
+
+    /// Listens to addresses as the host's kernel does: one event for each.
+    #[derive(Default)]
+    struct Kernel(Mutex<HashMap<u64, EventFd>>);
+
+    impl Ringer for Kernel {
+        fn ring_by_event(&self, gpa: u64, event: &EventFd) -> Result<(), Box<dyn Error>> {
+            let mut events = lock(&self.0);
+            if events.contains_key(&gpa) {
+                return Err("the place is taken".into());
+            }
+            events.insert(gpa, event.try_clone()?);
+            Ok(())
+        }
+
+        fn ring_by_exit(&self, gpa: u64, _event: &EventFd) -> Result<(), Box<dyn Error>> {
+            lock(&self.0).remove(&gpa).ok_or("nobody listens")?;
+            Ok(())
+        }
+    }
+
+    /// Two devices, whose windows the guest may place, in the slots 1 and 2.
+    struct Bench {
+        bus: Arc<Bus>,
+        kernel: Arc<Kernel>,
+        doorbells: Arc<Doorbells>,
+        rung: [Arc<AtomicU64>; 2],
+    }
+
+    const PLACES: [u64; 3] = [0xc800_0000, 0xc900_0000, 0xca00_0000];
+
+    fn bench() -> Bench {
+        let bus = Arc::new(Bus::new());
+        let kernel = Arc::<Kernel>::default();
+        let doorbells = Doorbells::new(&bus, Arc::clone(&kernel) as Arc<dyn Ringer>).unwrap();
+        let rung = <[Arc<AtomicU64>; 2]>::default();
+        for rung in &rung {
+            let mut space = ConfigSpace::new(Identity {
+                vendor: 0x1234,
+                device: 1,
+                revision: 0,
+                class: 0xff_00_00,
+                subsystem_vendor: 0,
+                subsystem: 0,
+            });
+            space.add_bar(0, BarKind::Memory32, 0x1000);
+            let rung = Arc::clone(rung);
+            bus.add(Device { space, rung }).unwrap();
+        }
+        let bench = Bench {
+            bus,
+            kernel,
+            doorbells,
+            rung,
+        };
+        bench.place(1, PLACES[0]);
+        bench.place(2, PLACES[1]);
+        bench
+    }
+
+    impl Bench {
+        fn place(&self, slot: u32, gpa: u64) {
+            let select = 1 << 31 | slot << 11 | 0x10;
+            self.bus.port_write(0xcf8, &select.to_le_bytes());
+            self.bus.port_write(0xcfc, &(gpa as u32).to_le_bytes());
+        }
+
+        /// What the guest does; whether the kernel kept it to itself.
+        fn write(&self, gpa: u64) -> bool {
+            if let Some(event) = lock(&self.kernel.0).get(&gpa) {
+                event.write(1).unwrap();
+                return true;
+            }
+            self.bus.memory_write(gpa, &[0; DOORBELL_BYTES]);
+            false
+        }
+
+        /// How often each device was rung.
+        fn rung(&self) -> [u64; 2] {
+            self.rung.each_ref().map(|rung| rung.load(Relaxed))
+        }
+    }
+
+    #[test]
+    fn doorbell_rings_by_event_from_the_second_time_on() {
+        let bench = bench();
+        assert!(!bench.write(PLACES[0]));
+        assert!(bench.write(PLACES[0]));
+        assert_eq!(bench.rung(), [1, 0]);
+        bench.doorbells.drain();
+        assert_eq!(bench.rung(), [2, 0]);
+        bench.doorbells.drain();
+        assert_eq!(bench.rung(), [2, 0]);
+    }
+
+    #[test]
+    fn window_that_moves_takes_what_was_rung_with_it() {
+        let bench = bench();
+        bench.write(PLACES[0]);
+        assert!(bench.write(PLACES[0]));
+        bench.place(1, PLACES[2]);
+        assert_eq!(bench.rung(), [2, 0]);
+        assert!(!bench.write(PLACES[0]));
+        assert!(!bench.write(PLACES[2]));
+        assert!(bench.write(PLACES[2]));
+        bench.doorbells.drain();
+        assert_eq!((bench.rung(), bench.doorbells.count()), ([4, 0], 1));
+    }
+
+    #[test]
+    fn window_over_another_has_its_rings_until_it_goes() {
+        let bench = bench();
+        bench.write(PLACES[0]);
+        bench.write(PLACES[1]);
+        assert!(bench.write(PLACES[0]) && bench.write(PLACES[1]));
+        bench.place(2, PLACES[0]);
+        assert_eq!((bench.rung(), bench.doorbells.count()), ([2, 2], 0));
+        assert!(!bench.write(PLACES[0]));
+        assert!(bench.write(PLACES[0]));
+        bench.place(2, PLACES[1]);
+        assert_eq!(bench.rung(), [2, 4]);
+        assert!(!bench.write(PLACES[0]));
+        assert!(bench.write(PLACES[0]));
+        bench.doorbells.drain();
+        assert_eq!(bench.rung(), [4, 4]);
+    }
+
+    #[test]
+    fn doorbell_that_the_kernel_refuses_rings_as_before_and_is_tried_again_after_a_move() {
+        let bench = bench();
+        let taken = EventFd::new(EFD_NONBLOCK).unwrap();
+        // Refused for the write that is under way, and heard by the bus.
+        bench.kernel.ring_by_event(PLACES[0], &taken).unwrap();
+        for _ in 0..3 {
+            bench.bus.memory_write(PLACES[0], &[0; DOORBELL_BYTES]);
+            assert!(!bench.write(PLACES[1]));
+        }
+        assert_eq!((bench.rung(), bench.doorbells.count()), ([3, 3], 0));
+        bench.place(1, PLACES[2]);
+        assert!(!bench.write(PLACES[1]));
+        assert!(bench.write(PLACES[1]));
+        bench.doorbells.drain();
+        assert_eq!(bench.rung(), [3, 5]);
+    }
+}

@@ -163,6 +163,12 @@ impl OnKvm {
             machine: OnceCell::new(),
         }
     }
+
+    /// The machine, once there is one.
+    #[cfg(test)]
+    pub(crate) fn machine(&self) -> Option<&KvmMachine> {
+        self.machine.get().map(Arc::as_ref)
+    }
 }
 
 impl Constructor for OnKvm {

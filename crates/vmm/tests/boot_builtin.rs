@@ -2,17 +2,22 @@
 //! make them print what every correct CPU does, without exception. For KVM see `conformance.rs`.
 
 mod boot;
+mod resident;
 
 use std::sync::{Mutex, PoisonError};
 
 use boot::{Transcript, end};
-use trapgate_vmm::{Content, Hooks, Host, Machine, MachineConfig, Outcome, Protocol, engines};
+use resident::{MOST_BEYOND_RAM, Watch};
+use trapgate_vmm::{
+    Content, Hooks, Host, Level, Machine, MachineConfig, Outcome, Protocol, engines,
+};
 
 fn start(name: &str, change: impl FnOnce(&mut MachineConfig)) -> (Machine, Transcript) {
     let program = trapgate_guests::named(name).expect("there is such a program");
     let serial = Transcript::default();
     let mut config = MachineConfig {
         kernel: Content::from(program.image),
+        cpus: program.processors(),
         ..MachineConfig::default()
     };
     change(&mut config);
@@ -39,14 +44,35 @@ fn check(name: &str, engine: &str) {
         return;
     }
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let (machine, serial) = start(name, |config| config.engine = engine.parse().unwrap());
+    let watch = Watch::start();
+    let (machine, serial) = start(name, |config| {
+        config.engine = engine.parse().unwrap();
+        config.command_line = length_of(name, engine).to_owned();
+    });
     let outcome = end(&machine, &serial);
+    let most = watch.most_kib();
+    // Lockstep is both of the others, and what it compares.
+    let limit = if engine == "lockstep" { 2 } else { 1 } * MOST_BEYOND_RAM;
+    println!("{name} on {engine}: at most {most} KiB beyond the guest's memory");
+    assert!(
+        most <= limit,
+        "{name} on {engine}: {most} KiB beyond the guest's memory, and {limit} are promised"
+    );
     let program = trapgate_guests::named(name).unwrap();
     assert!(program.expected.is_some());
     if let Err(mismatch) = trapgate_guests::check(program, &serial.text()) {
         panic!("{name} on {engine}: {mismatch}\n{}", serial.text());
     }
     assert!(matches!(outcome, Outcome::PoweredOff), "{outcome:?}");
+}
+
+/// What the command line says of how long a program is to be: `flood` has as much code as it is told to.
+fn length_of(name: &str, engine: &str) -> &'static str {
+    match (name, engine) {
+        ("flood", "lockstep") => "short",
+        ("flood", _) if std::env::var_os("TRAPGATE_LONG").is_some() => "long",
+        _ => "",
+    }
 }
 
 macro_rules! programs {
@@ -78,8 +104,32 @@ macro_rules! programs {
 }
 
 programs!(
-    bench chain coprocessor exceptions identity interrupts modes paging segmentation selfmod sensitive strings transfers
+    bench chain controllers coprocessor debugging delivery exceptions flood hostile identity interrupts legacy modes paging
+    processors segmentation selfmod sensitive storm strings timers transfers
 );
+
+/// The level that the command line gives: other features, and what follows from them.
+#[test]
+fn identity_at_level_v3() {
+    let host = Host::probe();
+    if !host.lacks(Level::V3).is_empty() {
+        eprintln!("skipped: this host's processor has no AVX2 and what else belongs to x86-64-v3");
+        return;
+    }
+    for engine in ["interp", "jit"] {
+        let (machine, serial) = start("identity", |config| {
+            config.engine = engine.parse().unwrap();
+            config.level = Level::V3;
+        });
+        let outcome = end(&machine, &serial);
+        let program = trapgate_guests::named("identity").unwrap();
+        let expected = program.expected_v3.unwrap();
+        if let Err(mismatch) = trapgate_guests::compare(expected, &serial.text()) {
+            panic!("identity, v3, on {engine}: {mismatch}\n{}", serial.text());
+        }
+        assert!(matches!(outcome, Outcome::PoweredOff), "{outcome:?}");
+    }
+}
 
 /// An engine that is not in this list would not be held to anything.
 #[test]
@@ -128,6 +178,27 @@ fn builtin_guest_answers_a_person_and_powers_off() {
         "goodbye",
     ] {
         assert!(text.contains(said), "no `{said}` in:\n{text}");
+    }
+}
+
+/// A processor that takes one interrupt after the other, and comes to nothing else, is still stopped.
+#[test]
+fn machine_in_a_storm_of_interrupts_can_be_paused_and_stopped() {
+    for engine in ["interp", "jit"] {
+        let (machine, serial) = start("storm", |config| {
+            config.engine = engine.parse().unwrap();
+            config.command_line = "forever".to_owned();
+        });
+        serial.wait_for("on and on");
+        let before = machine.pause().counters().instructions();
+        while machine.pause().counters().instructions() <= before + 1000 {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        machine.stop();
+        assert!(
+            matches!(end(&machine, &serial), Outcome::Stopped),
+            "{engine}"
+        );
     }
 }
 

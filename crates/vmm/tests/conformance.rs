@@ -35,6 +35,32 @@ const NONE: Faults = Faults {
 /// Programs and beginnings of lines that Linux itself (6.18) gets wrong: its local APIC and the MSRs
 /// that it keeps take writes that the architecture refuses. Which, depends on the host.
 const LENIENT: &[(&str, &str)] = &[
+    // Its 8259A keep an edge whose line has fallen, and know no special mask at the end of an interrupt.
+    ("controllers", "edge: high 0x10"),
+    ("controllers", "end of interrupt, which passes"),
+    ("controllers", "still in special mask mode"),
+    ("controllers", "out of it"),
+    ("controllers", "after the keyboard's end"),
+    ("controllers", "high and low again"),
+    // Its local APIC notes no errors, and takes reserved bits of its registers.
+    ("controllers", "vector 15"),
+    ("controllers", "self-ipi with vector 15"),
+    ("controllers", "read of a reserved register"),
+    ("controllers", "write of a reserved register"),
+    ("controllers", "timer with vector 5"),
+    ("controllers", "error interrupt"),
+    ("controllers", "error status"),
+    ("controllers", "x2apic, write of"),
+    // Virtualization hardware knows the host's width of physical addresses only.
+    ("legacy", "large page, bit 40"),
+    ("legacy", "large page, bit 51"),
+    ("legacy", "directory entry, bit"),
+    ("legacy", "page, bit"),
+    ("legacy", "pointer with bit 40"),
+    ("paging", "pml4: r"),
+    ("paging", "pdpt: ."),
+    ("paging", "directory: ."),
+    ("paging", "page: -"),
     ("identity", "an address of 49 bits"),
     ("identity", "fmask, a bit of the upper half"),
     ("interrupts", "x2apic, end of interrupt with 1"),
@@ -114,9 +140,13 @@ const PARAVIRTUAL_FAULTS: &[Faults] = &[
             "pcid 1",
             "cr3 reads back",
             "invpcid",
+            "cr4.pcide",
+            "cr3, bit 63 with pcids",
+            "cr3's low bits",
+            "paging off with pcids",
         ],
-        why: "ring 3 gets #UD for the page faults of its instructions; there are no 1 GiB pages and no PCIDs",
-        ..NONE
+        gives_up_before: Some("idt entry in a supervisor page"),
+        why: "ring 3 gets #UD for the page faults of its instructions; there are no 1 GiB pages, no PCIDs, and no INT in ring 0",
     },
     Faults {
         program: "segmentation",
@@ -183,6 +213,9 @@ const PARAVIRTUAL_FAULTS: &[Faults] = &[
         why: "ring 3 sees the host's selectors and flags, and far transfers there are #UD",
     },
 ];
+
+/// Programs that ask about nothing that a paravirtual KVM does: all their lines are right there.
+const OUR_OWN: &[&str] = &["controllers", "processors", "timers"];
 
 /// Lines of the programs that say how long something took.
 fn is_timing(line: &str) -> bool {
@@ -275,12 +308,19 @@ fn guests_print_on_kvm_what_every_cpu_prints() {
         if program.expected.is_none() {
             continue;
         }
+        if program.name == "hostile" {
+            // Code, page tables and descriptors where no memory is: a hypervisor need not emulate that.
+            println!("hostile: not on KVM");
+            continue;
+        }
         let known = PARAVIRTUAL_FAULTS
             .iter()
             .find(|faults| faults.program == program.name);
         let faults = match (host.kvm.is_hardware(), known) {
             (true, _) => &NONE,
             (false, Some(faults)) => faults,
+            // What these ask is our own interrupt controllers there.
+            (false, None) if OUR_OWN.contains(&program.name) => &NONE,
             // The chain leaves out what such a KVM lacks, and has tests of its own; the benchmark
             // takes a minute there; others have not been judged.
             (false, None) => {
@@ -293,6 +333,7 @@ fn guests_print_on_kvm_what_every_cpu_prints() {
         let config = MachineConfig {
             kernel: Content::from(program.image),
             engine: "kvm".parse().unwrap(),
+            cpus: program.processors(),
             ..MachineConfig::default()
         };
         let hooks = Hooks {

@@ -70,7 +70,7 @@ fn passes(what: &str, expected: u64) {
 }
 
 pub fn flood(scale: u64) {
-    let pieces = 400_000 * scale.min(16);
+    let pieces = (25_000 * scale).min(6_000_000);
     chain(pieces, |_, _| 0);
     passes("32-bit code, jumps", 0);
     chain(pieces, |_, bytes| {
@@ -86,7 +86,7 @@ pub fn flood(scale: u64) {
         &[0x0F, 0xC6],
         &[0x66, 0x0F, 0xC6],
     ];
-    let pieces = 64 * 256 * kinds.len() as u64;
+    let pieces = 64 * 256 * (kinds.len() as u64).min(scale);
     chain(pieces, |piece, bytes| {
         let kind = kinds[(piece / (64 * 256)) as usize];
         bytes[..kind.len()].copy_from_slice(kind);

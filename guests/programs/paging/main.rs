@@ -3,6 +3,7 @@
 #![no_main]
 
 mod bodies;
+mod structures;
 
 use bodies::{fetch, fetch_with_ac, read, read_with_ac, write, write_with_ac};
 use runtime::cpu::{self, cr0, cr4, msr};
@@ -39,6 +40,7 @@ fn paging() {
     page_sizes();
     no_execute_off();
     translations_are_forgotten();
+    structures::show();
     println!("paging: done");
 }
 

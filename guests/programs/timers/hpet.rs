@@ -225,6 +225,7 @@ fn legacy() {
         write(configuration(timer), 0);
     }
     // The PIT is disconnected meanwhile.
+    crate::breathe();
     forget();
     runtime::pit::interrupt_once(500);
     crate::until_some_time();

@@ -2,15 +2,13 @@
 //!
 //! While they are lent, what devices do to their inputs goes out as [`Effects::lines`](crate::Effects)
 //! and [`Effects::messages`](crate::Effects); registers of the controllers are the other's to answer.
-//! The interval timer may be lent too, before the controllers, and is then taken back before them: its edges go straight to
-//! where they are. The other timers stay here.
+//! All timers but the local APICs' stay here.
 
-use super::{Chipset, source};
+use super::Chipset;
 use crate::ioapic::{IoApic, IoApicState};
 use crate::lapic::{LocalApic, LocalApicState};
 use crate::map;
 use crate::pic::{Pic, PicState};
-use crate::pit::{Pit, PitState};
 use crate::saved::StateError;
 
 /// The interrupt controllers.
@@ -24,70 +22,16 @@ pub struct ControllersState {
     pub pic: PicState,
 }
 
-/// The interval timer as it is lent.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LentPit {
-    /// Its state.
-    pub state: PitState,
-    /// It interrupts; else the HPET stands in for it.
-    pub connected: bool,
-    /// Its interrupt is not masked wherever it goes.
-    pub heard: bool,
-}
-
 impl Chipset {
-    /// Gives the interval timer away as it is at `now`. The interrupt controllers follow
-    /// ([`lend_controllers`](Self::lend_controllers)).
-    pub fn lend_pit(&mut self, now: u64) -> LentPit {
-        self.advance(now);
-        let now = self.now;
-        // Also if nobody waits for it.
-        self.settle_pit(now);
-        self.pit_is_lent = true;
-        self.deadline_is_stale = true;
-        LentPit {
-            state: self.pit.save(),
-            connected: !self.hpet.is_legacy(),
-            heard: self.is_heard(map::TIMER_GSI),
-        }
-    }
-
-    /// Takes the interval timer back as the other left it at `now`. The interrupt controllers are still lent.
-    ///
-    /// # Errors
-    /// For a state that it can't be in; it stays lent then.
-    pub fn take_back_pit(&mut self, state: &PitState, now: u64) -> Result<(), StateError> {
-        let now = self.clock(now);
-        self.pit = Pit::restore(state, now)?;
-        self.pit_is_lent = false;
-        self.deadline_is_stale = true;
-        // The controllers have seen its edges: it is a level that they find when they come back.
-        let line = &mut self.lines[map::TIMER_GSI as usize];
-        *line &= !source::DEVICE;
-        if self.pit.interrupt() && !self.hpet.is_legacy() {
-            *line |= source::DEVICE;
-        }
-        Ok(())
-    }
-
     /// Gives the interrupt controllers away, with the GSIs that are high now, a bit each. Until they
     /// are taken back the chipset is not saved.
     pub fn lend_controllers(&mut self, now: u64) -> (ControllersState, u32) {
         self.advance(now);
-        let mut state = ControllersState {
+        let state = ControllersState {
             local_apics: self.apics.iter().map(LocalApic::save).collect(),
             io_apic: self.io_apic.save(),
             pic: self.pic.save(),
         };
-        if self.pit_is_lent {
-            // The other's raises its line for each edge anew. Edges that were not acknowledged stay.
-            let line = &mut self.lines[map::TIMER_GSI as usize];
-            *line &= !source::DEVICE;
-            if *line == 0 {
-                state.pic.master.lines &= !1;
-                state.io_apic.asserted &= !(1 << map::TIMER_GSI);
-            }
-        }
         let mut inert: Vec<LocalApic> = (0..self.config.cpus as u32)
             .map(|id| LocalApic::new(id, self.config.tsc_hz, self.config.physical_address_bits))
             .collect();

@@ -82,7 +82,6 @@ impl Chipset {
             deadline_is_stale: _,
             // Nobody saves it meanwhile.
             lent: _,
-            pit_is_lent: _,
             apics,
             pending: _,
             lowest_priority_turn,
@@ -180,7 +179,6 @@ impl Chipset {
             pending: vec![false; config.cpus],
             lowest_priority_turn: *lowest_priority_turn,
             lent: false,
-            pit_is_lent: false,
             apics,
             io_apic: IoApic::restore(io_apic)?,
             lines: *lines,

@@ -13,7 +13,6 @@
 
 use std::fmt::Write;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction};
@@ -461,6 +460,8 @@ impl Lockstep {
         let ended = interpret(cpu, one, 1);
         cpu.regs.gpr[gpr::RCX] = cpu.regs.gpr[gpr::RCX].wrapping_add(left);
         cpu.rip = guide.steps[at].ip;
+        // As an instruction that is stopped half way leaves it.
+        cpu.set_rflags(cpu.rflags() | rflags::RF);
         ended == (1, End::After)
     }
 
@@ -499,11 +500,12 @@ impl Lockstep {
             watch.allowed = allowed;
             watch.stray = None;
         }
-        context.poll.store(1, Ordering::SeqCst);
+        context.bell.rest((&raw const context.stacks) as u32);
         context.target = context.rust.blocks[block as usize].checked;
         context.flags = to_ax(context.interp.cpu.flags.get());
         context.rust.statistics.entries += 1;
-        let reason = self.jit.enter();
+        let mode = Mode::of(&context.interp.cpu);
+        let reason = mode.map_or(exit::GO, |mode| self.jit.enter(mode));
         let context = self.jit.whole();
         context.settle();
         context.interp.cpu.end_block = false;
@@ -518,6 +520,14 @@ impl Lockstep {
                         None
                     }
                     exit::INDIRECT => context.indirect(),
+                    exit::CALL => {
+                        context.leave_at_call();
+                        None
+                    }
+                    exit::RETURN => {
+                        context.leave_at_return();
+                        None
+                    }
                     _ => None,
                 }
             }

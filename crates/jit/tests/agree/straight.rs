@@ -11,6 +11,7 @@ use trapgate_x86::profile::Level;
 use crate::guest::{
     CODE, Random, contents, fill, instructions, memory, run, sequence, setting, state,
 };
+use crate::together;
 
 #[test]
 fn straight_code_of_compilers_does_the_same_on_both() {
@@ -121,4 +122,40 @@ fn undefined_flags(decoder: u32) -> u64 {
     .filter(|(bit, _)| decoder & bit != 0)
     .map(|(_, flag)| flag)
     .sum()
+}
+
+/// CH is a part of a register that lives elsewhere.
+#[test]
+fn instructions_with_ch_do_the_same_on_both() {
+    const FORMS: &[&[u8]] = &[
+        &[0xf6, 0xc5, 0x41],       // test ch, 0x41
+        &[0x80, 0xe5, 0x5a],       // and ch, 0x5a
+        &[0x80, 0xcd, 0x81],       // or ch, 0x81
+        &[0x88, 0xc5],             // mov ch, al
+        &[0x88, 0xea],             // mov dl, ch
+        &[0x00, 0xdd],             // add ch, bl
+        &[0x10, 0xf5],             // adc ch, dh
+        &[0x30, 0xe9],             // xor cl, ch
+        &[0x0f, 0xb6, 0xcd],       // movzx ecx, ch
+        &[0x0f, 0xbe, 0xc5],       // movsx eax, ch
+        &[0xd0, 0xcd],             // ror ch, 1
+        &[0xc0, 0xe5, 3],          // shl ch, 3
+        &[0x86, 0xdd],             // xchg ch, bl
+        &[0x86, 0xcd],             // xchg ch, cl
+        &[0x0f, 0x92, 0xc5],       // setc ch
+        &[0x0f, 0xc0, 0xd5],       // xadd ch, dl
+        &[0x0f, 0xb0, 0xdd],       // cmpxchg ch, bl
+        &[0x8a, 0x2d, 0, 0, 0, 0], // mov ch, [rip]
+        &[0x89, 0xd1],             // mov ecx, edx
+        &[0x48, 0x01, 0xc1],       // add rcx, rax
+    ];
+    together::compare(600, |random, _| {
+        let mut code = Vec::new();
+        for _ in 0..1 + random.below(12) {
+            code.extend_from_slice(FORMS[random.below(FORMS.len() as u64) as usize]);
+        }
+        // Some leave flags undefined: add eax, ebx.
+        code.extend_from_slice(&[0x01, 0xd8]);
+        code
+    });
 }

@@ -57,7 +57,10 @@ impl KernelLapic {
     }
 
     fn vectors(&self, offset: usize) -> VectorSet {
-        VectorSet::from_registers(std::array::from_fn(|index| self.get(offset + 16 * index)))
+        let mut registers = std::array::from_fn(|index| self.get(offset + 16 * index));
+        // Illegal vectors have no place (SDM vol. 3A, 11.5.2), but wait in the kernel when a guest sends them.
+        registers[0] &= 0xffff_0000;
+        VectorSet::from_registers(registers)
     }
 
     fn put_vectors(&mut self, offset: usize, set: &VectorSet) {
@@ -303,6 +306,19 @@ mod tests {
         assert_eq!(to_kernel(5, &state, NOW).get(at::ID), 5 << 24);
         state.apic_base |= X2APIC;
         assert_eq!(to_kernel(5, &state, NOW).get(at::ID), 5);
+    }
+
+    /// The chipset would refuse the state.
+    #[test]
+    fn illegal_vectors_are_not_taken_from_the_kernel() {
+        let mut kernel = KernelLapic {
+            apic_base: 0xfee0_0800,
+            page: [0; PAGE],
+            deadline: 0,
+        };
+        kernel.put(at::IRR, 0x8001_ffff);
+        let state = from_kernel(&kernel, 0, None);
+        assert_eq!(state.irr, VectorSet::from(vec![16, 31]));
     }
 
     /// The kernel would let an ended count end again, and interrupt once too often.

@@ -3,17 +3,15 @@
 //!
 //! They are the chipset's, lent to the kernel while the machine runs: whenever it is paused their
 //! state comes back, so that whoever saves the machine finds everything in one place, and in one form,
-//! whatever it ran on. The interval timer goes with them, see [`kernel_pit`].
+//! whatever it ran on. The interval timer stays the chipset's, and interrupts through a line like any device.
 
 mod ioapic;
-mod kernel_pit;
 mod lapic;
 mod pic;
-mod pit;
 mod routing;
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     KVM_CAP_X2APIC_API, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -24,23 +22,16 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use trapgate_chipset::ControllersState;
 use trapgate_chipset::map::IO_APIC_PINS;
 use trapgate_chipset::pic::PicState;
-use trapgate_chipset::pit::PitState;
-use trapgate_memory::GuestMemory;
 use trapgate_x86::msr::IA32_TSC_DEADLINE;
 
 use crate::error::{call, named};
 use crate::{InKernel, KvmError, calls};
 pub(crate) use ioapic::KernelIoApic;
-use kernel_pit::KernelPit;
 use lapic::KernelLapic;
 pub(crate) use lapic::PAGE;
 use lapic::Timer;
 use pic::Which;
 pub(crate) use routing::Routing;
-
-const NO_PIT: KvmError = KvmError::Lacks {
-    what: "an interval timer: it was made without",
-};
 
 /// One processor's local APIC.
 #[derive(Debug)]
@@ -62,17 +53,11 @@ struct Slot {
 pub(crate) struct Controllers {
     slots: Mutex<Vec<Slot>>,
     pub(crate) routing: Routing,
-    pit: Option<KernelPit>,
 }
 
 impl Controllers {
     /// Makes them, for processors that are yet to be made.
-    pub(crate) fn new(
-        machine: &VmFd,
-        in_kernel: InKernel,
-        memory: &Arc<GuestMemory>,
-        count: u32,
-    ) -> Result<Self, KvmError> {
+    pub(crate) fn new(machine: &VmFd, in_kernel: InKernel) -> Result<Self, KvmError> {
         let capability = kvm_enable_cap {
             cap: KVM_CAP_X2APIC_API,
             args: [
@@ -89,14 +74,9 @@ impl Controllers {
         machine
             .create_irq_chip()
             .map_err(call("KVM_CREATE_IRQCHIP"))?;
-        let pit = match in_kernel.pit {
-            false => None,
-            true => Some(KernelPit::new(machine, Arc::clone(memory), count)?),
-        };
         Ok(Self {
             slots: Mutex::default(),
             routing: Routing::new(machine, in_kernel.irqfd)?,
-            pit,
         })
     }
 
@@ -192,34 +172,7 @@ impl Controllers {
         let kernel = ioapic::to_kernel(io_apic);
         machine
             .set_irqchip(&calls::io_apic_irqchip(&kernel))
-            .map_err(call("KVM_SET_IRQCHIP"))?;
-        match &self.pit {
-            Some(pit) => pit.settle(machine),
-            None => Ok(()),
-        }
-    }
-
-    /// Gives the kernel the interval timer, before the rest: see [`KernelPit::give`].
-    pub(crate) fn give_pit(
-        &self,
-        machine: &VmFd,
-        state: &PitState,
-        now: u64,
-        connected: bool,
-        in_phase: bool,
-    ) -> Result<(), KvmError> {
-        match &self.pit {
-            Some(pit) => pit.give(machine, &self.routing, state, now, connected, in_phase),
-            None => Err(NO_PIT),
-        }
-    }
-
-    /// Takes the interval timer back, before the rest: see [`KernelPit::take`].
-    pub(crate) fn take_pit(&self, machine: &VmFd, now: u64) -> Result<PitState, KvmError> {
-        match &self.pit {
-            Some(pit) => pit.take(machine, now),
-            None => Err(NO_PIT),
-        }
+            .map_err(call("KVM_SET_IRQCHIP"))
     }
 
     /// Takes the state from the kernel. All processors stand still.

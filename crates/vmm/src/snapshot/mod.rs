@@ -31,7 +31,8 @@
 //! Nothing of the memory is read: it is mapped, and what the guest writes stays with the process. So
 //! any number of machines may go on from one snapshot, whose files must stay as they are for as long.
 //! VM time goes on where it stood. The time in between does not exist for the guest: its clocks never go
-//! back, and its time of day is late by as much, until somebody tells it (NTP).
+//! back, and its time of day is late by as much, until it looks at the real-time clock, which has gone on, or is
+//! told (NTP).
 //!
 //! Disks are not in a snapshot. They are expected where they were, with what they held then; a disk
 //! that has been written to since is told of ([`Snapshot::warnings`]).

@@ -1,4 +1,5 @@
-//! Other people's software in the guest, as a judge of ours: Linux's x86 selftests, memtest86+, 32-bit kernels.
+//! Other people's software in the guest, as a judge of ours: Linux's x86 selftests, CPython's tests, memtest86+,
+//! 32-bit kernels.
 //!
 //! `cargo test --release -p trapgate-vmm --test software -- --nocapture` runs a share that takes a minute;
 //! `TRAPGATE_SOFTWARE=all` before it runs all of it, which takes half an hour. What was compared, and with what result,
@@ -15,6 +16,7 @@ mod linux;
 mod linux32;
 mod memtest;
 mod packages;
+mod python;
 mod selftests;
 
 use std::io::Write;

@@ -83,7 +83,7 @@ fn apt(program: &str, options: &[String]) -> Command {
     command
 }
 
-fn fetch(options: &[String], package: &str, into: &Path) -> Result<(), String> {
+pub(crate) fn fetch(options: &[String], package: &str, into: &Path) -> Result<(), String> {
     run(apt("apt-get", options)
         .args(["download", package])
         .current_dir(into))
@@ -91,7 +91,7 @@ fn fetch(options: &[String], package: &str, into: &Path) -> Result<(), String> {
 }
 
 /// Unpacks the packages in a directory into it, and removes them.
-fn unpack(directory: &Path) -> Result<(), String> {
+pub(crate) fn unpack(directory: &Path) -> Result<(), String> {
     let entries = std::fs::read_dir(directory).map_err(|error| error.to_string())?;
     let packages = entries.flatten().map(|entry| entry.path());
     for package in packages.filter(|path| path.extension().is_some_and(|end| end == "deb")) {

@@ -1,0 +1,91 @@
+//! What only the inside of a vCPU shows.
+
+use trapgate_engine::NoDevices;
+use trapgate_memory::RamRange;
+use trapgate_x86::Segment;
+use trapgate_x86::descriptor::access;
+use trapgate_x86::registers::{cr0, cr4, efer, sreg};
+
+use super::*;
+
+const TABLES: u64 = 0x1000;
+const CODE_AT: u64 = 0x8000;
+
+/// A processor in 64-bit mode of ring 0 at `code`.
+fn translating(code: &[u8], change: impl FnOnce(&mut CpuState)) -> Translating {
+    let range = RamRange {
+        start: 0,
+        length: 16 << 20,
+    };
+    let memory = Arc::new(GuestMemory::new(&[range]).unwrap());
+    let put = |gpa: u64, value: u64| memory.write(gpa, &value.to_le_bytes()).unwrap();
+    put(TABLES, (TABLES + 0x1000) | 7);
+    put(TABLES + 0x1000, (TABLES + 0x2000) | 7);
+    for page in 0..8 {
+        put(TABLES + 0x2000 + page * 8, page << 21 | 0x87);
+    }
+    memory.write(CODE_AT, code).unwrap();
+    let mut state = CpuState::default();
+    let system = &mut state.system;
+    system.cr0 = cr0::PE | cr0::ET | cr0::NE | cr0::WP | cr0::PG;
+    system.cr3 = TABLES;
+    system.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT;
+    system.efer = efer::LME | efer::LMA;
+    system.segments = [Segment::flat(0x10, access::WRITABLE | access::DB); 6];
+    system.segments[sreg::CS] = Segment::flat(0x08, access::CODE | access::READABLE | access::L);
+    state.rip = CODE_AT;
+    state.rflags = 2;
+    state.gpr[gpr::RSP] = 0x10_0000;
+    change(&mut state);
+    let profile = CpuProfile::new(Level::V2, 1_000_000_000);
+    let mut vcpu = Translating::new(memory, Box::new(NoDevices), profile, 0, 1).unwrap();
+    vcpu.set_state(&state).unwrap();
+    vcpu
+}
+
+/// What is forgotten while breakpoints are on, which a guest may leave on for good, does not pile up.
+#[test]
+fn list_of_forgotten_translations_stays_short_under_breakpoints() {
+    // mov ecx, 5000; again: invlpg [rdi]; dec ecx; jnz again; hlt
+    let code = [
+        0xb9, 0x88, 0x13, 0, 0, 0x0f, 0x01, 0x3f, 0xff, 0xc9, 0x75, 0xf9, 0xf4,
+    ];
+    let mut vcpu = translating(&code, |state| {
+        // A data breakpoint on a byte that nobody touches.
+        state.system.dr7 = 0x1_0402;
+        state.system.dr[0] = 0x20_0000;
+        state.gpr[gpr::RDI] = 0xdead_0000_0000;
+    });
+    assert_eq!(vcpu.run(), RunExit::Halted);
+    assert!(vcpu.instructions() > 15_000);
+    let changes = vcpu.whole().interp.cpu.changes();
+    assert!(
+        changes.pages.capacity() < 64,
+        "{}",
+        changes.pages.capacity()
+    );
+}
+
+/// Jumps from one to the next, in a MiB of memory: what is kept of them stays within its limit, and is given back.
+#[test]
+fn units_of_one_jump_stay_within_the_limit() {
+    // jmp to the next, 4 bytes further on; the last is HLT.
+    let mut code = [0xeb, 2, 0xcc, 0xcc].repeat(1 << 18);
+    code.push(0xf4);
+    let mut vcpu = translating(&code, |_| {});
+    let limit = vcpu.whole().rust.most;
+    for _ in 0..2 {
+        let mut state = vcpu.state();
+        state.rip = CODE_AT;
+        state.system.activity = Activity::Running;
+        vcpu.set_state(&state).unwrap();
+        assert_eq!(vcpu.run(), RunExit::Halted);
+        let rust = &vcpu.whole().rust;
+        assert!(rust.bytes() <= limit + UNIT);
+        assert!(rust.blocks.len() <= MOST_UNITS);
+        assert!(rust.statistics.flushes > 2, "{}", rust.statistics.flushes);
+    }
+    let context = vcpu.whole();
+    context.forget_all_code();
+    assert!(context.rust.bytes() < 2 * UNIT);
+}
