@@ -356,8 +356,14 @@ fn judge_batch(
     }
     for (engine, slot, lines) in found {
         report.different += 1;
+        let (native, _) = bench.outcome(slot);
+        let end = format!(
+            "vector {:#x} at {:#x}",
+            quad(native, at::VECTOR),
+            quad(native, at::RIP)
+        );
         report.differences.push(format!(
-            "{}: program {slot} of batch {number}, seed {:#x}\n    {}\n    from {}\n{}",
+            "{}: program {slot} of batch {number}, seed {:#x}, natively ended with {end}\n    {}\n    from {}\n{}",
             bench.engines[engine].kind().name(),
             settings.seed,
             lines.join("\n    "),
