@@ -76,6 +76,8 @@ pub struct Report {
     pub faults: u64,
     /// Batches.
     pub batches: u64,
+    /// Minutes that it took.
+    pub minutes: u64,
     /// Children that died.
     pub deaths: u64,
     /// Differences.
@@ -459,6 +461,14 @@ impl Worker {
         };
         let (report, all_covered, all_completed) = &mut *guard;
         report.batches += 1;
+        let minutes = shared.begun.elapsed().as_secs() / 60;
+        if minutes > report.minutes {
+            report.minutes = minutes;
+            let Report {
+                cases, different, ..
+            } = report;
+            eprintln!("{minutes} minutes: {cases} cases, {different} differences");
+        }
         report.cases += cases as u64 - unjudged;
         report.unjudged += unjudged;
         report.faults += faults;

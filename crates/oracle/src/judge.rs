@@ -1,13 +1,14 @@
 //! What the host CPU's outcome says about an engine's.
 
 use std::fmt::Write;
+use std::ops::Range;
 
-use iced_x86::{Mnemonic, OpKind};
+use iced_x86::{CpuidFeature, Mnemonic, OpKind};
 use trapgate_x86::registers::rflags;
 
 use crate::cases::Piece;
 use crate::layout::{record as at, vector};
-use crate::record::{Start, XSAVE_BYTES, quad};
+use crate::record::{Start, Window, XSAVE_BYTES, quad};
 use crate::undefined::{self, Residue};
 
 /// In what hosts are not alike.
@@ -40,12 +41,101 @@ const PROGRAMS_END: u64 = (1 << 47) - 4096;
 struct Scope {
     /// Flags that are not compared.
     undefined: u64,
-    /// The destination is undefined.
-    result: bool,
-    /// It gives a random number.
-    random: bool,
-    /// The x87 pointers are those of this instruction.
+    /// The register whose value is undefined or random; no register's number if it is memory.
+    result: Option<usize>,
+    /// It may be an x87 instruction's address that the x87 pointers hold.
     x87: bool,
+    /// Its accesses have no defined order.
+    order: bool,
+    /// What a fault leaves.
+    residue: Residue,
+}
+
+impl Scope {
+    /// Of one instruction, or of a program.
+    fn of(piece: Option<&Piece>, start: &Start, native: &[u8]) -> Self {
+        let Some(piece) = piece else {
+            return Self {
+                undefined: 0,
+                result: None,
+                x87: true,
+                order: false,
+                residue: Residue::default(),
+            };
+        };
+        let instruction = &piece.instruction;
+        let kind = quad(native, at::VECTOR);
+        let fault = kind != vector::NONE;
+        // A fault comes before any flag or register changes.
+        let at_itself = fault && quad(native, at::RIP) == piece.ip;
+        let random = matches!(instruction.mnemonic(), Mnemonic::Rdrand | Mnemonic::Rdseed);
+        let undefined = match (at_itself, random) {
+            (true, _) => 0,
+            (false, true) => rflags::ARITHMETIC,
+            (false, false) => undefined::flags(instruction, &start.gpr),
+        };
+        let result = random || !at_itself && undefined::result(instruction, &start.gpr);
+        let residue = if fault {
+            undefined::residue(instruction, start.mxcsr, kind)
+        } else {
+            Residue::default()
+        };
+        Self {
+            undefined,
+            result: result.then(|| match instruction.op_kind(0) {
+                OpKind::Register => instruction.op_register(0).full_register().number(),
+                // Memory.
+                _ => usize::MAX,
+            }),
+            x87: instruction.cpuid_features().iter().any(|feature| {
+                matches!(
+                    feature,
+                    CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387
+                )
+            }),
+            order: undefined::order(instruction),
+            residue,
+        }
+    }
+}
+
+/// Two outcomes side by side.
+struct Comparison<'a> {
+    native: &'a [u8],
+    engine: &'a [u8],
+    found: Vec<String>,
+}
+
+impl Comparison<'_> {
+    fn values(&mut self, name: &str, native: u64, engine: u64) {
+        if native != engine {
+            self.found
+                .push(format!("{name} {engine:#x}, natively {native:#x}"));
+        }
+    }
+
+    fn word(&mut self, name: &str, at: usize, ignored: u64) {
+        let (native, engine) = (quad(self.native, at), quad(self.engine, at));
+        self.values(name, native & !ignored, engine & !ignored);
+    }
+
+    fn memory(&mut self, window: Window, at: usize) {
+        let length = window.length() as usize;
+        let (native, engine) = (&self.native[at..at + length], &self.engine[at..at + length]);
+        let mut text = String::new();
+        let differing = native.chunks(8).zip(engine.chunks(8)).enumerate();
+        for (index, (native, engine)) in differing.filter(|(_, (one, other))| one != other).take(6)
+        {
+            let address = window.address + index as u64 * 8;
+            let _ = write!(
+                text,
+                " {address:#x}: {engine:02x?}, natively {native:02x?};"
+            );
+        }
+        if !text.is_empty() {
+            self.found.push(format!("memory at{text}"));
+        }
+    }
 }
 
 /// Differences of an engine's outcome from the native one, a line for each. `piece` is `None` for programs.
@@ -58,69 +148,37 @@ pub fn differences(
 ) -> Vec<String> {
     let start = Start::read(input);
     let memory = at::MEMORY + (start.windows[0].length() + start.windows[1].length()) as usize;
-    if native[..at::MEMORY] == engine[..at::MEMORY]
-        && native[at::MEMORY..memory] == engine[at::MEMORY..memory]
-    {
+    let same = |part: Range<usize>| native[part.clone()] == engine[part];
+    if same(0..at::MEMORY) && same(at::MEMORY..memory) {
         return Vec::new();
     }
-    let mut found = Vec::new();
-    let kind = quad(native, at::VECTOR);
-    let fault = kind != vector::NONE;
-    let scope = match piece {
-        Some(piece) => {
-            let instruction = &piece.instruction;
-            // A fault comes before any flag changes.
-            let at_itself = fault && quad(native, at::RIP) == piece.ip;
-            Scope {
-                undefined: if at_itself {
-                    0
-                } else {
-                    undefined::flags(instruction, &start.gpr)
-                },
-                result: !at_itself && undefined::result(instruction, &start.gpr),
-                random: matches!(instruction.mnemonic(), Mnemonic::Rdrand | Mnemonic::Rdseed),
-                x87: instruction.mnemonic() as u32 != 0
-                    && (format!("{:?}", instruction.mnemonic()).starts_with('F')),
-            }
-        }
-        None => Scope {
-            undefined: 0,
-            result: false,
-            random: false,
-            x87: true,
-        },
-    };
-    let address = quad(native, at::ADDRESS);
-    let order = piece.is_some_and(|piece| undefined::order(&piece.instruction));
-    let others = quad(engine, at::VECTOR);
-    // So is what an access does that goes over the end of a segment of 4 GiB (SDM vol. 3A, 6.3).
-    let wraps = start.compatibility && address.max(quad(engine, at::ADDRESS)) >> 4 == 0xfff_ffff;
-    if (order || wraps) && undefined::either([kind, others]) {
-        // Which of several faults comes first is the CPU's choice.
-        return found;
+    let scope = Scope::of(piece, &start, native);
+    let kinds = [quad(native, at::VECTOR), quad(engine, at::VECTOR)];
+    let addresses = [quad(native, at::ADDRESS), quad(engine, at::ADDRESS)];
+    // What an access does that goes over the end of a segment of 4 GiB is the CPU's choice (SDM vol. 3A, 6.3), as is
+    // which of several faults comes first.
+    let wraps = start.compatibility && addresses.iter().any(|address| address >> 4 == 0xfff_ffff);
+    if (scope.order || wraps) && undefined::either(kinds) {
+        return Vec::new();
     }
-    let mut word = |name: &str, at: usize, ignored: u64| {
-        let (native, engine) = (quad(native, at) & !ignored, quad(engine, at) & !ignored);
-        if native != engine {
-            found.push(format!("{name} {engine:#x}, natively {native:#x}"));
-        }
+    let mut comparison = Comparison {
+        native,
+        engine,
+        found: Vec::new(),
     };
-    word("vector", at::VECTOR, 0);
-    word("RIP", at::RIP, 0);
+    comparison.word("vector", at::VECTOR, 0);
+    comparison.word("RIP", at::RIP, 0);
+    let page_fault = kinds[0] == 14;
     // Linux tells programs that all pages of the upper half are present.
-    let hidden = u64::from(kind == 14 && address >= PROGRAMS_END);
-    // Several parts, on several pages.
-    let distance = address.wrapping_sub(quad(engine, at::ADDRESS)) as i32;
-    let by_parts = order && kind == 14 && distance.unsigned_abs() < 1024;
-    word("address", at::ADDRESS, if by_parts { u64::MAX } else { 0 });
-    word("error code", at::ERROR, hidden | u64::from(by_parts));
-    word(
-        "RFLAGS",
-        at::FLAGS,
-        scope.undefined | if scope.random { rflags::ARITHMETIC } else { 0 },
-    );
-    word("FS base", at::BASES, 0);
-    word("GS base", at::BASES + 8, 0);
+    let hidden = page_fault && addresses[0] >= PROGRAMS_END;
+    let distance = addresses[0].wrapping_sub(addresses[1]) as i32;
+    let by_parts = scope.order && page_fault && distance.unsigned_abs() < 1024;
+    let ignored = if by_parts { u64::MAX } else { 0 };
+    comparison.word("address", at::ADDRESS, ignored);
+    comparison.word("error code", at::ERROR, u64::from(hidden || by_parts));
+    comparison.word("RFLAGS", at::FLAGS, scope.undefined);
+    comparison.word("FS base", at::BASES, 0);
+    comparison.word("GS base", at::BASES + 8, 0);
     for (index, name) in ["DS", "ES", "FS", "GS"].into_iter().enumerate() {
         // A null selector with an RPL becomes 0 whenever the host's kernel returns from an interrupt
         // (SDM vol. 2A, IRET, RETURN-TO-OUTER-PRIVILEGE-LEVEL).
@@ -128,28 +186,15 @@ pub fn differences(
             0..=3 => 0,
             other => other,
         };
-        let (native, engine) = (selector(native), selector(engine));
-        if native != engine {
-            found.push(format!("{name} {engine:#x}, natively {native:#x}"));
-        }
+        comparison.values(name, selector(native), selector(engine));
     }
-    let mut word = |name: &str, at: usize, ignored: u64| {
-        let (native, engine) = (quad(native, at) & !ignored, quad(engine, at) & !ignored);
-        if native != engine {
-            found.push(format!("{name} {engine:#x}, natively {native:#x}"));
-        }
-    };
+    let fault = kinds[0] != vector::NONE;
     if fault {
-        word("CS", at::CODE_SEGMENT, 0);
+        comparison.word("CS", at::CODE_SEGMENT, 0);
     }
     let compatibility = fault && quad(native, at::CODE_SEGMENT) == 0x23;
     for (register, name) in REGISTERS.into_iter().enumerate() {
-        let destination = piece.is_some_and(|piece| {
-            let instruction = &piece.instruction;
-            instruction.op_kind(0) == OpKind::Register
-                && instruction.op_register(0).full_register().number() == register
-        });
-        let ignored = if destination && (scope.result || scope.random) {
+        let ignored = if scope.result == Some(register) {
             u64::MAX
         } else if compatibility {
             // What upper halves are after a change of mode is undefined (SDM vol. 1, 3.4.1.1).
@@ -157,29 +202,17 @@ pub fn differences(
         } else {
             0
         };
-        word(name, at::GPR + register * 8, ignored);
+        comparison.word(name, at::GPR + register * 8, ignored);
     }
-    let mxcsr = quad(input, at::XSAVE + 24) as u32;
-    let residue = match piece {
-        Some(piece) if fault => undefined::residue(&piece.instruction, mxcsr, kind),
-        _ => Residue::default(),
-    };
-    vectors(host, scope.x87, residue, native, engine, &mut found);
+    comparison.vectors(host, &scope);
     let mut at = at::MEMORY;
     for window in start.windows {
-        let length = window.length() as usize;
-        if !residue.memory {
-            memory_differences(
-                window.address,
-                &native[at..at + length],
-                &engine[at..at + length],
-                &scope,
-                &mut found,
-            );
+        if !scope.residue.memory && scope.result.is_none() {
+            comparison.memory(window, at);
         }
-        at += length;
+        at += window.length() as usize;
     }
-    found
+    comparison.found
 }
 
 /// Names of the general registers.
@@ -187,33 +220,6 @@ pub const REGISTERS: [&str; 16] = [
     "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8", "R9", "R10", "R11", "R12", "R13",
     "R14", "R15",
 ];
-
-fn memory_differences(
-    address: u64,
-    native: &[u8],
-    engine: &[u8],
-    scope: &Scope,
-    found: &mut Vec<String>,
-) {
-    if native == engine || scope.result {
-        return;
-    }
-    let mut text = String::new();
-    let mut some = 0;
-    for (index, (native, engine)) in native.chunks(8).zip(engine.chunks(8)).enumerate() {
-        if native != engine {
-            some += 1;
-            if some <= 6 {
-                let _ = write!(
-                    text,
-                    " {:#x}: {engine:02x?}, natively {native:02x?};",
-                    address + index as u64 * 8
-                );
-            }
-        }
-    }
-    found.push(format!("memory at{text}"));
-}
 
 /// x87, SSE and AVX state with initial values where a component is not in use.
 fn expanded(record: &[u8]) -> [u8; XSAVE_BYTES] {
@@ -234,61 +240,54 @@ fn expanded(record: &[u8]) -> [u8; XSAVE_BYTES] {
     image
 }
 
-fn vectors(
-    host: Host,
-    x87: bool,
-    residue: Residue,
-    native: &[u8],
-    engine: &[u8],
-    found: &mut Vec<String>,
-) {
-    if native[at::XSAVE..at::MEMORY] == engine[at::XSAVE..at::MEMORY] {
-        return;
-    }
-    let (mut native, mut engine) = (expanded(native), expanded(engine));
-    for image in [&mut native, &mut engine] {
-        if residue.precision {
-            image[24] &= !0x20;
+impl Comparison<'_> {
+    fn vectors(&mut self, host: Host, scope: &Scope) {
+        let images = at::XSAVE..at::MEMORY;
+        if self.native[images.clone()] == self.engine[images] {
+            return;
         }
-        if residue.top {
-            image[3] &= !0x38;
-            image[32..160].fill(0);
+        let residue = scope.residue;
+        let (mut native, mut engine) = (expanded(self.native), expanded(self.engine));
+        for image in [&mut native, &mut engine] {
+            if residue.precision {
+                image[24] &= !0x20;
+            }
+            if residue.top {
+                image[3] &= !0x38;
+                image[32..160].fill(0);
+            }
+            if residue.noted {
+                image[24] &= !0x3f;
+            }
         }
-        if residue.noted {
-            image[24] &= !0x3f;
+        let mut part = |name: &str, from: usize, length: usize| {
+            let (native, engine) = (&native[from..from + length], &engine[from..from + length]);
+            if native != engine {
+                let (ours, natively) = (hexadecimal(engine), hexadecimal(native));
+                self.found
+                    .push(format!("{name} {ours}, natively {natively}"));
+            }
+        };
+        part("FCW", 0, 2);
+        part("FSW", 2, 2);
+        part("FTW", 4, 2);
+        if !scope.x87 || host.fdp_on_exceptions {
+            part("FOP", 6, 2);
+            part("FDP", 16, 8);
         }
-    }
-    let mut part = |name: &str, from: usize, length: usize| {
-        let (native, engine) = (&native[from..from + length], &engine[from..from + length]);
-        if native != engine {
-            found.push(format!(
-                "{name} {}, natively {}",
-                hexadecimal(engine),
-                hexadecimal(native)
-            ));
+        part("FIP", 8, 8);
+        part("MXCSR", 24, 4);
+        for register in 0..8 {
+            part(&format!("ST({register})"), 32 + register * 16, 10);
         }
-    };
-    part("FCW", 0, 2);
-    part("FSW", 2, 2);
-    part("FTW", 4, 2);
-    if !x87 || host.fdp_on_exceptions {
-        part("FOP", 6, 2);
-        part("FDP", 16, 8);
-    }
-    part("FIP", 8, 8);
-    part("MXCSR", 24, 4);
-    for register in 0..8 {
-        part(&format!("ST({register})"), 32 + register * 16, 10);
-    }
-    for register in 0..16 {
-        part(&format!("XMM{register}"), 160 + register * 16, 16);
-    }
-    for register in 0..16 {
-        part(
-            &format!("YMM{register}, upper half"),
-            576 + register * 16,
-            16,
-        );
+        for register in 0..16 {
+            part(&format!("XMM{register}"), 160 + register * 16, 16);
+            part(
+                &format!("YMM{register}, upper half"),
+                576 + register * 16,
+                16,
+            );
+        }
     }
 }
 

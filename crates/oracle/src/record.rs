@@ -54,7 +54,7 @@ impl Window {
     }
 }
 
-/// What a case starts from, beside its x87 and vector state and its memory.
+/// What a case starts from, beside most of its x87 and vector state and its memory.
 #[derive(Clone, Debug, Default)]
 pub struct Start {
     /// The general registers, as instructions number them.
@@ -69,6 +69,8 @@ pub struct Start {
     pub windows: [Window; 2],
     /// The code has 32 bits.
     pub compatibility: bool,
+    /// MXCSR, which [`Self::write`] leaves to whoever writes the x87 and vector state.
+    pub mxcsr: u32,
 }
 
 impl Start {
@@ -102,6 +104,7 @@ impl Start {
             bases: [quad(record, at::BASES_IN), quad(record, at::BASES_IN + 8)],
             windows: [window(0), window(1)],
             compatibility: quad(record, at::COMPATIBILITY) != 0,
+            mxcsr: quad(record, at::XSAVE + 24) as u32,
         }
     }
 }

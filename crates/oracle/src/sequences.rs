@@ -62,6 +62,8 @@ pub struct Report {
     pub different: u64,
     /// Where time went.
     pub times: Times,
+    /// Minutes that it took.
+    pub minutes: u64,
 }
 
 /// Offsets in a slot's second page of code: the counter, and the table of pieces.
@@ -249,6 +251,7 @@ fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
             differences,
             different,
             times,
+            minutes: _,
         } = report;
         all.programs += programs;
         all.faults += faults;
@@ -259,6 +262,16 @@ fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
         all.times.add(&times);
         if all.differences.len() < 20 {
             all.differences.extend(differences);
+        }
+        let minutes = shared.begun.elapsed().as_secs() / 60;
+        if minutes > all.minutes {
+            all.minutes = minutes;
+            let Report {
+                programs,
+                different,
+                ..
+            } = &*all;
+            eprintln!("{minutes} minutes: {programs} programs, {different} differences");
         }
         if all.different >= settings.enough {
             shared.stop.store(true, Ordering::Relaxed);
@@ -343,8 +356,14 @@ fn judge_batch(
     }
     for (engine, slot, lines) in found {
         report.different += 1;
+        let (native, _) = bench.outcome(slot);
+        let end = format!(
+            "vector {:#x} at {:#x}",
+            quad(native, at::VECTOR),
+            quad(native, at::RIP)
+        );
         report.differences.push(format!(
-            "{}: program {slot} of batch {number}, seed {:#x}\n    {}\n    from {}\n{}",
+            "{}: program {slot} of batch {number}, seed {:#x}, natively ended with {end}\n    {}\n    from {}\n{}",
             bench.engines[engine].kind().name(),
             settings.seed,
             lines.join("\n    "),

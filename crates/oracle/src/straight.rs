@@ -25,7 +25,7 @@ fn is_harmless(instruction: &Instruction) -> bool {
         && !matches!(
             name,
             // Random, or of the kernel.
-            M::Rdrand | M::Rdseed | M::Hlt | M::In | M::Out | M::Cli | M::Sti | M::Clac | M::Stac
+            M::Rdrand | M::Rdseed | M::Rdpmc | M::Hlt | M::In | M::Out | M::Cli | M::Sti | M::Clac | M::Stac
             // Selectors and bases.
             | M::Lar | M::Lsl | M::Verr | M::Verw | M::Lfs | M::Lgs | M::Lss
             | M::Wrfsbase | M::Wrgsbase
@@ -175,9 +175,25 @@ impl Computing for Straight {
                 undefined = 0;
                 continue;
             }
-            let defined = instruction.rflags_written()
-                | instruction.rflags_cleared()
-                | instruction.rflags_set();
+            // A shift by nothing changes no flag.
+            let shifts = matches!(
+                instruction.mnemonic(),
+                Mnemonic::Rol
+                    | Mnemonic::Ror
+                    | Mnemonic::Rcl
+                    | Mnemonic::Rcr
+                    | Mnemonic::Shl
+                    | Mnemonic::Sal
+                    | Mnemonic::Shr
+                    | Mnemonic::Sar
+            );
+            let defined = if shifts {
+                0
+            } else {
+                instruction.rflags_written()
+                    | instruction.rflags_cleared()
+                    | instruction.rflags_set()
+            };
             undefined = undefined & !defined | instruction.rflags_undefined();
             code.raw(&bytes);
         }
