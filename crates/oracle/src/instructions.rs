@@ -493,26 +493,29 @@ impl Worker {
                 })
                 .count();
             if same < 2 {
-                let mut text = String::new();
-                formatter.format(&piece.instruction, &mut text);
+                let mut name = String::new();
+                formatter.format(&piece.instruction, &mut name);
                 let form = encoding.map(|encoding| encoding.form);
                 let bytes: String = piece
                     .bytes
                     .iter()
                     .map(|byte| format!("{byte:02x}"))
                     .collect();
+                let text = format!(
+                    "{}: {name} [{bytes} at {:#x}, {:?}, {form:?}], batch {number} case {case}, seed {:#x}\n    {}\n    from {}",
+                    self.bench.engines[engine].kind().name(),
+                    piece.ip,
+                    piece.instruction.code(),
+                    shared.settings.seed,
+                    lines.join("\n    "),
+                    judge::describe(of(&batch.arena[IN_AT..], case)),
+                );
+                // Who runs it for hours need not wait for the end.
+                eprintln!("{}", text.lines().next().unwrap_or_default());
                 report.differences.push(Difference {
                     engine: self.bench.engines[engine].kind(),
                     code,
-                    text: format!(
-                        "{}: {text} [{bytes} at {:#x}, {:?}, {form:?}], batch {number} case {case}, seed {:#x}\n    {}\n    from {}",
-                        self.bench.engines[engine].kind().name(),
-                        piece.ip,
-                        piece.instruction.code(),
-                        shared.settings.seed,
-                        lines.join("\n    "),
-                        judge::describe(of(&batch.arena[IN_AT..], case)),
-                    ),
+                    text,
                 });
             }
             if report.different >= shared.settings.enough as u64 {

@@ -218,7 +218,8 @@ pub struct Residue {
     pub memory: bool,
     /// An MMX store has made TOP 0 before it faults, which it does anyway when it is done again.
     pub top: bool,
-    /// VCVTPS2PH has noted masked exceptions in MXCSR before its store faults.
+    /// VCVTPS2PH has noted masked exceptions in MXCSR before its store faults; and dot products those of their first
+    /// stages before an unmasked one of a later stage.
     pub noted: bool,
     /// Beside an unmasked overflow or underflow, whether the result would be exact: the host CPU rounds it as if the
     /// exponent had no limit, which only it can.
@@ -233,7 +234,11 @@ pub fn residue(instruction: &Instruction, mxcsr: u32, fault: u64) -> Residue {
             || instruction.is_call_far_indirect(),
         top: crate::profile::memory_operand(instruction) == Some(0)
             && instruction.op_register(1).is_mm(),
-        noted: instruction.mnemonic() == M::Vcvtps2ph && fault != 19,
+        noted: match instruction.mnemonic() {
+            M::Vcvtps2ph => fault != 19,
+            M::Dpps | M::Dppd | M::Vdpps | M::Vdppd => fault == 19,
+            _ => false,
+        },
         precision: fault == 19 && mxcsr & 0xc00 != 0xc00,
     }
 }
