@@ -300,3 +300,26 @@ fn vm86_iret_without_privilege() {
         assert!(expected.is_some() || bench.cpu.exception == Exception::gp(0));
     }
 }
+
+#[test]
+fn resume_flag_asks_for_attention_in_vain_unless_something_else_does() {
+    let mut bench = Bench::protected();
+    let cpu = &mut bench.cpu;
+    assert!(!cpu.merely_resumes());
+    for (flags, dr7, merely) in [
+        (rflags::RF, 0x400, true),
+        (rflags::RF | rflags::TF, 0x400, false),
+        (rflags::RF, 0x401, false),
+        (rflags::TF, 0x400, false),
+    ] {
+        cpu.sys.dr7 = dr7;
+        cpu.set_rflags(flags);
+        assert!(cpu.attention);
+        assert_eq!(cpu.merely_resumes(), merely, "{flags:#x} {dr7:#x}");
+    }
+    cpu.sys.dr7 = 0x400;
+    cpu.set_rflags(rflags::RF | rflags::IF);
+    cpu.resume();
+    assert!(!cpu.attention);
+    assert_eq!(cpu.rflags() & (rflags::RF | rflags::IF), rflags::IF);
+}
