@@ -192,7 +192,12 @@ impl Cpu {
         }
         let size = operand.size as u64;
         let write = operand.access != ThunkAccess::Read;
-        let mut linear = self.operand_address(op, size, write)?;
+        let mut linear = match self.operand_address(op, size, write) {
+            Err(stop) if self.stores_result(number, operand) => {
+                return self.run_before_store(op, number, operand, Err(stop));
+            }
+            linear => linear?,
+        };
         if operand.bit_offset {
             linear = self.bit_operand_address(op, size, write)?;
         }
@@ -233,10 +238,8 @@ impl Cpu {
         operand: MemoryOperand,
         linear: u64,
     ) -> Result<Outcome, Stop> {
-        let thunk = &self.thunks.entries[number].thunk;
-        let can_raise = thunk.class == Class::X87 || thunk.simd_float;
-        if operand.access == ThunkAccess::Write && operand.mask.is_none() && can_raise {
-            return self.run_before_store(op, number, operand, linear);
+        if self.stores_result(number, operand) {
+            return self.run_before_store(op, number, operand, Ok(linear));
         }
         let mut bounce = Bounce([0; 128]);
         let selected = self.selected_elements(operand);
@@ -262,14 +265,21 @@ impl Cpu {
         Ok(outcome)
     }
 
-    /// A store whose own exceptions come before those of memory: one that is unmasked leaves memory alone, so that
-    /// it cannot fault either.
+    /// Whether an instruction stores what it computes, which may raise an exception of its own.
+    fn stores_result(&self, number: usize, operand: MemoryOperand) -> bool {
+        let thunk = &self.thunks.entries[number].thunk;
+        let can_raise = thunk.class == Class::X87 || thunk.simd_float;
+        operand.access == ThunkAccess::Write && operand.mask.is_none() && can_raise
+    }
+
+    /// A store whose own exceptions come before those of memory, and of the segment: one that is unmasked leaves memory
+    /// alone, so that it cannot fault either.
     fn run_before_store(
         &mut self,
         op: &Op,
         number: usize,
         operand: MemoryOperand,
-        linear: u64,
+        linear: Result<u64, Stop>,
     ) -> Result<Outcome, Stop> {
         let before = self.regs.clone();
         let mut bounce = Bounce([0; 128]);
@@ -290,9 +300,10 @@ impl Cpu {
                 return Ok(outcome);
             }
         }
-        let stored = self
-            .check_operand(op, operand, linear, size)
-            .and_then(|()| self.write_elements(linear, &bounce.0[..size], op.segment));
+        let stored = linear.and_then(|linear| {
+            self.check_operand(op, operand, linear, size)?;
+            self.write_elements(linear, &bounce.0[..size], op.segment)
+        });
         if let Err(stop) = stored {
             self.regs = before;
             return Err(stop);
@@ -456,7 +467,7 @@ mod tests {
     use trapgate_x86::registers::{cr4, gpr, xcr0};
 
     use super::*;
-    use crate::testing::{UNMAPPED, execute, fault, long_cpu, unmap_page};
+    use crate::testing::{GP0, UNMAPPED, execute, fault, long_cpu, unmap_page};
 
     const INFINITY: [u8; 10] = [0, 0, 0, 0, 0, 0, 0, 0x80, 0xff, 0x7f];
 
@@ -480,6 +491,16 @@ mod tests {
             } else {
                 assert_eq!(fault(&mut cpu, &code), (Vector::PF, Some(2)));
                 assert_eq!(cpu.regs.x87.status_word() & 0x3f, 0);
+                // Nor does an address that is not canonical.
+                cpu.regs.gpr[gpr::RAX] = 1 << 63;
+                assert_eq!(fault(&mut cpu, &code), GP0);
+                assert_eq!(cpu.regs.x87.status_word() & 0x3f, 0);
+            }
+            if pending {
+                cpu.regs.x87.set_status_word(0);
+                cpu.regs.gpr[gpr::RAX] = 1 << 63;
+                execute(&mut cpu, &code).unwrap();
+                assert!(cpu.regs.x87.exception_pending());
             }
         }
     }

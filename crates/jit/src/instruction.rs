@@ -328,10 +328,14 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
             return Kind::LoadControlWord;
         }
         Code::Wait if mode.has_sse() => return Kind::Wait,
-        Code::Stmxcsr_m32 if mode.has_sse() && can_address(instruction) => {
+        Code::Stmxcsr_m32
+            if mode.has_sse() && can_address(instruction) && !writes_code(instruction, mode) =>
+        {
             return Kind::StoreMxcsr;
         }
-        Code::VEX_Vstmxcsr_m32 if mode.has_avx() && can_address(instruction) => {
+        Code::VEX_Vstmxcsr_m32
+            if mode.has_avx() && can_address(instruction) && !writes_code(instruction, mode) =>
+        {
             return Kind::StoreMxcsr;
         }
         Code::Ldmxcsr_m32 if mode.has_sse() && mode.masks_float() && can_address(instruction) => {

@@ -1,18 +1,25 @@
-//! A bounded share of the oracle. `TRAPGATE_ORACLE_SEED` repeats a run, `TRAPGATE_ORACLE_SECONDS` makes it longer.
+//! A bounded share of the oracle, the same cases each time: a difference that nobody has met yet is for a longer run to
+//! find, not for a change that has nothing to do with it. `TRAPGATE_ORACLE_SEED` gives other cases, `TRAPGATE_ORACLE_SECONDS`
+//! makes a run longer.
 
 use std::time::Duration;
 
 use trapgate_oracle::bench::OracleError;
 use trapgate_oracle::engine::Kind;
-use trapgate_oracle::{fresh_seed, instructions, native, profile, sequences};
+use trapgate_oracle::{instructions, native, profile, sequences};
 use trapgate_x86::profile::Level;
+
+/// Where cases start from, unless it is said.
+const SEED: u64 = 0x7a11_6a7e;
+/// Batches in the time that tests have, at most: a faster host looks at no more.
+const BATCHES: u64 = 600;
 
 const ENGINES: [Kind; 2] = [Kind::Interpreter, Kind::Translator];
 
 fn seed() -> u64 {
     let given = std::env::var("TRAPGATE_ORACLE_SEED").ok();
     let seed = given.and_then(|text| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok());
-    let seed = seed.unwrap_or_else(fresh_seed);
+    let seed = seed.unwrap_or(SEED);
     eprintln!("TRAPGATE_ORACLE_SEED={seed:#x}");
     seed
 }
@@ -21,6 +28,13 @@ fn seconds(otherwise: u64) -> Duration {
     let given = std::env::var("TRAPGATE_ORACLE_SECONDS").ok();
     let seconds = given.and_then(|text| text.parse().ok());
     Duration::from_secs(seconds.unwrap_or(otherwise))
+}
+
+fn batches() -> u64 {
+    match std::env::var_os("TRAPGATE_ORACLE_SECONDS") {
+        Some(_) => u64::MAX / 2,
+        None => BATCHES,
+    }
 }
 
 /// Whether this host can judge a profile; says so if not.
@@ -43,7 +57,7 @@ fn instructions_agree(level: Level, bits: u32, most: u64) {
     let settings = instructions::Settings {
         seed: seed(),
         first: 0,
-        batches: u64::MAX / 2,
+        batches: batches(),
         time: seconds(most),
         jobs: 1,
         level,
@@ -94,7 +108,7 @@ fn programs_do_what_they_do_on_the_host_cpu() {
     let settings = sequences::Settings {
         seed: seed(),
         first: 0,
-        batches: u64::MAX / 2,
+        batches: batches(),
         time: seconds(20),
         jobs: 1,
         level: Level::V3,
