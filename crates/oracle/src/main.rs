@@ -173,7 +173,7 @@ fn show(settings: &instructions::Settings, report: &instructions::Report) -> Exi
         report.completed,
     );
     for (reason, count) in &report.excluded {
-        println!("{count} encodings have no cases: {reason}");
+        println!("{count} encodings have no cases: they {reason}");
     }
     if report.missing.len() <= 40 {
         for name in &report.missing {

@@ -108,16 +108,16 @@ pub fn host_has(level: Level) -> bool {
 pub fn exclusion(instruction: &Instruction) -> Option<&'static str> {
     use Mnemonic as M;
     Some(match instruction.mnemonic() {
-        M::Rdtsc | M::Rdtscp => "gives the time",
-        M::Cpuid => "tells the profile from the host",
-        M::Xgetbv => "tells XCR0, in which the host has more",
-        M::Rdpid => "gives the number of the host's processor",
-        M::Syscall | M::Sysenter => "enters the host's kernel",
+        M::Rdtsc | M::Rdtscp => "give the time",
+        M::Cpuid => "tell the profile from the host",
+        M::Xgetbv => "tell XCR0, in which the host has more",
+        M::Rdpid => "give the number of the host's processor",
+        M::Syscall | M::Sysenter => "enter the host's kernel",
         M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => {
-            "is emulated by the host's kernel where it has UMIP (and tells its tables where not)"
+            "are emulated by the host's kernel where it has UMIP (and tell its tables where not)"
         }
-        M::Int if instruction.immediate8() == 0x80 => "enters the host's kernel",
-        M::Vmcall | M::Vmmcall | M::Vmfunc => "reaches the hypervisor below the host",
+        M::Int if instruction.immediate8() == 0x80 => "enter the host's kernel",
+        M::Vmcall | M::Vmmcall | M::Vmfunc => "reach the hypervisor below the host",
         _ => return None,
     })
 }
