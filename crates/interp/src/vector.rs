@@ -192,10 +192,22 @@ impl Cpu {
         }
         let size = operand.size as u64;
         let write = operand.access != ThunkAccess::Read;
-        let mut linear = self.operand_address(op, size, write)?;
-        if operand.bit_offset {
-            linear = self.bit_operand_address(op, size, write)?;
-        }
+        let address = if operand.bit_offset {
+            self.bit_operand_address(op, size, write)
+        } else {
+            self.operand_address(op, size, write)
+        };
+        let linear = match address {
+            Ok(linear) => linear,
+            Err(stop) if self.raises_before_storing(number, operand) => {
+                let outcome = self.run_before_store(op, number, operand, Err(stop))?;
+                if outcome == Outcome::Done {
+                    self.record_x87(op, number);
+                }
+                return Ok(outcome);
+            }
+            Err(stop) => return Err(stop),
+        };
         if !linear.is_multiple_of(operand.alignment as u64) {
             return self.gp0();
         }
@@ -217,10 +229,17 @@ impl Cpu {
             }
             _ => self.run_bounced(op, number, operand, linear)?,
         };
-        if op.immediate != 0 && outcome == Outcome::Done {
+        if outcome == Outcome::Done {
             self.record_x87(op, number);
         }
         Ok(outcome)
+    }
+
+    /// Whether an instruction is a store with exceptions of its own.
+    fn raises_before_storing(&self, number: usize, operand: MemoryOperand) -> bool {
+        let thunk = &self.thunks.entries[number].thunk;
+        let can_raise = thunk.class == Class::X87 || thunk.simd_float;
+        operand.access == ThunkAccess::Write && can_raise
     }
 
     /// As [`Self::run_with_memory`], by way of a buffer: for devices, traced pages, page crossings,
@@ -233,10 +252,8 @@ impl Cpu {
         operand: MemoryOperand,
         linear: u64,
     ) -> Result<Outcome, Stop> {
-        let thunk = &self.thunks.entries[number].thunk;
-        let can_raise = thunk.class == Class::X87 || thunk.simd_float;
-        if operand.access == ThunkAccess::Write && operand.mask.is_none() && can_raise {
-            return self.run_before_store(op, number, operand, linear);
+        if self.raises_before_storing(number, operand) {
+            return self.run_before_store(op, number, operand, Ok(linear));
         }
         let mut bounce = Bounce([0; 128]);
         let selected = self.selected_elements(operand);
@@ -263,13 +280,13 @@ impl Cpu {
     }
 
     /// A store whose own exceptions come before those of memory: one that is unmasked leaves memory alone, so that
-    /// it cannot fault either.
+    /// it cannot fault either. `address` may be a fault already.
     fn run_before_store(
         &mut self,
         op: &Op,
         number: usize,
         operand: MemoryOperand,
-        linear: u64,
+        address: Result<u64, Stop>,
     ) -> Result<Outcome, Stop> {
         let before = self.regs.clone();
         let mut bounce = Bounce([0; 128]);
@@ -278,9 +295,7 @@ impl Cpu {
             return Ok(outcome);
         }
         let size = operand.size;
-        if before.x87.control_word() & 0x3f != 0x3f
-            && bounce.0[..size].iter().all(|&byte| byte == 0)
-        {
+        if !before.x87.masks_all() && bounce.0[..size].iter().all(|&byte| byte == 0) {
             // Zeros were stored, or nothing.
             let after = std::mem::replace(&mut self.regs, before.clone());
             let mut other = Bounce([0xff; 128]);
@@ -290,9 +305,10 @@ impl Cpu {
                 return Ok(outcome);
             }
         }
-        let stored = self
-            .check_operand(op, operand, linear, size)
-            .and_then(|()| self.write_elements(linear, &bounce.0[..size], op.segment));
+        let stored = address.and_then(|linear| {
+            self.check_operand(op, operand, linear, size)?;
+            self.write_elements(linear, &bounce.0[..size], op.segment)
+        });
         if let Err(stop) = stored {
             self.regs = before;
             return Err(stop);
@@ -357,8 +373,11 @@ impl Cpu {
 
     /// Records the last x87 instruction's address; and if it raised an unmasked exception its opcode and
     /// operand, which are not kept otherwise (SDM vol. 1, 8.1.8 and 8.1.9.1, and CPUID's bit of FDP). The op's
-    /// immediate is the opcode with bit 15 set.
+    /// immediate is the opcode with bit 15 set, or zero if it is no such instruction.
     fn record_x87(&mut self, op: &Op, number: usize) {
+        if op.immediate == 0 {
+            return;
+        }
         let start = self.rip.wrapping_sub(u64::from(op.length));
         if !self.regs.x87.exception_pending() {
             self.regs.x87.set_instruction_pointer(start);
@@ -395,9 +414,7 @@ impl Elements {
 /// An x87 op without memory operand: the thunk, then the pointers.
 pub(crate) fn op_x87_registers(cpu: &mut Cpu, op: &Op) -> Step {
     op_thunk(cpu, op)?;
-    if op.immediate != 0 {
-        cpu.record_x87(op, usize::from(op.extra));
-    }
+    cpu.record_x87(op, usize::from(op.extra));
     Ok(())
 }
 
