@@ -3,6 +3,8 @@
 //! The register file and the memory image differ only in where things lie, so this is copying.
 //! The modified optimisation of XSAVEOPT is not done; the init optimisation is.
 
+use std::ops::Range;
+
 use iced_x86::{Instruction, Mnemonic};
 use trapgate_thunk::RegisterFile;
 use trapgate_x86::registers::{MXCSR_MASK, cr0, cr4, gpr, xcr0};
@@ -367,12 +369,9 @@ fn op_xsave<const OPT: bool>(cpu: &mut Cpu, op: &Op) -> Step {
 
     let header = cpu.advance(linear, HEADER_AT as u64);
     // The host CPU wants to write all of it, also what it leaves as it is.
-    cpu.probe(
-        linear,
-        area_bytes(requested) as u64,
-        Access::Write,
-        op.segment,
-    )?;
+    let accessed = accessed(requested);
+    let first = cpu.advance(linear, accessed.start as u64);
+    cpu.probe(first, accessed.len() as u64, Access::Write, op.segment)?;
     let old: u64 = cpu.read(header, op.segment)?;
     let bits = old & !requested | used & requested;
 
@@ -409,13 +408,21 @@ fn op_xrstor(cpu: &mut Cpu, op: &Op) -> Step {
     let linear = cpu.aligned_operand(op, bytes, 64, false)?;
     let mut area = [0; XSAVE_BYTES];
     // What XSTATE_BV says is not there is read as well, by the host CPU.
-    cpu.read_bytes(linear, &mut area[..bytes], op.segment)?;
+    let accessed = accessed(requested);
+    let first = cpu.advance(linear, accessed.start as u64);
+    cpu.read_bytes(first, &mut area[accessed], op.segment)?;
     if !is_restorable(&area, cpu.sys.xcr0, requested) {
         return cpu.gp0();
     }
     let count = cpu.vector_count();
     restore(&mut cpu.regs, &area, requested, op.code != 0, count);
     Ok(())
+}
+
+/// Where an area is accessed for these components: with none only in its header.
+fn accessed(components: u64) -> Range<usize> {
+    let start = if components == 0 { HEADER_AT } else { 0 };
+    start..area_bytes(components)
 }
 
 /// Bytes of an area with these components.

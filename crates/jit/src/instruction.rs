@@ -246,6 +246,9 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
     if let Some(kind) = transfer(instruction) {
         return kind;
     }
+    if writes_code(instruction, mode) {
+        return Kind::Operate;
+    }
     match instruction.mnemonic() {
         Mnemonic::Nop
         | Mnemonic::Endbr64
@@ -319,23 +322,17 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
         }
         Code::Wrfsbase_r64 if mode.has_bases() => return Kind::WriteBase(sreg::FS),
         Code::Wrgsbase_r64 if mode.has_bases() => return Kind::WriteBase(sreg::GS),
-        Code::Fnstcw_m2byte
-            if mode.has_sse() && can_address(instruction) && !writes_code(instruction, mode) =>
-        {
+        Code::Fnstcw_m2byte if mode.has_sse() && can_address(instruction) => {
             return Kind::ControlWord;
         }
         Code::Fldcw_m2byte if mode.has_sse() && can_address(instruction) => {
             return Kind::LoadControlWord;
         }
         Code::Wait if mode.has_sse() => return Kind::Wait,
-        Code::Stmxcsr_m32
-            if mode.has_sse() && can_address(instruction) && !writes_code(instruction, mode) =>
-        {
+        Code::Stmxcsr_m32 if mode.has_sse() && can_address(instruction) => {
             return Kind::StoreMxcsr;
         }
-        Code::VEX_Vstmxcsr_m32
-            if mode.has_avx() && can_address(instruction) && !writes_code(instruction, mode) =>
-        {
+        Code::VEX_Vstmxcsr_m32 if mode.has_avx() && can_address(instruction) => {
             return Kind::StoreMxcsr;
         }
         Code::Ldmxcsr_m32 if mode.has_sse() && mode.masks_float() && can_address(instruction) => {
@@ -354,8 +351,7 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
     if let Some(string) = string(instruction, mode) {
         return Kind::String(string);
     }
-    let refused = writes_code(instruction, mode);
-    if let Some(plan) = plan(instruction, mode).filter(|plan| !(refused && plan.writes_memory)) {
+    if let Some(plan) = plan(instruction, mode) {
         let short = mode.is_compatibility() || has_short_address(instruction);
         return if plan.harmless.bit_offset && short {
             // The address wraps after the offset's upper bits were added.
@@ -636,9 +632,11 @@ pub(crate) fn can_address(instruction: &Instruction) -> bool {
     (base == Register::RIP || register(base)) && register(index)
 }
 
-/// Whether a store would go to the code segment, which the interpreter refuses.
+/// Whether it may be a store to the code segment, which the interpreter refuses.
 fn writes_code(instruction: &Instruction, mode: Mode) -> bool {
-    mode.is_compatibility() && instruction.memory_segment() == Register::CS
+    mode.is_compatibility()
+        && instruction.memory_segment() == Register::CS
+        && instruction.op0_kind() == OpKind::Memory
 }
 
 /// Whether addresses are those of the address-size prefix.

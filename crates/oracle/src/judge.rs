@@ -8,6 +8,7 @@ use trapgate_x86::registers::rflags;
 
 use crate::cases::Piece;
 use crate::layout::{record as at, vector};
+use crate::profile::memory_operand;
 use crate::record::{Start, Window, XSAVE_BYTES, quad};
 use crate::undefined::{self, Residue};
 
@@ -155,10 +156,13 @@ pub fn differences(
     let scope = Scope::of(piece, &start, native);
     let kinds = [quad(native, at::VECTOR), quad(engine, at::VECTOR)];
     let addresses = [quad(native, at::ADDRESS), quad(engine, at::ADDRESS)];
-    // What an access does that goes over the end of a segment of 4 GiB is the CPU's choice (SDM vol. 3A, 6.3), as is
-    // which of several faults comes first.
-    let wraps = start.compatibility && addresses.iter().any(|address| address >> 4 == 0xfff_ffff);
-    if (scope.order || wraps) && undefined::either(kinds) {
+    // Which of several faults comes first is the CPU's choice, and what an access does that goes over the end of a
+    // segment of 4 GiB (SDM vol. 3A, 6.3).
+    if piece.is_some_and(|piece| wraps(piece, &start)) {
+        return Vec::new();
+    }
+    let ends = start.compatibility && addresses.iter().any(|address| address >> 4 == 0xfff_ffff);
+    if (scope.order || ends) && undefined::either(kinds) {
         return Vec::new();
     }
     let mut comparison = Comparison {
@@ -213,6 +217,26 @@ pub fn differences(
         at += window.length() as usize;
     }
     comparison.found
+}
+
+/// Whether a memory operand of 32-bit code goes over the end of its segment.
+fn wraps(piece: &Piece, start: &Start) -> bool {
+    let instruction = &piece.instruction;
+    let Some(operand) = memory_operand(instruction).filter(|_| start.compatibility) else {
+        return false;
+    };
+    let offset = instruction.virtual_address(operand, 0, |register, _, _| {
+        if register.is_segment_register() {
+            return Some(0);
+        }
+        let value = start.gpr[register.full_register().number() & 15];
+        Some(match register.size() {
+            1 => value & 0xff,
+            2 => value & 0xffff,
+            _ => value & 0xffff_ffff,
+        })
+    });
+    offset.is_some_and(|offset| offset as u32 > u32::MAX - 1024)
 }
 
 /// Names of the general registers.

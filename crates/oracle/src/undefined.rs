@@ -168,6 +168,7 @@ pub fn order(instruction: &Instruction) -> bool {
     use iced_x86::Code;
     matches!(instruction.code(), Code::Fld_m80fp | Code::Fstp_m80fp)
         || instruction.is_call_far_indirect()
+        || instruction.is_call_far()
         || matches!(
             instruction.mnemonic(),
             M::Fxsave
@@ -231,6 +232,7 @@ pub fn residue(instruction: &Instruction, mxcsr: u32, fault: u64) -> Residue {
     use iced_x86::Code;
     Residue {
         memory: matches!(instruction.code(), Code::Fstp_m80fp | Code::Fbstp_m80bcd)
+            || instruction.is_call_far()
             || instruction.is_call_far_indirect(),
         top: crate::profile::memory_operand(instruction) == Some(0)
             && instruction.op_register(1).is_mm(),
