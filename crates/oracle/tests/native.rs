@@ -14,12 +14,11 @@ fn run(code: &[u8], start: Start) -> Option<(Vec<u8>, Vec<u8>, Vec<u8>)> {
     Some((input, native, ours.expect("there is one engine")))
 }
 
+/// The record that went in, natively, and on the engine if there is one.
+type Records = (Vec<u8>, Vec<u8>, Option<Vec<u8>>);
+
 /// Runs code in slot 0 natively and on at most one engine.
-fn run_on(
-    engines: &[Kind],
-    code: &[u8],
-    start: Start,
-) -> Option<(Vec<u8>, Vec<u8>, Option<Vec<u8>>)> {
+fn run_on(engines: &[Kind], code: &[u8], start: Start) -> Option<Records> {
     if let Err(error) = native::usable() {
         eprintln!("skipped: {error}");
         return None;
