@@ -141,7 +141,10 @@ impl Writer<'_> {
     pub(crate) fn call(&mut self, guest: &Guest, target: u64) {
         self.give_up_flags(guest.live_in);
         self.push_return(guest);
-        let jump = self.unless_room();
+        let class = crate::run::class(self.mode);
+        self.asm.compare_load32(RSP, Mem::low(self.at.limit(class)));
+        self.asm.jump_if(condition::B, self.asm.here());
+        let jump = self.asm.bytes.len() - 4;
         self.asides.push(Aside::Leave {
             jump,
             exit: self.unit.exits.len(),
@@ -152,24 +155,23 @@ impl Writer<'_> {
         self.landing(guest);
     }
 
-    /// CALL to the address in [`ADDRESS`], once the return address is pushed.
+    /// CALL to an address in a register or in memory, if it is in the table of jump targets; the interpreter does the others.
+    /// It looks there before it pushes the return address: one that is not canonical faults first (SDM vol. 2A, CALL).
     pub(crate) fn call_indirect(&mut self, guest: &Guest) {
-        let site = Site {
-            popped: -(self.mode.word() as i32),
-            ..self.site(guest)
-        };
-        let site = self.add_site(site);
+        self.give_up_flags(guest.live_in);
+        self.indirect_target(guest);
         let class = crate::run::class(self.mode);
-        let full = self.unless_room();
-        let miss = self.asm.find_target(self.at, class, self.asm.here());
+        self.asm.compare_load32(RSP, Mem::low(self.at.limit(class)));
+        self.operate_if(guest, condition::B);
+        self.asm.find_target(self.at, class);
+        self.operate_if(guest, condition::NE);
+        let place = Mem::low(self.at.stash());
+        self.asm.store(place, SPARE);
+        self.push_return(guest);
+        self.asm.load(SPARE, place);
         self.asm
             .call_memory(Mem::array(self.at.targets_host(class), SPARE));
-        let landing = self.landing(guest);
-        self.asides.push(Aside::CallIndirect {
-            jumps: [full, miss],
-            site,
-            landing,
-        });
+        self.landing(guest);
     }
 
     /// RET to the address in [`ADDRESS`].
@@ -184,18 +186,8 @@ impl Writer<'_> {
         self.asm.ret();
     }
 
-    /// Jumps, by the rel32 at the position that is returned, if no call can be remembered or a signal may be raised.
-    fn unless_room(&mut self) -> usize {
-        let class = crate::run::class(self.mode);
-        let limit = Mem::low(self.at.limit(class));
-        self.asm.compare_load32(RSP, limit);
-        self.asm.jump_if(condition::B, self.asm.here());
-        self.asm.bytes.len() - 4
-    }
-
-    /// Where a RET arrives if the host takes it to belong to this CALL. Gives its address.
-    fn landing(&mut self, guest: &Guest) -> u64 {
-        let landing = self.asm.here();
+    /// Where a RET arrives if the host takes it to belong to this CALL.
+    fn landing(&mut self, guest: &Guest) {
         let class = crate::run::class(self.mode);
         let address = self.mode.wrap(guest.instruction.next_ip());
         if self.mode.is_compatibility() {
@@ -227,6 +219,5 @@ impl Writer<'_> {
             self.unit.has_landing = true;
             self.check_mapping(address, self.request.mapping, address);
         }
-        landing
     }
 }

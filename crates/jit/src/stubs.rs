@@ -404,15 +404,12 @@ impl Writer<'_> {
 }
 
 impl Asm {
-    /// The place of the linear address in [`ADDRESS`] in a table of jump targets to [`SPARE`], or else a jump; gives
-    /// the position of its rel32.
-    pub(crate) fn find_target(&mut self, at: Addresses, class: usize, otherwise: u64) -> usize {
+    /// The place of the linear address in [`ADDRESS`] in a table of jump targets to [`SPARE`]; "equal" if it is there.
+    pub(crate) fn find_target(&mut self, at: Addresses, class: usize) {
         // The index is the lower half of the address's lower half.
         const { assert!(TARGETS == 1 << 16) };
         self.zero_extend16(SPARE, ADDRESS);
         self.compare_load(ADDRESS, Mem::array(at.targets_linear(class), SPARE));
-        self.jump_if(condition::NE, otherwise);
-        self.bytes.len() - 4
     }
 }
 
@@ -515,7 +512,8 @@ pub(crate) fn write(asm: &mut Asm, at: Addresses, wide: bool, tlb: Layout) -> St
             .asm
             .alu_memory_imm32(Alu::Cmp, Mem::low(at.poll()), 0);
         writer.asm.jump_if(condition::E, noted);
-        writer.asm.find_target(at, class, noted);
+        writer.asm.find_target(at, class);
+        writer.asm.jump_if(condition::NE, noted);
         writer
             .asm
             .jump_memory(Mem::array(at.targets_host(class), SPARE));

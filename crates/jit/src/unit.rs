@@ -192,11 +192,6 @@ pub(crate) enum Aside {
         /// Address of the stub that leaves.
         stub: u64,
     },
-    CallIndirect {
-        jumps: [usize; 2],
-        site: u32,
-        landing: u64,
-    },
     /// A miss that may be an access across the end of a page.
     Cross(Cross),
     /// The x87's registers must be loaded, or the interpreter does the instruction.
@@ -340,7 +335,8 @@ impl Writer<'_> {
             if !self.guest(guest) {
                 return false;
             }
-            let last = matches!(guest.kind, Kind::OperateLast);
+            // Behind the last there is none, even if it jumps to the next address.
+            let last = self.is_last && guest.kind.ends();
             let next = if last { 0 } else { self.asm.here() };
             for site in &mut self.unit.sites[first..] {
                 site.next = next;
@@ -571,14 +567,7 @@ impl Writer<'_> {
                 self.indirect_target(guest);
                 self.indirect(guest);
             }
-            Kind::CallIndirect => {
-                self.give_up_flags(guest.live_in);
-                self.indirect_target(guest);
-                self.asm.store(Mem::low(self.at.stash()), ADDRESS);
-                self.push_return(guest);
-                self.asm.load(ADDRESS, Mem::low(self.at.stash()));
-                self.call_indirect(guest);
-            }
+            Kind::CallIndirect => self.call_indirect(guest),
             Kind::Return(extra) => {
                 self.give_up_flags(guest.live_in);
                 self.stack_access(guest, false);
@@ -947,12 +936,13 @@ impl Writer<'_> {
                     self.asm.mov_imm(RCX, u64::from(number));
                     self.asm.jump(stub);
                 }
-                Aside::Indirect { jumps, site } => self.leave_indirect(jumps, None, site),
-                Aside::CallIndirect {
-                    jumps,
-                    site,
-                    landing,
-                } => self.leave_indirect(jumps, Some(landing), site),
+                Aside::Indirect { jumps, site } => {
+                    for jump in jumps {
+                        self.asm.patch(jump, here);
+                    }
+                    self.asm.call(self.stubs.indirect);
+                    self.asm.word(site);
+                }
                 Aside::Cross(cross) => self.crossed(&cross),
                 Aside::LoadX87 { jump, retry, site } => {
                     self.asm.patch(jump, here);
@@ -963,18 +953,5 @@ impl Writer<'_> {
                 }
             }
         }
-    }
-
-    /// Leaves, to go on at the address in [`ADDRESS`], of which no host code is known.
-    fn leave_indirect(&mut self, jumps: [usize; 2], landing: Option<u64>, site: u32) {
-        for jump in jumps {
-            self.asm.patch(jump, self.asm.here());
-        }
-        if let Some(landing) = landing {
-            self.asm.mov_imm(RCX, landing);
-            self.asm.push(RCX);
-        }
-        self.asm.call(self.stubs.indirect);
-        self.asm.word(site);
     }
 }

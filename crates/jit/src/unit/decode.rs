@@ -136,6 +136,7 @@ impl Translator {
             match guest.kind {
                 Kind::JumpIf(_, target) => live |= look(unit, target),
                 Kind::Call(target) => live = look(unit, target),
+                Kind::CallIndirect => live = FLAGS,
                 _ => {}
             }
             guest.live_out = live;

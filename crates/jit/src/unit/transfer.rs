@@ -27,7 +27,7 @@ impl Writer<'_> {
     }
 
     /// The target of an indirect jump to [`ADDRESS`].
-    pub(super) fn indirect_target(&mut self, guest: &Guest) {
+    pub(crate) fn indirect_target(&mut self, guest: &Guest) {
         let instruction = &guest.instruction;
         if instruction.op0_kind() == OpKind::Memory {
             self.operand(guest, self.mode.word(), false, 1);
@@ -50,7 +50,9 @@ impl Writer<'_> {
             .alu_memory_imm32(Alu::Cmp, Mem::low(self.at.poll()), 0);
         self.asm.jump_if(condition::E, self.asm.here());
         let poll = self.asm.bytes.len() - 4;
-        let miss = self.asm.find_target(self.at, class, self.asm.here());
+        self.asm.find_target(self.at, class);
+        self.asm.jump_if(condition::NE, self.asm.here());
+        let miss = self.asm.bytes.len() - 4;
         self.asm
             .jump_memory(Mem::array(self.at.targets_host(class), SPARE));
         self.asides.push(Aside::Indirect {
