@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use iced_x86::{Code, FlowControl};
 use trapgate_x86::profile::Level;
 
 use crate::bench::{Bench, OracleError, Times, arena, timed};
+use crate::campaign::{Campaign, Course};
 use crate::cases::{Climate, Maker, Piece, landing, target};
 use crate::encodings::{Encoding, Form, Surroundings, encodings, is_prefix, write};
 use crate::engine::Kind;
@@ -22,26 +22,12 @@ use crate::record::{of, of_mut, quad};
 /// What to run.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Where all choices come from.
-    pub seed: u64,
-    /// The first batch.
-    pub first: u64,
-    /// Batches at most.
-    pub batches: u64,
-    /// Time at most.
-    pub time: Duration,
-    /// Threads, each with a native child and engines of its own.
-    pub jobs: usize,
-    /// Which profile.
-    pub level: Level,
+    /// How much, and on what.
+    pub campaign: Campaign,
     /// 64 or 32.
     pub bits: u32,
-    /// Which engines.
-    pub engines: Vec<Kind>,
     /// Codes whose names contain this, if given.
     pub code: Option<String>,
-    /// Differences after which to stop.
-    pub enough: usize,
 }
 
 /// Something on which an engine and the host do not agree.
@@ -76,8 +62,6 @@ pub struct Report {
     pub faults: u64,
     /// Batches.
     pub batches: u64,
-    /// Minutes that it took.
-    pub minutes: u64,
     /// Children that died.
     pub deaths: u64,
     /// Differences.
@@ -91,11 +75,9 @@ pub struct Report {
 /// What all threads share.
 struct Shared<'a> {
     settings: &'a Settings,
+    course: Course<'a>,
     encodings: Vec<Encoding>,
-    next: AtomicU64,
-    stop: AtomicBool,
     report: Mutex<(Report, BTreeSet<Encoding>, BTreeSet<Encoding>)>,
-    begun: Instant,
 }
 
 /// As REP before LFENCE, which is INCSSP.
@@ -109,7 +91,7 @@ const OTHER_INSTRUCTION: &str =
 pub fn run(settings: &Settings) -> Result<Report, OracleError> {
     let mut report = Report::default();
     let mut list = Vec::new();
-    for encoding in encodings(settings.level, settings.bits) {
+    for encoding in encodings(settings.campaign.level, settings.bits) {
         if let Some(part) = &settings.code
             && !format!("{:?}", encoding.code)
                 .to_lowercase()
@@ -137,26 +119,17 @@ pub fn run(settings: &Settings) -> Result<Report, OracleError> {
     }
     report.encodings = list.len();
     // Neighbours in the table are alike; mixed, a batch has something of everything.
-    let mut random = Random(settings.seed);
+    let mut random = Random(settings.campaign.seed);
     for index in (1..list.len()).rev() {
         list.swap(index, random.below(index as u64 + 1) as usize);
     }
     let shared = Shared {
         settings,
+        course: Course::new(&settings.campaign),
         encodings: list,
-        next: AtomicU64::new(settings.first),
-        stop: AtomicBool::new(false),
         report: Mutex::new((report, BTreeSet::new(), BTreeSet::new())),
-        begun: Instant::now(),
     };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..settings.jobs.max(1))
-            .map(|_| scope.spawn(|| work(&shared)))
-            .collect();
-        threads
-            .into_iter()
-            .try_for_each(|thread| thread.join().expect("the oracle's threads do not panic"))
-    })?;
+    shared.course.run(|| work(&shared))?;
     let Ok((mut report, covered, completed)) = shared.report.into_inner() else {
         unreachable!("no thread panicked")
     };
@@ -184,10 +157,8 @@ struct Batch {
 /// Cases for each piece of code.
 const EACH: usize = CASES / SLOTS;
 
-fn make(batch: &mut Batch, number: u64, shared: &Shared<'_>, maker: &Maker) {
+fn make(batch: &mut Batch, number: u64, mut random: Random, shared: &Shared<'_>, maker: &Maker) {
     let settings = shared.settings;
-    let mut random = Random(settings.seed ^ number.wrapping_mul(0xd134_2543_de82_ef95));
-    random.next();
     let climate = Climate::pick(&mut random);
     batch.pieces.clear();
     batch.cases.clear();
@@ -317,7 +288,7 @@ fn bytes(slot: usize, random: &mut Random, settings: &Settings) -> Option<Piece>
 
 /// Admits a piece that ends in its slot's code, or where it ends, and of which the host can judge.
 fn finish(slot: usize, bytes: Vec<u8>, ip: u64, settings: &Settings) -> Option<Piece> {
-    let Settings { level, bits, .. } = *settings;
+    let (level, bits) = (settings.campaign.level, settings.bits);
     let piece = Piece::new(slot, bytes, ip, bits);
     let instruction = &piece.instruction;
     // What is no instruction has no end: how much of it is fetched before #UD is the CPU's choice.
@@ -394,30 +365,22 @@ struct Worker {
 }
 
 fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
-    let settings = shared.settings;
+    let Campaign { level, engines, .. } = &shared.settings.campaign;
     let mut worker = Worker {
-        bench: Bench::new(settings.level, &settings.engines, false)?,
+        bench: Bench::new(*level, engines, false)?,
         host: Host::new(),
         data: Vec::new(),
     };
-    let maker = Maker::new(settings.level == Level::V3);
+    let maker = Maker::new(*level == Level::V3);
     let mut batch = Batch {
         arena: arena(),
         pieces: Vec::new(),
         cases: Vec::new(),
     };
-    loop {
-        let number = shared.next.fetch_add(1, Ordering::Relaxed);
-        let late = shared.begun.elapsed() >= settings.time;
-        if number >= settings.first + settings.batches
-            || late
-            || shared.stop.load(Ordering::Relaxed)
-        {
-            break;
-        }
+    while let Some((number, random)) = shared.course.next() {
         let mut times = Times::default();
         timed(&mut times.making, || {
-            make(&mut batch, number, shared, &maker)
+            make(&mut batch, number, random, shared, &maker)
         });
         worker.judge(&mut batch, number, shared, &mut times)?;
     }
@@ -471,14 +434,6 @@ impl Worker {
         };
         let (report, all_covered, all_completed) = &mut *guard;
         report.batches += 1;
-        let minutes = shared.begun.elapsed().as_secs() / 60;
-        if minutes > report.minutes {
-            report.minutes = minutes;
-            let Report {
-                cases, different, ..
-            } = report;
-            eprintln!("{minutes} minutes: {cases} cases, {different} differences");
-        }
         report.cases += cases as u64 - unjudged;
         report.unjudged += unjudged;
         report.faults += faults;
@@ -516,7 +471,7 @@ impl Worker {
                     self.bench.engines[engine].kind().name(),
                     piece.ip,
                     piece.instruction.code(),
-                    shared.settings.seed,
+                    shared.settings.campaign.seed,
                     lines.join("\n    "),
                     judge::describe(of(&batch.arena[IN_AT..], case)),
                 );
@@ -528,10 +483,11 @@ impl Worker {
                     text,
                 });
             }
-            if report.different >= shared.settings.enough as u64 {
-                shared.stop.store(true, Ordering::Relaxed);
-            }
         }
+        let Report {
+            cases, different, ..
+        } = *report;
+        shared.course.note(cases, "cases", different);
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 //! memory at the same addresses, and what they leave is compared.
 
 pub mod bench;
+pub mod campaign;
 pub mod cases;
 pub mod encodings;
 pub mod engine;

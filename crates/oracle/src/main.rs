@@ -4,6 +4,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use trapgate_oracle::bench::Times;
+use trapgate_oracle::campaign::Campaign;
 use trapgate_oracle::engine::Kind;
 use trapgate_oracle::{instructions, sequences};
 use trapgate_x86::profile::Level;
@@ -54,7 +56,7 @@ struct Options {
     compatibility: bool,
     /// Differences after which to stop.
     #[arg(long, default_value_t = 100)]
-    enough: usize,
+    enough: u64,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -98,39 +100,26 @@ fn main() -> ExitCode {
         })
         .collect();
     println!("seed {seed:#x}");
-    let (first, time) = (
-        options.batch.unwrap_or(0),
-        Duration::from_secs(options.seconds),
-    );
+    let campaign = Campaign {
+        seed,
+        first: options.batch.unwrap_or(0),
+        batches,
+        time: Duration::from_secs(options.seconds),
+        jobs: options.jobs,
+        level,
+        engines,
+        enough: options.enough,
+    };
     let outcome = match &what {
         What::Instructions(options) => {
             let settings = instructions::Settings {
-                seed,
-                first,
-                batches,
-                time,
-                jobs: options.jobs,
-                level,
+                campaign,
                 bits: if options.compatibility { 32 } else { 64 },
-                engines,
                 code: options.code.clone(),
-                enough: options.enough,
             };
-            instructions::run(&settings).map(|report| show(&settings, &report))
+            instructions::run(&settings).map(|report| show(level, &report))
         }
-        What::Sequences(options) => {
-            let settings = sequences::Settings {
-                seed,
-                first,
-                batches,
-                time,
-                jobs: options.jobs,
-                level,
-                engines,
-                enough: options.enough as u64,
-            };
-            sequences::run(&settings).map(|report| tell(&report))
-        }
+        What::Sequences(_) => sequences::run(&campaign).map(|report| tell(&report)),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error}");
@@ -151,23 +140,17 @@ fn tell(report: &sequences::Report) -> ExitCode {
         "{} programs, {} ended by a fault, {} jumps, {} not judged; children that died: {}",
         report.programs, report.faults, report.jumps, report.unjudged, report.deaths
     );
-    println!("{:.1?}", report.times);
-    println!("{} differences", report.different);
-    if report.different == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    end(&report.times, report.different)
 }
 
-fn show(settings: &instructions::Settings, report: &instructions::Report) -> ExitCode {
+fn show(level: Level, report: &instructions::Report) -> ExitCode {
     for difference in &report.differences {
         println!("{}\n", difference.text);
     }
     println!(
         "{} encodings of {}, {} covered ({:.2} %), {} of them completed without a fault",
         report.encodings,
-        settings.level.name(),
+        level.name(),
         report.covered,
         100.0 * report.covered as f64 / report.encodings as f64,
         report.completed,
@@ -184,9 +167,13 @@ fn show(settings: &instructions::Settings, report: &instructions::Report) -> Exi
         "{} cases in {} batches, {} faulted, {} not judged; children that died: {}",
         report.cases, report.batches, report.faults, report.unjudged, report.deaths
     );
-    println!("{:.1?}", report.times);
-    println!("{} differences", report.different);
-    if report.different == 0 {
+    end(&report.times, report.different)
+}
+
+fn end(times: &Times, different: u64) -> ExitCode {
+    println!("{times:.1?}");
+    println!("{different} differences");
+    if different == 0 {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

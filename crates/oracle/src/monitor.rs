@@ -25,6 +25,32 @@ pub(crate) mod control {
     pub(crate) const STACK_TOP: usize = 0x2000;
 }
 
+/// Takes flags and registers from the record at RBX, that last.
+macro_rules! take_registers {
+    () => {
+        concat!(
+            "    lea rsp, [rbx + 0x80]\n",
+            "    popfq\n",
+            "    mov rax, [rbx]\n",
+            "    mov rcx, [rbx + 8]\n",
+            "    mov rdx, [rbx + 16]\n",
+            "    mov rsp, [rbx + 32]\n",
+            "    mov rbp, [rbx + 40]\n",
+            "    mov rsi, [rbx + 48]\n",
+            "    mov rdi, [rbx + 56]\n",
+            "    mov r8, [rbx + 64]\n",
+            "    mov r9, [rbx + 72]\n",
+            "    mov r10, [rbx + 80]\n",
+            "    mov r11, [rbx + 88]\n",
+            "    mov r12, [rbx + 96]\n",
+            "    mov r13, [rbx + 104]\n",
+            "    mov r14, [rbx + 112]\n",
+            "    mov r15, [rbx + 120]\n",
+            "    mov rbx, [rbx + 24]\n",
+        )
+    };
+}
+
 global_asm!(
     ".pushsection .text.trapgate_oracle_monitor, \"ax\", @progbits",
     ".balign 4096",
@@ -68,24 +94,7 @@ global_asm!(
     "    xrstor64 [rbx + 0x100]",
     "    cmp byte ptr [rbx + 0xc0], 0",
     "    jne 3f",
-    "    lea rsp, [rbx + 0x80]",
-    "    popfq",
-    "    mov rax, [rbx]",
-    "    mov rcx, [rbx + 8]",
-    "    mov rdx, [rbx + 16]",
-    "    mov rsp, [rbx + 32]",
-    "    mov rbp, [rbx + 40]",
-    "    mov rsi, [rbx + 48]",
-    "    mov rdi, [rbx + 56]",
-    "    mov r8, [rbx + 64]",
-    "    mov r9, [rbx + 72]",
-    "    mov r10, [rbx + 80]",
-    "    mov r11, [rbx + 88]",
-    "    mov r12, [rbx + 96]",
-    "    mov r13, [rbx + 104]",
-    "    mov r14, [rbx + 112]",
-    "    mov r15, [rbx + 120]",
-    "    mov rbx, [rbx + 24]",
+    take_registers!(),
     "    jmp qword ptr [rip + TARGET]",
     // 32-bit code: flat data segments, and a far jump.
     "3:  mov eax, 0x2b",
@@ -97,24 +106,7 @@ global_asm!(
     "    wrfsbase rax",
     "    mov rax, [rbx + 0x98]",
     "    wrgsbase rax",
-    "    lea rsp, [rbx + 0x80]",
-    "    popfq",
-    "    mov rax, [rbx]",
-    "    mov rcx, [rbx + 8]",
-    "    mov rdx, [rbx + 16]",
-    "    mov rsp, [rbx + 32]",
-    "    mov rbp, [rbx + 40]",
-    "    mov rsi, [rbx + 48]",
-    "    mov rdi, [rbx + 56]",
-    "    mov r8, [rbx + 64]",
-    "    mov r9, [rbx + 72]",
-    "    mov r10, [rbx + 80]",
-    "    mov r11, [rbx + 88]",
-    "    mov r12, [rbx + 96]",
-    "    mov r13, [rbx + 104]",
-    "    mov r14, [rbx + 112]",
-    "    mov r15, [rbx + 120]",
-    "    mov rbx, [rbx + 24]",
+    take_registers!(),
     "    jmp fword ptr [rip + FAR]",
     // A case that came to its end jumps here.
     "trapgate_oracle_exit:",

@@ -1,15 +1,14 @@
 //! Sequences: random programs, natively and on the engines.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 use trapgate_x86::profile::Level;
 use trapgate_x86::registers::rflags;
 
 use crate::bench::{Bench, OracleError, Times, arena, timed};
-use crate::engine::Kind;
+use crate::campaign::{Campaign, Course};
 use crate::images::Images;
 use crate::judge::{self, Host};
 use crate::layout::record as at;
@@ -21,27 +20,6 @@ use crate::programs::{PIECE, PIECES, Place, Program};
 use crate::random::Random;
 use crate::record::{Start, of, of_mut, put, quad};
 use crate::straight::Straight;
-
-/// What to run.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Where all choices come from.
-    pub seed: u64,
-    /// The first batch.
-    pub first: u64,
-    /// Batches at most.
-    pub batches: u64,
-    /// Time at most.
-    pub time: Duration,
-    /// Threads, each with a native child and engines of its own.
-    pub jobs: usize,
-    /// Which profile.
-    pub level: Level,
-    /// Which engines.
-    pub engines: Vec<Kind>,
-    /// Differences after which to stop.
-    pub enough: u64,
-}
 
 /// What came of it.
 #[derive(Debug, Default)]
@@ -62,8 +40,6 @@ pub struct Report {
     pub different: u64,
     /// Where time went.
     pub times: Times,
-    /// Minutes that it took.
-    pub minutes: u64,
 }
 
 /// Offsets in a slot's second page of code: the counter, and the table of pieces.
@@ -147,35 +123,15 @@ fn write(
     start.write(record);
 }
 
-struct Shared<'a> {
-    settings: &'a Settings,
-    next: AtomicU64,
-    stop: AtomicBool,
-    report: Mutex<Report>,
-    begun: Instant,
-}
-
 /// Runs programs.
 ///
 /// # Errors
 /// [`OracleError`] if the host or an engine could not be asked; differences are no errors.
-pub fn run(settings: &Settings) -> Result<Report, OracleError> {
-    let shared = Shared {
-        settings,
-        next: AtomicU64::new(settings.first),
-        stop: AtomicBool::new(false),
-        report: Mutex::new(Report::default()),
-        begun: Instant::now(),
-    };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..settings.jobs.max(1))
-            .map(|_| scope.spawn(|| work(&shared)))
-            .collect();
-        threads
-            .into_iter()
-            .try_for_each(|thread| thread.join().expect("the oracle's threads do not panic"))
-    })?;
-    let Ok(report) = shared.report.into_inner() else {
+pub fn run(campaign: &Campaign) -> Result<Report, OracleError> {
+    let report = Mutex::new(Report::default());
+    let course = Course::new(campaign);
+    course.run(|| work(campaign, &course, &report))?;
+    let Ok(report) = report.into_inner() else {
         unreachable!("no thread panicked")
     };
     Ok(report)
@@ -186,27 +142,16 @@ const DATA_BYTES: usize = SLOTS * BACKED_DATA * PAGE as usize;
 /// Bytes of all code.
 const CODE_BYTES: usize = SLOTS * 2 * PAGE as usize;
 
-fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
-    let settings = shared.settings;
-    let mut bench = Bench::new(settings.level, &settings.engines, true)?;
-    let images = Images::new(settings.level == Level::V3);
-    let mut straight = Straight::new(settings.level);
+fn work(campaign: &Campaign, course: &Course<'_>, all: &Mutex<Report>) -> Result<(), OracleError> {
+    let mut bench = Bench::new(campaign.level, &campaign.engines, true)?;
+    let images = Images::new(campaign.level == Level::V3);
+    let mut straight = Straight::new(campaign.level);
     let mut arena = arena();
     let mut memory = vec![0; CODE_BYTES + DATA_BYTES];
     let host = Host::new();
-    loop {
-        let number = shared.next.fetch_add(1, Ordering::Relaxed);
-        let late = shared.begun.elapsed() >= settings.time;
-        if number >= settings.first + settings.batches
-            || late
-            || shared.stop.load(Ordering::Relaxed)
-        {
-            break;
-        }
+    while let Some((number, mut random)) = course.next() {
         let mut report = Report::default();
         let mut times = Times::default();
-        let mut random = Random(settings.seed ^ number.wrapping_mul(0xd134_2543_de82_ef95));
-        random.next();
         timed(&mut times.making, || {
             for slot in 0..SLOTS {
                 write(&mut arena, slot, &mut straight, &images, &mut random);
@@ -232,14 +177,14 @@ fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
                     &arena,
                     &mut memory,
                     number,
-                    settings,
+                    campaign.seed,
                     &mut report,
                 )?;
                 times.comparing += begun.elapsed();
             }
         }
         report.times = times;
-        let Ok(mut all) = shared.report.lock() else {
+        let Ok(mut all) = all.lock() else {
             return Ok(());
         };
         let Report {
@@ -251,7 +196,6 @@ fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
             differences,
             different,
             times,
-            minutes: _,
         } = report;
         all.programs += programs;
         all.faults += faults;
@@ -263,19 +207,7 @@ fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
         if all.differences.len() < 20 {
             all.differences.extend(differences);
         }
-        let minutes = shared.begun.elapsed().as_secs() / 60;
-        if minutes > all.minutes {
-            all.minutes = minutes;
-            let Report {
-                programs,
-                different,
-                ..
-            } = &*all;
-            eprintln!("{minutes} minutes: {programs} programs, {different} differences");
-        }
-        if all.different >= settings.enough {
-            shared.stop.store(true, Ordering::Relaxed);
-        }
+        course.note(all.programs, "programs", all.different);
     }
     Ok(())
 }
@@ -286,7 +218,7 @@ fn judge_batch(
     arena: &[u8],
     memory: &mut [u8],
     number: u64,
-    settings: &Settings,
+    seed: u64,
     report: &mut Report,
 ) -> Result<(), OracleError> {
     let mut found: Vec<(usize, usize, Vec<String>)> = Vec::new();
@@ -365,7 +297,7 @@ fn judge_batch(
         report.differences.push(format!(
             "{}: program {slot} of batch {number}, seed {:#x}, natively ended with {end}\n    {}\n    from {}\n{}",
             bench.engines[engine].kind().name(),
-            settings.seed,
+            seed,
             lines.join("\n    "),
             judge::describe(of(&arena[IN_AT..], slot)),
             listing(arena, slot),

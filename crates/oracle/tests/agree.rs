@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use trapgate_oracle::bench::OracleError;
+use trapgate_oracle::campaign::Campaign;
 use trapgate_oracle::engine::Kind;
 use trapgate_oracle::{instructions, native, profile, sequences};
 use trapgate_x86::profile::Level;
@@ -50,21 +51,28 @@ fn can_judge(level: Level) -> bool {
     true
 }
 
-fn instructions_agree(level: Level, bits: u32, most: u64) {
-    if !can_judge(level) {
-        return;
-    }
-    let settings = instructions::Settings {
+/// `most` seconds, until there are `enough` differences.
+fn campaign(level: Level, most: u64, enough: u64) -> Campaign {
+    Campaign {
         seed: seed(),
         first: 0,
         batches: batches(),
         time: seconds(most),
         jobs: 1,
         level,
-        bits,
         engines: ENGINES.to_vec(),
+        enough,
+    }
+}
+
+fn instructions_agree(level: Level, bits: u32, most: u64) {
+    if !can_judge(level) {
+        return;
+    }
+    let settings = instructions::Settings {
+        campaign: campaign(level, most, 10),
+        bits,
         code: None,
-        enough: 10,
     };
     let report = match instructions::run(&settings) {
         Ok(report) => report,
@@ -105,17 +113,8 @@ fn programs_do_what_they_do_on_the_host_cpu() {
     if !can_judge(Level::V3) {
         return;
     }
-    let settings = sequences::Settings {
-        seed: seed(),
-        first: 0,
-        batches: batches(),
-        time: seconds(20),
-        jobs: 1,
-        level: Level::V3,
-        engines: ENGINES.to_vec(),
-        enough: 1,
-    };
-    let report = sequences::run(&settings).expect("host and engines can be asked");
+    let report =
+        sequences::run(&campaign(Level::V3, 20, 1)).expect("host and engines can be asked");
     eprintln!(
         "{} programs, {} faults, {} jumps",
         report.programs, report.faults, report.jumps
