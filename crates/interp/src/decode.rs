@@ -1,10 +1,10 @@
 //! From bytes to ops.
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use trapgate_x86::registers::sreg;
 
 use crate::cpu::{CodeSize, Cpu, Step};
-use crate::features::is_lacking;
+use crate::features::{Reader, is_lacking};
 use crate::op::{AddressForm, Handler, NO_REGISTER, Op, RIP_REGISTER, attribute};
 use crate::quiet::Traits;
 use crate::vector::Lowered;
@@ -45,17 +45,16 @@ pub(crate) fn decode(cpu: &mut Cpu, bytes: &[u8], most: usize) -> Result<Decoded
         CodeSize::Bits64 => 64,
     };
     // Addresses relative to RIP are taken relative to the next instruction, so any will do.
-    let mut decoder = Decoder::with_ip(bits, bytes, 0, DecoderOptions::NO_WBNOINVD);
+    let mut reader = Reader::new(cpu.profile.level, bits, bytes, 0);
     let mut instruction = Instruction::default();
     let mut ops: Vec<Op> = Vec::with_capacity(8);
     let mut traits: Vec<Traits> = Vec::with_capacity(8);
     let mut length = 0;
-    while decoder.can_decode() && ops.len() < most {
-        decoder.decode_out(&mut instruction);
-        let end = decoder.position();
+    while reader.can_read() && ops.len() < most {
+        reader.read(&mut instruction);
+        let end = reader.position();
         if instruction.is_invalid() {
-            let cut = decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
-            if cut && bytes.len() - length < MAX_INSTRUCTION {
+            if reader.is_cut() && bytes.len() - length < MAX_INSTRUCTION {
                 // It goes on beyond the bytes there are.
                 break;
             }

@@ -57,7 +57,7 @@ use crate::block::Blocks;
 pub use crate::block::Dropped;
 use crate::cpu::Cpu;
 pub use crate::door::Target;
-pub use crate::features::is_lacking;
+pub use crate::features::{Reader, is_lacking};
 pub use crate::tlb::{Access, Changes, Layout, View};
 
 /// A vCPU that interprets.

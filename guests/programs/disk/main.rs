@@ -1,5 +1,7 @@
 //! Reads a virtio disk, one sector at a time, and checks what it reads: sector `n` is to hold the numbers
-//! `n * 64` to `n * 64 + 63`, eight bytes each.
+//! `n * 64` to `n * 64 + 63`, eight bytes each, but for the first, in whose place is code that returns `n`. It calls that
+//! after each read: the code of the sector before has been executed at the same place, and only the device has
+//! written there since.
 //!
 //! Between the reads it does what a driver may do: it moves the device's window, switches it off and on, rings by
 //! writes of other sizes, gives the interrupt another vector, masks it while a request is under way, resets the
@@ -64,7 +66,7 @@ fn run() {
     let sectors = disk.sectors();
     let rounds = number("rounds=", 400);
     println!("disk: {sectors} sectors");
-    let (mut wrong, mut unasked, mut held) = (0, 0, 0);
+    let (mut wrong, mut stale, mut unasked, mut held) = (0, 0, 0, 0);
     cpu::enable_interrupts();
     for round in 0..rounds {
         let sector = round * 7 % sectors;
@@ -83,6 +85,9 @@ fn run() {
         if masked {
             disk.function.mask(true);
         }
+        if round % 4 == 0 {
+            disk.clear();
+        }
         disk.ask(sector);
         match round % 8 {
             3 => disk.ring(queue::Ring::Long),
@@ -97,12 +102,17 @@ fn run() {
             disk.function.mask(false);
         }
         wait_for(before + 1);
-        wrong += u64::from(!disk.is_right(sector));
+        if disk.is_right(sector) {
+            stale += u64::from(disk.call() != sector);
+        } else {
+            wrong += 1;
+        }
         // None comes a second time.
         unasked += came() - before - 1;
     }
     cpu::disable_interrupts();
     println!("disk: {rounds} sectors read, {wrong} of them wrong");
+    println!("disk: called, {stale} of them the code of another sector");
     println!(
         "disk: {} interrupts, {unasked} of them not asked for, {held} held back",
         came()

@@ -1,6 +1,8 @@
 //! Which guest instructions make a unit, and which of the flags between them are needed.
 
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction};
+use iced_x86::{Code, FlowControl, Instruction};
+use trapgate_interp::Reader;
+use trapgate_x86::profile::Level;
 
 use super::{Request, Translator, Unit};
 use crate::instruction::{FLAGS, Guest, Kind, Undefined, classify, flag_use};
@@ -15,12 +17,7 @@ impl Translator {
         self.guests.clear();
         let offset = (request.rip & 0xfff) as usize;
         let bytes = &request.page[offset..];
-        let mut decoder = Decoder::with_ip(
-            request.mode.bits(),
-            bytes,
-            request.rip,
-            DecoderOptions::NO_WBNOINVD,
-        );
+        let mut reader = Reader::new(self.level, request.mode.bits(), bytes, request.rip);
         let mut instruction = Instruction::default();
         let mut mode = request.mode;
         let most = if request.second.is_some() {
@@ -29,12 +26,12 @@ impl Translator {
             self.most
         };
         let mut undefined = Undefined::default();
-        while decoder.can_decode() && self.guests.len() < most {
-            let start = decoder.position();
-            decoder.decode_out(&mut instruction);
+        while reader.can_read() && self.guests.len() < most {
+            let start = reader.position();
+            reader.read(&mut instruction);
             if instruction.is_invalid() {
                 let rest = bytes.len() - start;
-                if decoder.last_error() == iced_x86::DecoderError::NoMoreBytes && rest < 15 {
+                if reader.is_cut() && rest < 15 {
                     break;
                 }
                 // The interpreter raises what is due.
@@ -64,7 +61,7 @@ impl Translator {
                 mode = mode.with_access(set);
             }
             self.push(instruction, kind);
-            unit.length = decoder.position() as u64;
+            unit.length = reader.position() as u64;
             // Units that are run one by one end at each CALL.
             let goes_on = kind.is_call() && !self.repeats && request.is_returned_to(&instruction);
             if kind.ends() && !goes_on {
@@ -118,7 +115,7 @@ impl Translator {
             if request.exact {
                 FLAGS
             } else {
-                look_ahead(request, unit, target, 2)
+                look_ahead(self.level, request, unit, target, 2)
             }
         };
         let mut live = match self.guests.last() {
@@ -180,7 +177,13 @@ pub(super) fn loops(guests: &[Guest]) -> Vec<(u64, u64)> {
 }
 
 /// Flags that code at `target` may read before it overwrites them: all of them where that can't be seen.
-pub(super) fn look_ahead(request: &Request<'_>, unit: &mut Unit, target: u64, depth: u32) -> u32 {
+pub(super) fn look_ahead(
+    level: Level,
+    request: &Request<'_>,
+    unit: &mut Unit,
+    target: u64,
+    depth: u32,
+) -> u32 {
     let page = request.rip & !0xfff;
     let (mut live, mut open) = (0, FLAGS);
     let mut at = target;
@@ -192,9 +195,8 @@ pub(super) fn look_ahead(request: &Request<'_>, unit: &mut Unit, target: u64, de
         let offset = (at & 0xfff) as usize;
         let bytes = &request.page[offset..];
         let bytes = &bytes[..bytes.len().min(15)];
-        let bits = request.mode.bits();
-        let mut decoder = Decoder::with_ip(bits, bytes, at, DecoderOptions::NO_WBNOINVD);
-        decoder.decode_out(&mut instruction);
+        let mut reader = Reader::new(level, request.mode.bits(), bytes, at);
+        reader.read(&mut instruction);
         if instruction.is_invalid() {
             break;
         }
@@ -214,8 +216,14 @@ pub(super) fn look_ahead(request: &Request<'_>, unit: &mut Unit, target: u64, de
             FlowControl::ConditionalBranch
                 if instruction.is_jcc_short_or_near() && depth > 0 && open != 0 =>
             {
-                live |=
-                    open & look_ahead(request, unit, instruction.near_branch_target(), depth - 1);
+                live |= open
+                    & look_ahead(
+                        level,
+                        request,
+                        unit,
+                        instruction.near_branch_target(),
+                        depth - 1,
+                    );
                 at = instruction.next_ip();
             }
             _ => break,

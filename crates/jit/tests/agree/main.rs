@@ -6,6 +6,7 @@ mod costs;
 mod crossing;
 mod edges;
 mod guest;
+mod levels;
 mod programs;
 mod straight;
 mod together;
