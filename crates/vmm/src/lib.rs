@@ -55,7 +55,7 @@ pub use machine::{Hooks, Machine, MachineHandle, Pause, Port, PortHandle, Serial
 pub use outcome::{Counters, Failure, Outcome, ProcessorCounters, ResetCause, TripleFault};
 pub use serial::SerialHandle;
 pub use snapshot::{
-    FORMAT_VERSION, Header, Part, Profile, Snapshot, SnapshotError, SnapshotReport,
+    FORMAT_VERSION, Header, PROFILE_VERSION, Part, Profile, Snapshot, SnapshotError, SnapshotReport,
 };
 pub use trapgate_boot::{BootError, Protocol};
 pub use trapgate_chipset::ResetCause as ChipsetReset;
