@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use bench::{CODE, DEVICE, STACK, bench, long_state};
+use bench::{CODE, DEVICE, STACK, bench, long_state, skipped};
 use trapgate_engine::{Exit, Signal, Vcpu, World};
 use trapgate_memory::{TraceFlags, TraceListener};
 use trapgate_x86::registers::{MXCSR_MASK, cr4, dr, gpr, rflags, sreg};
@@ -471,7 +471,7 @@ fn tsc_can_be_set_and_a_pause_does_not_move_it() {
         return;
     };
     if !bench.machine.facts().tsc_offset {
-        eprintln!("skipped: this KVM gives its guests the host's TSC");
+        skipped("this KVM gives its guests the host's TSC");
         return;
     }
     let hz = bench.machine.profile().tsc_hz;
@@ -504,7 +504,7 @@ fn tsc_that_would_go_back_is_refused_where_it_cannot_be_set() {
         return;
     };
     if bench.machine.facts().tsc_offset {
-        eprintln!("skipped: this KVM can set the TSC");
+        skipped("this KVM can set the TSC");
         return;
     }
     let mut state = long_state();
