@@ -17,6 +17,7 @@ use trapgate_memory::GuestMemory;
 use trapgate_x86::{CpuProfile, CpuState};
 
 use crate::engines::{By, Constructor, OnKvm};
+use crate::skipped::skipped;
 use crate::{Choice, Content, Hooks, Host, Machine, MachineConfig, Outcome, Snapshot, lock};
 
 /// Moves in each direction, unless `TRAPGATE_MOVES` says otherwise.
@@ -346,7 +347,7 @@ impl Setting {
         let facts = match Facts::probe() {
             Ok(facts) => facts,
             Err(error) => {
-                eprintln!("skipped: no KVM here: {error}");
+                skipped(&format!("no KVM here: {error}"));
                 return None;
             }
         };
@@ -552,7 +553,7 @@ fn computation_survives_a_snapshot_that_another_engine_restores() {
 #[test]
 fn computation_survives_a_snapshot_with_the_kernels_interrupt_controllers() {
     if Facts::probe().is_ok_and(|facts| !facts.irqchip) {
-        eprintln!("skipped: this KVM has no interrupt controllers");
+        skipped("this KVM has no interrupt controllers");
         return;
     }
     cross(InKernel::ALL);

@@ -43,6 +43,9 @@ mod crossing;
 #[cfg(test)]
 mod in_kernel;
 #[cfg(test)]
+#[path = "../tests/boot/skipped.rs"]
+mod skipped;
+#[cfg(test)]
 mod testing;
 
 pub use config::{
