@@ -475,8 +475,8 @@ impl Worker {
                     lines.join("\n    "),
                     judge::describe(of(&batch.arena[IN_AT..], case)),
                 );
-                // Who runs it for hours need not wait for the end.
-                eprintln!("{}", text.lines().next().unwrap_or_default());
+                // Who runs it for hours need not wait for the end, and keeps it if the run is stopped.
+                eprintln!("{text}\n");
                 report.differences.push(Difference {
                     engine: self.bench.engines[engine].kind(),
                     code,

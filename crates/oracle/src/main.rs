@@ -39,6 +39,9 @@ struct Options {
     /// Only this batch: repeats a difference.
     #[arg(long)]
     batch: Option<u64>,
+    /// The first batch: repeats what came before a difference too.
+    #[arg(long, conflicts_with = "batch")]
+    first: Option<u64>,
     /// Threads.
     #[arg(long, default_value_t = 1)]
     jobs: usize,
@@ -102,7 +105,7 @@ fn main() -> ExitCode {
     println!("seed {seed:#x}");
     let campaign = Campaign {
         seed,
-        first: options.batch.unwrap_or(0),
+        first: options.batch.or(options.first).unwrap_or(0),
         batches,
         time: Duration::from_secs(options.seconds),
         jobs: options.jobs,

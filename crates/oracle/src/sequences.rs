@@ -294,14 +294,17 @@ fn judge_batch(
             quad(native, at::VECTOR),
             quad(native, at::RIP)
         );
-        report.differences.push(format!(
+        let text = format!(
             "{}: program {slot} of batch {number}, seed {:#x}, natively ended with {end}\n    {}\n    from {}\n{}",
             bench.engines[engine].kind().name(),
             seed,
             lines.join("\n    "),
             judge::describe(of(&arena[IN_AT..], slot)),
             listing(arena, slot),
-        ));
+        );
+        // Who runs it for hours need not wait for the end, and keeps it if the run is stopped.
+        eprintln!("{text}\n");
+        report.differences.push(text);
     }
     Ok(())
 }
