@@ -292,25 +292,10 @@ impl Making<'_> {
         }
     }
 
-    fn operand_size(&self) -> u64 {
-        match self.piece.instruction.mnemonic() {
-            Mnemonic::Xsave
-            | Mnemonic::Xsave64
-            | Mnemonic::Xsaveopt
-            | Mnemonic::Xsaveopt64
-            | Mnemonic::Xrstor
-            | Mnemonic::Xrstor64 => 832,
-            _ => match self.piece.instruction.memory_size().size() {
-                0 => 64,
-                size => size as u64,
-            },
-        }
-    }
-
     /// Registers by which memory operands are found.
     fn operands(&mut self) {
         let instruction = self.piece.instruction;
-        let size = self.operand_size();
+        let size = operand_size(&self.piece.instruction);
         let random = &mut *self.random;
         let long = self.piece.bits == 64;
         // String instructions and their like.
@@ -525,7 +510,7 @@ impl Making<'_> {
 
     fn windows(&mut self) {
         let instruction = &self.piece.instruction;
-        let size = self.operand_size();
+        let size = operand_size(&self.piece.instruction);
         let mut windows = [Window::default(); 2];
         let mut room = ROOM;
         if self.uses_stack() {
@@ -651,7 +636,7 @@ impl Making<'_> {
                     self.start.gpr[gpr::RSP] = self.start.gpr[gpr::RSP] & 0xffff_ffff | 0x1000;
                     let size = instruction.memory_size().size().max(4) - 2;
                     let mut bytes = destination.to_le_bytes()[..size].to_vec();
-                    let selector = self.random.pick(&SELECTORS);
+                    let selector = self.code_selector();
                     bytes.extend(selector.to_le_bytes());
                     self.put_memory(operand, &bytes);
                 } else if memory {
@@ -756,6 +741,15 @@ impl Making<'_> {
         self.put_memory(address, &selector.to_le_bytes());
     }
 
+    /// Often one of code, of either width.
+    fn code_selector(&mut self) -> u16 {
+        if self.random.one_in(2) {
+            self.random.pick(&[0x23, 0x33])
+        } else {
+            self.random.pick(&SELECTORS)
+        }
+    }
+
     /// What RETF and IRET find on the stack.
     fn far_return(&mut self, pointer: u64) {
         let instruction = &self.piece.instruction;
@@ -767,10 +761,10 @@ impl Making<'_> {
         };
         let same = if self.is_long() { 0x33 } else { 0x23 };
         let destination = self.destination();
-        let selector = if self.random.below(4) != 0 {
+        let selector = if self.random.one_in(2) {
             same
         } else {
-            self.random.pick(&SELECTORS).into()
+            self.code_selector().into()
         };
         let mut words = vec![destination, selector];
         if iret {
@@ -804,6 +798,22 @@ impl Making<'_> {
             self.put_memory(address.wrapping_add(512), &components.to_le_bytes());
             self.put_memory(address.wrapping_add(520), &[0; 56]);
         }
+    }
+}
+
+/// Bytes of an instruction's memory operand, at most.
+pub(crate) fn operand_size(instruction: &Instruction) -> u64 {
+    match instruction.mnemonic() {
+        Mnemonic::Xsave
+        | Mnemonic::Xsave64
+        | Mnemonic::Xsaveopt
+        | Mnemonic::Xsaveopt64
+        | Mnemonic::Xrstor
+        | Mnemonic::Xrstor64 => 832,
+        _ => match instruction.memory_size().size() {
+            0 => 64,
+            size => size as u64,
+        },
     }
 }
 

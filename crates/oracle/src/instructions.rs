@@ -12,7 +12,7 @@ use crate::campaign::{Campaign, Course};
 use crate::cases::{Climate, Maker, Piece, landing, target};
 use crate::encodings::{Encoding, Form, Surroundings, encodings, is_prefix, write};
 use crate::engine::Kind;
-use crate::judge::{self, Host};
+use crate::judge::{self, Host, Waiver};
 use crate::layout::record as at;
 use crate::layout::{CASES, CODE_AT, IN_AT, PAGE, SLOTS, code, data_offset, vector};
 use crate::profile::{admits, exclusion};
@@ -56,8 +56,10 @@ pub struct Report {
     pub missing: Vec<String>,
     /// Cases compared, on each engine.
     pub cases: u64,
-    /// Cases that the host did not end in time.
+    /// Cases that the host did not end in time, alone neither.
     pub unjudged: u64,
+    /// Cases in which something differed that does not count, by reason.
+    pub waived: BTreeMap<Waiver, u64>,
     /// Cases that faulted natively.
     pub faults: u64,
     /// Batches.
@@ -405,13 +407,14 @@ impl Worker {
         let mut found: Vec<(usize, usize, Vec<String>)> = Vec::new();
         let (mut faults, mut unjudged) = (0, 0);
         let mut covered = Vec::new();
+        let mut waived = Vec::new();
+        self.repeat_late(batch, times)?;
         for (case, &piece) in batch.cases.iter().enumerate() {
             let (native, outcomes) = self.bench.outcome(case);
             let (piece, encoding) = &batch.pieces[piece];
             let done = quad(native, at::VECTOR) == vector::NONE;
             faults += u64::from(!done);
             if quad(native, at::VECTOR) == vector::TIMEOUT {
-                // The host did something else for long.
                 unjudged += 1;
                 continue;
             }
@@ -420,9 +423,10 @@ impl Worker {
             }
             let input = of(&batch.arena[IN_AT..], case);
             for (engine, outcome) in outcomes.enumerate() {
-                let lines = judge::differences(self.host, Some(piece), input, native, outcome);
-                if !lines.is_empty() {
-                    found.push((engine, case, lines));
+                let judgement = judge::differences(self.host, Some(piece), input, native, outcome);
+                waived.extend(judgement.waived);
+                if !judgement.differences.is_empty() {
+                    found.push((engine, case, judgement.differences));
                 }
             }
         }
@@ -437,6 +441,9 @@ impl Worker {
         report.cases += cases as u64 - unjudged;
         report.unjudged += unjudged;
         report.faults += faults;
+        for waiver in waived {
+            *report.waived.entry(waiver).or_default() += 1;
+        }
         for (encoding, done) in covered {
             all_covered.insert(encoding);
             if done {
@@ -488,6 +495,20 @@ impl Worker {
             cases, different, ..
         } = *report;
         shared.course.note(cases, "cases", different);
+        Ok(())
+    }
+
+    /// Cases that took the host long are done again, each alone: it may have done something else meanwhile.
+    fn repeat_late(&mut self, batch: &mut Batch, times: &mut Times) -> Result<(), OracleError> {
+        let cases = batch.cases.len();
+        for case in 0..cases {
+            for _ in 0..3 {
+                if quad(self.bench.outcome(case).0, at::VECTOR) != vector::TIMEOUT {
+                    break;
+                }
+                self.bench.run(&mut batch.arena, cases, case, 1, times)?;
+            }
+        }
         Ok(())
     }
 

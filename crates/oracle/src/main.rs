@@ -1,5 +1,6 @@
 //! `trapgate-oracle`: the host CPU as judge of the engines.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use trapgate_oracle::bench::Times;
 use trapgate_oracle::campaign::Campaign;
 use trapgate_oracle::engine::Kind;
+use trapgate_oracle::judge::Waiver;
 use trapgate_oracle::{instructions, sequences};
 use trapgate_x86::profile::Level;
 
@@ -143,7 +145,7 @@ fn tell(report: &sequences::Report) -> ExitCode {
         "{} programs, {} ended by a fault, {} jumps, {} not judged; children that died: {}",
         report.programs, report.faults, report.jumps, report.unjudged, report.deaths
     );
-    end(&report.times, report.different)
+    end(&report.times, &report.waived, report.different)
 }
 
 fn show(level: Level, report: &instructions::Report) -> ExitCode {
@@ -170,10 +172,13 @@ fn show(level: Level, report: &instructions::Report) -> ExitCode {
         "{} cases in {} batches, {} faulted, {} not judged; children that died: {}",
         report.cases, report.batches, report.faults, report.unjudged, report.deaths
     );
-    end(&report.times, report.different)
+    end(&report.times, &report.waived, report.different)
 }
 
-fn end(times: &Times, different: u64) -> ExitCode {
+fn end(times: &Times, waived: &BTreeMap<Waiver, u64>, different: u64) -> ExitCode {
+    for (waiver, count) in waived {
+        println!("{count} times {waiver}");
+    }
     println!("{times:.1?}");
     println!("{different} differences");
     if different == 0 {

@@ -215,7 +215,9 @@ extern "C" fn on_signal(signal: i32, _info: *mut libc::siginfo_t, context: *mut 
         saved.add(20).write(address);
         let segments = registers[libc::REG_CSGSFS as usize] as u64;
         saved.add(24).write(segments & 0xffff);
-        registers[libc::REG_CSGSFS as usize] = (segments & !0xffff | 0x33) as i64;
+        saved.add(25).write(segments >> 48);
+        registers[libc::REG_CSGSFS as usize] =
+            (0x2b << 48 | segments << 16 >> 32 << 16 | 0x33) as i64;
         registers[libc::REG_RIP as usize] = child.resume as i64;
         registers[libc::REG_EFL as usize] = 0x202;
         registers[libc::REG_RSP as usize] = (CONTROL + control::STACK_TOP as u64) as i64;
