@@ -9,6 +9,7 @@ use crate::layout::{self, PAGE, record as at};
 use crate::profile::memory_operand;
 use crate::random::Random;
 use crate::record::{Start, Window, put, quad};
+use crate::undefined;
 
 /// A piece of code with one instruction.
 #[derive(Clone, Debug)]
@@ -25,6 +26,8 @@ pub struct Piece {
     pub ip: u64,
     /// 64 or 32.
     pub bits: u32,
+    /// What the host executes in its place ([`crate::profile::Judge::StandIn`]).
+    pub stand_in: Option<[u8; 2]>,
 }
 
 /// The data that all instructions share.
@@ -67,6 +70,7 @@ impl Piece {
             undefined,
             ip,
             bits,
+            stand_in: None,
         }
     }
 
@@ -366,7 +370,17 @@ impl Making<'_> {
         let locks = instruction.has_lock_prefix() || instruction.mnemonic() == Mnemonic::Xchg;
         if locks && wanted >> 47 == 0 {
             // A lock across cache lines stops all processors of the host, and some hosts punish it.
-            wanted &= !(size.next_power_of_two().max(8) - 1);
+            wanted &= !63;
+            let bits = matches!(
+                instruction.mnemonic(),
+                Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+            );
+            if !bits || instruction.op_kind(1) != OpKind::Register {
+                wanted += self.random.below(64 - size.min(63) + 1);
+                if self.random.one_in(2) {
+                    wanted &= !(size.next_power_of_two().max(8) - 1);
+                }
+            }
         }
         // What the segment adds.
         let segment = match instruction.memory_segment() {
@@ -379,10 +393,14 @@ impl Making<'_> {
             offset = match self.random.below(3) {
                 0 => self.random.below(0x1000),
                 // What goes over the end of a segment of 4 GiB is the processor's choice.
-                _ if !long => self.random.next() >> 34,
+                _ if !long => self.random.next() >> 34 & mask,
                 1 => (self.random.below(0x1000) + 8).wrapping_neg() & mask,
                 _ => self.random.next() >> 18 & mask,
             };
+            if address_bits == 16 && undefined::order(instruction) {
+                // Whether each part's address is one of 16 bits is the processor's choice.
+                offset &= 0x7fff;
+            }
             if base == Register::None && index == Register::None
                 || base == Register::RIP
                 || base == Register::EIP
@@ -721,6 +739,12 @@ impl Making<'_> {
                         bit as u64
                     };
                 }
+            }
+            M::Xgetbv => {
+                // XCR0, or what there is not; 1 is XINUSE, which the host may have and the profile not.
+                self.start.gpr[gpr::RCX] =
+                    self.random
+                        .pick(&[0, 0, 0, 1 << 32, 2, 7, 1 << 31, u64::MAX]);
             }
             M::Loop | M::Loope | M::Loopne | M::Jrcxz | M::Jecxz | M::Jcxz => {
                 self.start.gpr[gpr::RCX] =

@@ -257,9 +257,9 @@ impl Engine {
     }
 }
 
-/// A case that takes more of the engine's processor time than this does not come to its end: fifty times what the
+/// A case that takes more of the engine's processor time than this does not come to its end: thirty times what the
 /// host has for it.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What the watch looks at.
 struct Watched {
