@@ -368,18 +368,15 @@ impl Making<'_> {
         };
         let mut wanted = target(self.random, size, long && address_bits == 64);
         let locks = instruction.has_lock_prefix() || instruction.mnemonic() == Mnemonic::Xchg;
+        // BTS and its like access other elements than the one at the address.
+        let elements = matches!(
+            instruction.mnemonic(),
+            Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+        );
         if locks && wanted >> 47 == 0 {
-            // A lock across cache lines stops all processors of the host, and some hosts punish it.
             wanted &= !63;
-            let bits = matches!(
-                instruction.mnemonic(),
-                Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
-            );
-            if !bits || instruction.op_kind(1) != OpKind::Register {
+            if !elements && self.random.one_in(2) {
                 wanted += self.random.below(64 - size.min(63) + 1);
-                if self.random.one_in(2) {
-                    wanted &= !(size.next_power_of_two().max(8) - 1);
-                }
             }
         }
         // What the segment adds.
@@ -453,10 +450,22 @@ impl Making<'_> {
             }
         }
         // Where it is, whatever was wanted: registers may play two parts.
-        let base = segment.map_or(0, |which| self.start.bases[which]);
-        self.operand = self.effective(instruction, mask).wrapping_add(base);
-        if !long {
-            self.operand &= 0xffff_ffff;
+        let segment = segment.map_or(0, |which| self.start.bases[which]);
+        let space = if long { u64::MAX } else { 0xffff_ffff };
+        for _ in 0..64 {
+            self.operand = self.effective(instruction, mask).wrapping_add(segment) & space;
+            let splits = if elements {
+                self.operand % size.max(1) != 0
+            } else {
+                self.operand % 64 + size > 64
+            };
+            let register = if base == Register::None { index } else { base };
+            if !locks || !splits || !register.is_gpr() {
+                break;
+            }
+            // A lock across cache lines stops all processors of the host, and some hosts punish it, or never end it.
+            let value = &mut self.start.gpr[register.number() & 15];
+            *value = value.wrapping_sub(1);
         }
     }
 
@@ -628,6 +637,11 @@ impl Making<'_> {
         let pointer = self.start.gpr[gpr::RSP];
         let first = instruction.op_register(0);
         let width = if self.is_long() { 8 } else { 4 };
+        // A locked operand must not move over the end of a cache line again.
+        let moves = instruction.has_lock_prefix()
+            && [instruction.memory_base(), instruction.memory_index()]
+                .iter()
+                .any(|part| part.is_gpr() && matches!(part.number() & 15, gpr::RAX | gpr::RDX));
         match instruction.mnemonic() {
             M::Div | M::Idiv if self.random.below(3) != 0 => {
                 // A quotient that fits.
@@ -703,19 +717,19 @@ impl Making<'_> {
                 let value = self.random.next() as u32 & 0xffff;
                 self.put_memory(operand, &value.to_le_bytes());
             }
-            M::Cmpxchg if self.random.one_in(2) => {
+            M::Cmpxchg if self.random.one_in(2) && !moves => {
                 self.start.gpr[gpr::RAX] = if memory {
                     self.memory(operand)
                 } else {
                     self.start.gpr[first.full_register().number() & 15]
                 };
             }
-            M::Cmpxchg8b if self.random.one_in(2) => {
+            M::Cmpxchg8b if self.random.one_in(2) && !moves => {
                 let value = self.memory(operand);
                 self.start.gpr[gpr::RAX] = value & 0xffff_ffff;
                 self.start.gpr[gpr::RDX] = value >> 32;
             }
-            M::Cmpxchg16b if self.random.one_in(2) => {
+            M::Cmpxchg16b if self.random.one_in(2) && !moves => {
                 self.start.gpr[gpr::RAX] = self.memory(operand);
                 self.start.gpr[gpr::RDX] = self.memory(operand.wrapping_add(8));
             }

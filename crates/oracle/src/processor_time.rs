@@ -79,6 +79,5 @@ mod tests {
             assert!(clock.now() >= most);
             done.wait();
         });
-        assert_eq!(clock.now(), Duration::ZERO, "it has ended");
     }
 }
