@@ -348,7 +348,8 @@ impl Writer<'_> {
             self.store_x87_pointer();
             let next = self.request.rip.wrapping_add(self.unit.length);
             let next = self.mode.wrap(next);
-            self.leave_direct(next, last.live_out);
+            // Over the end of the address space is no way ahead.
+            self.jump(&last.instruction, next, last.live_out);
         }
         self.write_asides();
         true

@@ -1,6 +1,9 @@
 //! What only the inside of a vCPU shows.
 
-use trapgate_engine::NoDevices;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use trapgate_engine::{NoDevices, Signal};
 use trapgate_memory::RamRange;
 use trapgate_x86::Segment;
 use trapgate_x86::descriptor::access;
@@ -13,6 +16,11 @@ const CODE_AT: u64 = 0x8000;
 
 /// A processor in 64-bit mode of ring 0 at `code`.
 fn translating(code: &[u8], change: impl FnOnce(&mut CpuState)) -> Translating {
+    translating_of(&[(CODE_AT, code)], change)
+}
+
+/// The same with more in memory, of which the first 16 MiB are mapped as they are.
+fn translating_of(pieces: &[(u64, &[u8])], change: impl FnOnce(&mut CpuState)) -> Translating {
     let range = RamRange {
         start: 0,
         length: 16 << 20,
@@ -24,7 +32,9 @@ fn translating(code: &[u8], change: impl FnOnce(&mut CpuState)) -> Translating {
     for page in 0..8 {
         put(TABLES + 0x2000 + page * 8, page << 21 | 0x87);
     }
-    memory.write(CODE_AT, code).unwrap();
+    for (gpa, bytes) in pieces {
+        memory.write(*gpa, bytes).unwrap();
+    }
     let mut state = CpuState::default();
     let system = &mut state.system;
     system.cr0 = cr0::PE | cr0::ET | cr0::NE | cr0::WP | cr0::PG;
@@ -88,4 +98,90 @@ fn units_of_one_jump_stay_within_the_limit() {
     let context = vcpu.whole();
     context.forget_all_code();
     assert!(context.rust.bytes() < 2 * UNIT);
+}
+
+/// Kicks a processor that goes round for ever.
+fn kicked(mut vcpu: Translating) {
+    let signals = vcpu.signals();
+    let (done, wait) = mpsc::channel();
+    std::thread::spawn(move || done.send(vcpu.run()));
+    std::thread::sleep(Duration::from_millis(50));
+    signals.raise(Signal::Kick);
+    let exit = wait.recv_timeout(Duration::from_secs(20));
+    assert_eq!(exit, Ok(RunExit::Kicked));
+}
+
+fn entry(leads: u64) -> [u8; 8] {
+    (leads | 7).to_le_bytes()
+}
+
+/// Code that runs over the top of the address space goes on at 0, and a jump from there to the top goes ahead: neither looks
+/// like a loop.
+#[test]
+fn loop_around_the_address_space_notices_a_signal() {
+    let pieces: [(u64, &[u8]); 5] = [
+        // The topmost 2 MiB lie at 2 MiB.
+        (TABLES + 511 * 8, &entry(TABLES + 0x1000)),
+        (TABLES + 0x1000 + 511 * 8, &entry(TABLES + 0x2000)),
+        (TABLES + 0x2000 + 511 * 8, &entry(2 << 20 | 0x80)),
+        ((4 << 20) - 14, &[0x90; 14]),
+        (0, &[0xeb, 0xf0]), // jmp to the first NOP
+    ];
+    kicked(translating_of(&pieces, |state| state.rip = u64::MAX - 13));
+}
+
+#[test]
+fn loop_around_4_gib_in_compatibility_mode_notices_a_signal() {
+    let pieces: [(u64, &[u8]); 4] = [
+        (TABLES + 0x1000 + 3 * 8, &entry(TABLES + 0x2000)),
+        (TABLES + 0x2000 + 511 * 8, &entry(2 << 20 | 0x80)),
+        ((4 << 20) - 14, &[0x90; 14]),
+        (0, &[0xeb, 0xf0]),
+    ];
+    kicked(translating_of(&pieces, |state| {
+        let data = Segment::flat(0x2b, access::WRITABLE | access::DB | access::DPL);
+        state.system.segments = [data; 6];
+        let code = access::CODE | access::READABLE | access::DB | access::DPL;
+        state.system.segments[sreg::CS] = Segment::flat(0x23, code);
+        state.rip = 0xffff_fff2;
+    }));
+}
+
+/// Thousands of calls return one after the other, with no jump back between. The first notices a signal, whether its unit
+/// goes on behind the call (`exact`: half of all do) or not.
+#[test]
+fn returns_notice_a_signal() {
+    // mov ecx, 5000; call f; hlt; f: dec ecx; jz end; call f; inc ebx; ret; end: hlt; ret
+    let code = [
+        0xb9, 0x88, 0x13, 0, 0, 0xe8, 1, 0, 0, 0, 0xf4, 0xff, 0xc9, 0x74, 8, 0xe8, 0xf7, 0xff,
+        0xff, 0xff, 0xff, 0xc3, 0xc3, 0xf4, 0xc3,
+    ];
+    for exact in [false, true] {
+        let mut vcpu = translating(&code, |_| {});
+        if exact {
+            vcpu.be_exact();
+        }
+        let start = vcpu.state();
+        let go_on = |vcpu: &mut Translating| {
+            vcpu.whole().interp.cpu.sys.activity = Activity::Running;
+        };
+        assert_eq!(vcpu.run(), RunExit::Halted);
+        go_on(&mut vcpu);
+        assert_eq!(vcpu.run(), RunExit::Halted);
+        assert_eq!(vcpu.state().gpr[gpr::RBX], 4999);
+        // Now everything is linked.
+        vcpu.set_state(&start).unwrap();
+        assert_eq!(vcpu.run(), RunExit::Halted);
+        go_on(&mut vcpu);
+        let context = vcpu.whole();
+        let (target, mode) = context.find_here().unwrap().unwrap();
+        context.apply_changes();
+        context.target = target;
+
+        context.bell.ring();
+        vcpu.enter(mode);
+
+        let registers = &vcpu.whole().interp.cpu.regs.gpr;
+        assert_eq!(registers[gpr::RBX], 0, "returns before it looked");
+    }
 }
