@@ -129,7 +129,8 @@ impl Request<'_> {
     pub(crate) fn is_returned_to(&self, instruction: &Instruction) -> bool {
         let offset = (instruction.next_ip() & 0xfff) as u16;
         // Who is compared seldom runs long enough to learn it.
-        self.exact && offset & 1 == 0 || self.lessons.contains(&(offset, Lesson::Returns))
+        let known = |noted: &Noted| noted.offset == offset && noted.lesson == Lesson::Returns;
+        self.exact && offset & 1 == 0 || self.lessons.iter().any(known)
     }
 }
 
@@ -457,8 +458,8 @@ impl Writer<'_> {
         }
         let mut noted = self.request.lessons.iter();
         noted
-            .find(|(other, lesson)| *other == offset && *lesson != Lesson::Returns)
-            .map(|noted| noted.1)
+            .find(|noted| noted.offset == offset && noted.lesson != Lesson::Returns)
+            .map(|noted| noted.lesson)
     }
 
     /// Whether an instruction is in a loop that ends in this unit.

@@ -4,12 +4,14 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use trapgate_engine::{NoDevices, Signal};
+use trapgate_interp::View;
 use trapgate_memory::RamRange;
 use trapgate_x86::Segment;
 use trapgate_x86::descriptor::access;
 use trapgate_x86::registers::{cr0, cr4, efer, sreg};
 
 use super::*;
+use crate::context::TLB_ENTRIES;
 
 const TABLES: u64 = 0x1000;
 const CODE_AT: u64 = 0x8000;
@@ -183,5 +185,85 @@ fn returns_notice_a_signal() {
 
         let registers = &vcpu.whole().interp.cpu.regs.gpr;
         assert_eq!(registers[gpr::RBX], 0, "returns before it looked");
+    }
+}
+
+/// A loop in which something goes wrong each time, until it is translated again.
+struct Wrong {
+    what: &'static str,
+    code: &'static [u8],
+    set: fn(&mut CpuState),
+    /// How often it went wrong.
+    count: fn(&Context) -> u64,
+}
+
+const WRONG: [Wrong; 4] = [
+    Wrong {
+        what: "frame across the end of a page, by RSP",
+        // again: mov eax, [rsp]; mov edx, [rsp + 16]; dec ecx; jnz again; hlt
+        code: &[
+            0x8b, 0x04, 0x24, 0x8b, 0x54, 0x24, 0x10, 0xff, 0xc9, 0x75, 0xf5, 0xf4,
+        ],
+        set: |state| state.gpr[gpr::RSP] = 0x10_0ff8,
+        count: |context| refills(context, 1),
+    },
+    Wrong {
+        what: "two pages of one entry of the table",
+        // again: call f; dec ecx; jnz again; hlt; f: mov eax, [rdi]; mov edx, [rsi]; ret
+        code: &[
+            0xe8, 5, 0, 0, 0, 0xff, 0xc9, 0x75, 0xf7, 0xf4, 0x8b, 0x07, 0x8b, 0x16, 0xc3,
+        ],
+        set: |state| {
+            state.gpr[gpr::RDI] = 0x10_0000;
+            let entries = TLB_ENTRIES[View::SupervisorUser as usize] as u64;
+            state.gpr[gpr::RSI] = 0x10_0000 + entries * PAGE_SIZE;
+        },
+        count: |context| refills(context, 0),
+    },
+    Wrong {
+        what: "access across the end of a page",
+        // again: mov rax, [rdi]; dec ecx; jnz again; hlt
+        code: &[0x48, 0x8b, 0x07, 0xff, 0xc9, 0x75, 0xf9, 0xf4],
+        set: |state| state.gpr[gpr::RDI] = 0x10_0ffc,
+        count: |context| context.rust.statistics.slow[Slow::Crossing as usize],
+    },
+    Wrong {
+        what: "call that returns",
+        // again: call f; dec ecx; jnz again; hlt; f: ret
+        code: &[0xe8, 5, 0, 0, 0, 0xff, 0xc9, 0x75, 0xf7, 0xf4, 0xc3],
+        set: |_| {},
+        count: |context| context.rust.statistics.left[exit::RETURN as usize],
+    },
+];
+
+/// Reads that found no translation in the table, or in a slot.
+fn refills(context: &Context, slot: usize) -> u64 {
+    let views = context.refills.iter();
+    views.map(|view| view[0][slot]).sum()
+}
+
+/// What goes wrong all the time is translated again, and goes wrong no more.
+#[test]
+fn code_learns_from_what_goes_wrong() {
+    for wrong in WRONG {
+        let mut vcpu = translating(wrong.code, |state| {
+            state.gpr[gpr::RCX] = 200_000;
+            (wrong.set)(state);
+        });
+        // However slow this host is now.
+        vcpu.whole().rust.lessons.often = Duration::MAX;
+        let start = vcpu.state();
+        let mut counts = [0; 2];
+        for count in &mut counts {
+            let before = (wrong.count)(vcpu.whole());
+            vcpu.set_state(&start).unwrap();
+            assert_eq!(vcpu.run(), RunExit::Halted, "{}", wrong.what);
+            *count = (wrong.count)(vcpu.whole()) - before;
+        }
+        let dropped = vcpu.whole().rust.statistics.dropped;
+        eprintln!("{}: {counts:?} times, {dropped} units dropped", wrong.what);
+        assert!(dropped > 0, "{}", wrong.what);
+        assert!(counts[0] > 1, "{}", wrong.what);
+        assert!(counts[1] < 10 && counts[1] < counts[0], "{}", wrong.what);
     }
 }
