@@ -8,6 +8,7 @@ use trapgate_interp::View;
 use trapgate_memory::RamRange;
 use trapgate_x86::Segment;
 use trapgate_x86::descriptor::access;
+use trapgate_x86::paging::is_canonical;
 use trapgate_x86::registers::{cr0, cr4, efer, sreg};
 
 use super::*;
@@ -266,4 +267,34 @@ fn code_learns_from_what_goes_wrong() {
         assert!(counts[0] > 1, "{}", wrong.what);
         assert!(counts[1] < 10 && counts[1] < counts[0], "{}", wrong.what);
     }
+}
+
+/// A page that may be read and not written, in a slot: what is there for writes is hit by no address that a guest can make up.
+#[test]
+fn slot_of_a_page_that_is_read_only_is_not_written_through() {
+    // mov ecx, 2; again: mov eax, [rdi]; mov [rdi], ecx; dec ecx; jnz again; hlt
+    let code = [
+        0xb9, 2, 0, 0, 0, 0x8b, 0x07, 0x89, 0x0f, 0xff, 0xc9, 0x75, 0xf8, 0xf4,
+    ];
+    let read_only = (
+        TABLES + 0x2000 + 3 * 8,
+        &(3u64 << 21 | 0x85).to_le_bytes()[..],
+    );
+    let pieces = [(CODE_AT, &code[..]), read_only, (3 << 21, &[0x5a; 8])];
+    let mut unmatched = Vec::new();
+    for _ in 0..4 {
+        let mut vcpu = translating_of(&pieces, |state| state.gpr[gpr::RDI] = 3 << 21);
+        // The store faults, and nobody handles that.
+        assert_eq!(vcpu.run(), RunExit::ShutDown);
+        assert_eq!(vcpu.state().rip, CODE_AT + 7);
+        let context = vcpu.whole();
+        let slots = context.slots.as_flattened();
+        let slot = slots.iter().find(|slot| slot.read == 3 << 21).unwrap();
+        assert_eq!(slot.write, context.unmatched);
+        assert_eq!(context.unmatched & 0xfff, 0);
+        assert!(!is_canonical(context.unmatched));
+        unmatched.push(context.unmatched);
+    }
+    unmatched.dedup();
+    assert_eq!(unmatched.len(), 4, "they are random: {unmatched:x?}");
 }
