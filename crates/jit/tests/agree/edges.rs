@@ -233,27 +233,22 @@ const NEAR: &[i64] = &[
     -33, -32, -31, -17, -16, -15, -9, -8, -7, -4, -3, -2, -1, 0, 1,
 ];
 
+/// Each reads a byte of the page before first, by the same register: so the slot is that page's, and a check that lets one byte
+/// too many pass finds it there.
 const FORMS: &[Form] = &[
     Form {
-        name: "in a loop, whose slot holds another page",
-        // mov esi, 0x100000; xchg rsi, rdi; mov ecx, 2; again: …; xchg rsi, rdi; dec ecx; jnz again
-        code: |case| {
-            let access = plain(case)?;
-            let mut code = vec![0xbe, 0, 0, 0x10, 0, 0x48, 0x87, 0xf7, 0xb9, 2, 0, 0, 0];
-            code.extend_from_slice(access);
-            code.extend_from_slice(&[0x48, 0x87, 0xf7, 0xff, 0xc9, 0x75]);
-            code.push((access.len() as u8 + 7).wrapping_neg());
-            Some(code)
-        },
+        name: "in a loop",
+        // mov ecx, 3; again: mov bl, [rdi - 0x200]; …; dec ecx; jnz again
+        code: |case| Some(in_loop(plain(case)?)),
         compatibility: false,
         distances: NEAR,
     },
     Form {
         name: "by RSP",
-        // push and pop elsewhere; mov rsp, rdi; … [rsp]
+        // mov rsp, rdi; mov bl, [rsp - 0x200]; … [rsp]
         code: |case| {
             let (_, before) = plain(case)?.split_last()?;
-            let mut code = vec![0xbc, 0, 0, 0x10, 0, 0x50, 0x5b, 0x48, 0x89, 0xfc];
+            let mut code = vec![0x48, 0x89, 0xfc, 0x8a, 0x9c, 0x24, 0, 0xfe, 0xff, 0xff];
             code.extend_from_slice(before);
             code.extend_from_slice(&[0x04, 0x24]);
             Some(code)
@@ -263,12 +258,12 @@ const FORMS: &[Form] = &[
     },
     Form {
         name: "by FS",
-        // mov bl, fs:[0]; sub rdi, FS's base; … fs:[rdi]
+        // sub rdi, FS's base; mov bl, fs:[rdi - 0x200]; … fs:[rdi]
         code: |case| {
             let base = start(0).system.segments[sreg::FS].base as u32;
-            let mut code = vec![0x64, 0x8a, 0x1c, 0x25, 0, 0, 0, 0, 0x48, 0x81, 0xef];
+            let mut code = vec![0x48, 0x81, 0xef];
             code.extend_from_slice(&base.to_le_bytes());
-            code.push(0x64);
+            code.extend_from_slice(&[0x64, 0x8a, 0x9f, 0, 0xfe, 0xff, 0xff, 0x64]);
             code.extend_from_slice(plain(case)?);
             Some(code)
         },
@@ -283,19 +278,23 @@ const FORMS: &[Form] = &[
     },
     Form {
         name: "in a loop in compatibility mode",
-        // mov esi, 0x100000; xchg esi, edi; mov ecx, 2; again: …; xchg esi, edi; dec ecx; jnz again
         code: |case| {
             let access = plain(case).filter(|access| !access.contains(&0x48))?;
-            let mut code = vec![0xbe, 0, 0, 0x10, 0, 0x87, 0xf7, 0xb9, 2, 0, 0, 0];
-            code.extend_from_slice(access);
-            code.extend_from_slice(&[0x87, 0xf7, 0xff, 0xc9, 0x75]);
-            code.push((access.len() as u8 + 6).wrapping_neg());
-            Some(code)
+            Some(in_loop(access))
         },
         compatibility: true,
         distances: NEAR,
     },
 ];
+
+/// An access three times, which leaves what once does.
+fn in_loop(access: &[u8]) -> Vec<u8> {
+    let mut code = vec![0xb9, 3, 0, 0, 0, 0x8a, 0x9f, 0, 0xfe, 0xff, 0xff];
+    code.extend_from_slice(access);
+    code.extend_from_slice(&[0xff, 0xc9, 0x75]);
+    code.push((access.len() as u8 + 10).wrapping_neg());
+    code
+}
 
 /// The code of a case that is one instruction with `[rdi]` and may be repeated.
 fn plain(case: &Case) -> Option<&'static [u8]> {
