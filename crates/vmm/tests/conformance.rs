@@ -59,6 +59,7 @@ const LENIENT: &[(&str, &str)] = &[
     ("legacy", "directory entry, bit"),
     ("legacy", "page, bit"),
     ("legacy", "pointer with bit 40"),
+    ("legacy", "32-bit, large page, address bit"),
     ("paging", "pml4: r"),
     ("paging", "pdpt: ."),
     ("paging", "directory: ."),
