@@ -66,6 +66,16 @@ impl Cpu {
         self.stack_segment_at(selector, to.level)
     }
 
+    /// The instruction pointer that a return pops: to compatibility mode a host CPU (Intel family 6, model 167) takes
+    /// EIP of eight bytes, and does not look at the rest.
+    pub(crate) fn returned_rip(&self, to: &Return, popped: u64) -> u64 {
+        if self.is_long() && !to.code.has(access::L) {
+            popped & 0xffff_ffff
+        } else {
+            popped
+        }
+    }
+
     /// #GP(0) unless an instruction pointer is inside the code segment that it is for.
     pub(crate) fn check_entry(&mut self, code: &Segment, rip: u64) -> Step {
         let inside = if self.is_long() && code.has(access::L) {
@@ -135,6 +145,7 @@ impl Cpu {
         if outward && !long {
             self.peek_return(&stack, size, 3 * size, &mut frame[3..])?;
         }
+        let rip = self.returned_rip(&to, rip);
         let [.., pointer, stack_selector] = frame;
         let new_stack = if outward || long {
             Some(self.return_stack(stack_selector as u16, &to)?)

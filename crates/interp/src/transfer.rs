@@ -285,6 +285,7 @@ impl Cpu {
         self.peek_return(&stack, size, 0, &mut frame)?;
         let [rip, selector] = frame;
         let to = self.return_target(selector as u16)?;
+        let rip = self.returned_rip(&to, rip);
         if to.level == self.cpl {
             self.check_entry(&to.code, rip)?;
             self.set_accessed(to.code.selector, to.descriptor)?;

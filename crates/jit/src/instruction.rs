@@ -5,6 +5,7 @@ use trapgate_thunk::{Class, Harmless, inspect};
 use trapgate_x86::registers::{rflags, sreg};
 
 use crate::emit::{RCX, Reg};
+use crate::memory::is_instruction_pointer;
 use crate::mode::Mode;
 use crate::registers::{ADDRESS, GUEST_RCX, HOME, SPARE, is_high_byte, number};
 use crate::x87;
@@ -640,7 +641,7 @@ pub(crate) fn can_address(instruction: &Instruction) -> bool {
     let register = |register: Register| {
         register == Register::None || register.is_gpr64() || register.is_gpr32()
     };
-    (base == Register::RIP || register(base)) && register(index)
+    (is_instruction_pointer(base) || register(base)) && register(index)
 }
 
 /// Whether it may be a store to the code segment, which the interpreter refuses.

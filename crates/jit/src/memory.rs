@@ -41,12 +41,17 @@ pub(crate) enum Missed {
     Slot(u32),
 }
 
+/// Whether an address is relative to the instruction: the decoder's displacement is where it leads then.
+pub(crate) fn is_instruction_pointer(base: Register) -> bool {
+    matches!(base, Register::RIP | Register::EIP)
+}
+
 impl Writer<'_> {
     /// The effective address to a register, without its segment's base. Only [`SPARE`] is used beside it.
     pub(crate) fn effective_address(&mut self, instruction: &Instruction, to: Reg, wide: bool) {
         let displacement = instruction.memory_displacement64();
         let (base, index) = (instruction.memory_base(), instruction.memory_index());
-        if base == Register::RIP || (base == Register::None && index == Register::None) {
+        if is_instruction_pointer(base) || (base == Register::None && index == Register::None) {
             let address = if wide {
                 displacement
             } else {
@@ -124,7 +129,7 @@ impl Writer<'_> {
             Register::GS => Some(SEGMENTS[1]),
             _ => None,
         };
-        let fixed = base == Register::RIP || base == Register::None;
+        let fixed = is_instruction_pointer(base) || base == Register::None;
         let lesson = self.lesson(guest);
         if lesson.is_none() && segment.is_none() && fixed && index == Register::None {
             let mut linear = instruction.memory_displacement64();

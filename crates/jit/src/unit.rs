@@ -22,7 +22,7 @@ use crate::crossing::Cross;
 use crate::emit::{Alu, Asm, Mem, RAX, RCX, RDX, Reg, condition};
 use crate::instruction::{COUNTER, FLAGS, Guest, Kind, Plan};
 use crate::list::List;
-use crate::memory::Missed;
+use crate::memory::{Missed, is_instruction_pointer};
 use crate::mode::Mode;
 use crate::registers::{ADDRESS, GUEST_RCX, GUEST_RSP, HOME, SPARE, is_high_byte, named, number};
 use crate::run::Number;
@@ -798,7 +798,7 @@ impl Writer<'_> {
     fn address_to(&mut self, instruction: &Instruction, to: Reg, wide: bool) {
         let base = instruction.memory_base();
         let fetched =
-            base != Register::None && base != Register::RIP && HOME[number(base)].is_none();
+            base != Register::None && !is_instruction_pointer(base) && HOME[number(base)].is_none();
         if fetched {
             self.effective_address(instruction, ADDRESS, wide);
             if wide {

@@ -73,12 +73,17 @@ pub fn arena() -> Vec<u8> {
     arena
 }
 
+/// Where in the arena, and what.
+pub type StandIn = (usize, [u8; 2]);
+
 /// The native child and the engines.
 pub struct Bench {
     /// The host CPU.
     pub native: Native,
     /// The engines.
     pub engines: Vec<Engine>,
+    /// What the host executes in place of what lies there.
+    pub stand_ins: Vec<StandIn>,
     outcomes: Vec<Vec<u8>>,
 }
 
@@ -96,6 +101,7 @@ impl Bench {
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             native,
+            stand_ins: Vec::new(),
             outcomes: vec![Vec::new(); engines.len()],
             engines,
         })
@@ -120,6 +126,9 @@ impl Bench {
             (CODE_AT, SLOTS * 2 * PAGE as usize),
         ] {
             shared[from..from + length].copy_from_slice(&arena[from..from + length]);
+        }
+        for (at, bytes) in &self.stand_ins {
+            shared[*at..at + bytes.len()].copy_from_slice(bytes);
         }
         begin(shared, first, cases);
         self.native.begin()?;

@@ -9,6 +9,7 @@ use crate::layout::{self, PAGE, record as at};
 use crate::profile::memory_operand;
 use crate::random::Random;
 use crate::record::{Start, Window, put, quad};
+use crate::undefined;
 
 /// A piece of code with one instruction.
 #[derive(Clone, Debug)]
@@ -25,6 +26,8 @@ pub struct Piece {
     pub ip: u64,
     /// 64 or 32.
     pub bits: u32,
+    /// What the host executes in its place ([`crate::profile::Judge::StandIn`]).
+    pub stand_in: Option<[u8; 2]>,
 }
 
 /// The data that all instructions share.
@@ -67,6 +70,7 @@ impl Piece {
             undefined,
             ip,
             bits,
+            stand_in: None,
         }
     }
 
@@ -292,25 +296,10 @@ impl Making<'_> {
         }
     }
 
-    fn operand_size(&self) -> u64 {
-        match self.piece.instruction.mnemonic() {
-            Mnemonic::Xsave
-            | Mnemonic::Xsave64
-            | Mnemonic::Xsaveopt
-            | Mnemonic::Xsaveopt64
-            | Mnemonic::Xrstor
-            | Mnemonic::Xrstor64 => 832,
-            _ => match self.piece.instruction.memory_size().size() {
-                0 => 64,
-                size => size as u64,
-            },
-        }
-    }
-
     /// Registers by which memory operands are found.
     fn operands(&mut self) {
         let instruction = self.piece.instruction;
-        let size = self.operand_size();
+        let size = operand_size(&self.piece.instruction);
         let random = &mut *self.random;
         let long = self.piece.bits == 64;
         // String instructions and their like.
@@ -379,9 +368,16 @@ impl Making<'_> {
         };
         let mut wanted = target(self.random, size, long && address_bits == 64);
         let locks = instruction.has_lock_prefix() || instruction.mnemonic() == Mnemonic::Xchg;
+        // BTS and its like access other elements than the one at the address.
+        let elements = matches!(
+            instruction.mnemonic(),
+            Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+        );
         if locks && wanted >> 47 == 0 {
-            // A lock across cache lines stops all processors of the host, and some hosts punish it.
-            wanted &= !(size.next_power_of_two().max(8) - 1);
+            wanted &= !63;
+            if !elements && self.random.one_in(2) {
+                wanted += self.random.below(64 - size.min(63) + 1);
+            }
         }
         // What the segment adds.
         let segment = match instruction.memory_segment() {
@@ -394,10 +390,14 @@ impl Making<'_> {
             offset = match self.random.below(3) {
                 0 => self.random.below(0x1000),
                 // What goes over the end of a segment of 4 GiB is the processor's choice.
-                _ if !long => self.random.next() >> 34,
+                _ if !long => self.random.next() >> 34 & mask,
                 1 => (self.random.below(0x1000) + 8).wrapping_neg() & mask,
                 _ => self.random.next() >> 18 & mask,
             };
+            if address_bits == 16 && undefined::order(instruction) {
+                // Whether each part's address is one of 16 bits is the processor's choice.
+                offset &= 0x7fff;
+            }
             if base == Register::None && index == Register::None
                 || base == Register::RIP
                 || base == Register::EIP
@@ -450,10 +450,22 @@ impl Making<'_> {
             }
         }
         // Where it is, whatever was wanted: registers may play two parts.
-        let base = segment.map_or(0, |which| self.start.bases[which]);
-        self.operand = self.effective(instruction, mask).wrapping_add(base);
-        if !long {
-            self.operand &= 0xffff_ffff;
+        let segment = segment.map_or(0, |which| self.start.bases[which]);
+        let space = if long { u64::MAX } else { 0xffff_ffff };
+        for _ in 0..64 {
+            self.operand = self.effective(instruction, mask).wrapping_add(segment) & space;
+            let splits = if elements {
+                self.operand % size.max(1) != 0
+            } else {
+                self.operand % 64 + size > 64
+            };
+            let register = if base == Register::None { index } else { base };
+            if !locks || !splits || !register.is_gpr() {
+                break;
+            }
+            // A lock across cache lines stops all processors of the host, and some hosts punish it, or never end it.
+            let value = &mut self.start.gpr[register.number() & 15];
+            *value = value.wrapping_sub(1);
         }
     }
 
@@ -525,7 +537,7 @@ impl Making<'_> {
 
     fn windows(&mut self) {
         let instruction = &self.piece.instruction;
-        let size = self.operand_size();
+        let size = operand_size(&self.piece.instruction);
         let mut windows = [Window::default(); 2];
         let mut room = ROOM;
         if self.uses_stack() {
@@ -625,6 +637,11 @@ impl Making<'_> {
         let pointer = self.start.gpr[gpr::RSP];
         let first = instruction.op_register(0);
         let width = if self.is_long() { 8 } else { 4 };
+        // A locked operand must not move over the end of a cache line again.
+        let moves = instruction.has_lock_prefix()
+            && [instruction.memory_base(), instruction.memory_index()]
+                .iter()
+                .any(|part| part.is_gpr() && matches!(part.number() & 15, gpr::RAX | gpr::RDX));
         match instruction.mnemonic() {
             M::Div | M::Idiv if self.random.below(3) != 0 => {
                 // A quotient that fits.
@@ -651,7 +668,7 @@ impl Making<'_> {
                     self.start.gpr[gpr::RSP] = self.start.gpr[gpr::RSP] & 0xffff_ffff | 0x1000;
                     let size = instruction.memory_size().size().max(4) - 2;
                     let mut bytes = destination.to_le_bytes()[..size].to_vec();
-                    let selector = self.random.pick(&SELECTORS);
+                    let selector = self.code_selector();
                     bytes.extend(selector.to_le_bytes());
                     self.put_memory(operand, &bytes);
                 } else if memory {
@@ -700,19 +717,19 @@ impl Making<'_> {
                 let value = self.random.next() as u32 & 0xffff;
                 self.put_memory(operand, &value.to_le_bytes());
             }
-            M::Cmpxchg if self.random.one_in(2) => {
+            M::Cmpxchg if self.random.one_in(2) && !moves => {
                 self.start.gpr[gpr::RAX] = if memory {
                     self.memory(operand)
                 } else {
                     self.start.gpr[first.full_register().number() & 15]
                 };
             }
-            M::Cmpxchg8b if self.random.one_in(2) => {
+            M::Cmpxchg8b if self.random.one_in(2) && !moves => {
                 let value = self.memory(operand);
                 self.start.gpr[gpr::RAX] = value & 0xffff_ffff;
                 self.start.gpr[gpr::RDX] = value >> 32;
             }
-            M::Cmpxchg16b if self.random.one_in(2) => {
+            M::Cmpxchg16b if self.random.one_in(2) && !moves => {
                 self.start.gpr[gpr::RAX] = self.memory(operand);
                 self.start.gpr[gpr::RDX] = self.memory(operand.wrapping_add(8));
             }
@@ -737,6 +754,12 @@ impl Making<'_> {
                     };
                 }
             }
+            M::Xgetbv => {
+                // XCR0, or what there is not; 1 is XINUSE, which the host may have and the profile not.
+                self.start.gpr[gpr::RCX] =
+                    self.random
+                        .pick(&[0, 0, 0, 1 << 32, 2, 7, 1 << 31, u64::MAX]);
+            }
             M::Loop | M::Loope | M::Loopne | M::Jrcxz | M::Jecxz | M::Jcxz => {
                 self.start.gpr[gpr::RCX] =
                     self.random.pick(&[0, 1, 2, 1 << 32, 1 << 32 | 1, u64::MAX]);
@@ -756,6 +779,15 @@ impl Making<'_> {
         self.put_memory(address, &selector.to_le_bytes());
     }
 
+    /// Often one of code, of either width.
+    fn code_selector(&mut self) -> u16 {
+        if self.random.one_in(2) {
+            self.random.pick(&[0x23, 0x33])
+        } else {
+            self.random.pick(&SELECTORS)
+        }
+    }
+
     /// What RETF and IRET find on the stack.
     fn far_return(&mut self, pointer: u64) {
         let instruction = &self.piece.instruction;
@@ -767,10 +799,10 @@ impl Making<'_> {
         };
         let same = if self.is_long() { 0x33 } else { 0x23 };
         let destination = self.destination();
-        let selector = if self.random.below(4) != 0 {
+        let selector = if self.random.one_in(2) {
             same
         } else {
-            self.random.pick(&SELECTORS).into()
+            self.code_selector().into()
         };
         let mut words = vec![destination, selector];
         if iret {
@@ -804,6 +836,22 @@ impl Making<'_> {
             self.put_memory(address.wrapping_add(512), &components.to_le_bytes());
             self.put_memory(address.wrapping_add(520), &[0; 56]);
         }
+    }
+}
+
+/// Bytes of an instruction's memory operand, at most.
+pub(crate) fn operand_size(instruction: &Instruction) -> u64 {
+    match instruction.mnemonic() {
+        Mnemonic::Xsave
+        | Mnemonic::Xsave64
+        | Mnemonic::Xsaveopt
+        | Mnemonic::Xsaveopt64
+        | Mnemonic::Xrstor
+        | Mnemonic::Xrstor64 => 832,
+        _ => match instruction.memory_size().size() {
+            0 => 64,
+            size => size as u64,
+        },
     }
 }
 

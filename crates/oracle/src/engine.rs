@@ -19,6 +19,7 @@ use crate::layout::{
     OUT_AT, PAGE, READ_ONLY, RECORD, SLOTS, data_offset, record, regions, vector,
 };
 use crate::monitor::{OWN_HALF, control, entries};
+use crate::processor_time::ThreadClock;
 
 /// Which engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,8 +101,7 @@ pub struct Engine {
     memory: Arc<GuestMemory>,
     vcpu: Box<dyn Vcpu>,
     state: CpuState,
-    /// Batches begun and ended: odd while one runs.
-    progress: Arc<AtomicU64>,
+    watched: Arc<Watched>,
 }
 
 impl Engine {
@@ -132,14 +132,18 @@ impl Engine {
                 Box::new(translating)
             }
         };
-        let progress = Arc::new(AtomicU64::new(0));
-        watch(Arc::downgrade(&progress), vcpu.signals());
+        let watched = Arc::new(Watched {
+            memory: Arc::clone(&memory),
+            progress: AtomicU64::new(0),
+            clock: ThreadClock::new(),
+        });
+        watch(Arc::downgrade(&watched), vcpu.signals());
         Ok(Self {
             kind,
             memory,
             vcpu,
             state,
-            progress,
+            watched,
         })
     }
 
@@ -194,10 +198,11 @@ impl Engine {
     pub fn run(&mut self, cases: usize) -> Result<(), EngineError> {
         self.state.rip = MONITOR;
         self.vcpu.set_state(&self.state)?;
+        self.watched.clock.take();
         loop {
-            self.progress.fetch_add(1, Ordering::SeqCst);
+            self.watched.progress.fetch_add(1, Ordering::SeqCst);
             let exit = self.vcpu.run();
-            self.progress.fetch_add(1, Ordering::SeqCst);
+            self.watched.progress.fetch_add(1, Ordering::SeqCst);
             let left = self.word(control::COUNT)?;
             if exit == Exit::Halted && left == 0 {
                 return Ok(());
@@ -255,18 +260,46 @@ impl Engine {
     }
 }
 
-/// Kicks an engine that works at one batch for longer than any takes.
-fn watch(progress: Weak<AtomicU64>, signals: Arc<Signals>) {
+/// A case that takes more of the engine's processor time than this does not come to its end: thirty times what the
+/// host has for it.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What the watch looks at.
+struct Watched {
+    memory: Arc<GuestMemory>,
+    /// Runs begun and ended: odd during one.
+    progress: AtomicU64,
+    /// Of the thread that runs the engine.
+    clock: ThreadClock,
+}
+
+impl Watched {
+    /// Where the engine is, if it runs: it stays there as long as it works at one case.
+    fn place(&self) -> Option<(u64, u64)> {
+        let progress = self.progress.load(Ordering::SeqCst);
+        let mut left = [0; 8];
+        let read = self
+            .memory
+            .read((CONTROL_AT + control::COUNT) as u64, &mut left);
+        (progress & 1 != 0 && read.is_ok()).then(|| (progress, u64::from_le_bytes(left)))
+    }
+}
+
+/// Kicks an engine that works at one case for longer than any takes.
+fn watch(watched: Weak<Watched>, signals: Arc<Signals>) {
     std::thread::spawn(move || {
-        let mut seen = 0;
-        while let Some(progress) = progress.upgrade() {
-            let now = progress.load(Ordering::SeqCst);
-            drop(progress);
-            if now == seen && now & 1 != 0 {
+        let mut seen = None;
+        let mut since = Duration::ZERO;
+        while let Some(watched) = watched.upgrade() {
+            let (place, now) = (watched.place(), watched.clock.now());
+            drop(watched);
+            if place.is_none() || place != seen {
+                (seen, since) = (place, now);
+            } else if now.saturating_sub(since) > PATIENCE {
                 signals.raise(Signal::Kick);
+                since = now;
             }
-            seen = now;
-            std::thread::sleep(Duration::from_millis(1500));
+            std::thread::sleep(Duration::from_millis(200));
         }
     });
 }

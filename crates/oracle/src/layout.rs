@@ -154,6 +154,8 @@ pub mod record {
     pub const SELECTORS: usize = 0xb8;
     /// Out: selector of CS, if it stopped.
     pub const CODE_SEGMENT: usize = 0xc0;
+    /// Out: selector of SS.
+    pub const STACK_SEGMENT: usize = 0xc8;
     /// x87, SSE and AVX state.
     pub const XSAVE: usize = 0x100;
     /// Memory of the windows, one after the other.

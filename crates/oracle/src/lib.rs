@@ -15,6 +15,7 @@ pub mod judge;
 pub mod layout;
 mod monitor;
 pub mod native;
+mod processor_time;
 pub mod profile;
 pub mod programs;
 pub mod random;

@@ -1,5 +1,6 @@
 //! `trapgate-oracle`: the host CPU as judge of the engines.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use trapgate_oracle::bench::Times;
 use trapgate_oracle::campaign::Campaign;
 use trapgate_oracle::engine::Kind;
+use trapgate_oracle::judge::Waiver;
 use trapgate_oracle::{instructions, sequences};
 use trapgate_x86::profile::Level;
 
@@ -39,6 +41,9 @@ struct Options {
     /// Only this batch: repeats a difference.
     #[arg(long)]
     batch: Option<u64>,
+    /// The first batch: repeats what came before a difference too.
+    #[arg(long, conflicts_with = "batch")]
+    first: Option<u64>,
     /// Threads.
     #[arg(long, default_value_t = 1)]
     jobs: usize,
@@ -51,6 +56,9 @@ struct Options {
     /// Instructions whose name contains this.
     #[arg(long)]
     code: Option<String>,
+    /// Cases of each encoding in a batch, 32 at most: fewer reach all encodings sooner.
+    #[arg(long, default_value_t = instructions::EACH)]
+    each: usize,
     /// 32-bit code in compatibility mode.
     #[arg(long)]
     compatibility: bool,
@@ -102,7 +110,7 @@ fn main() -> ExitCode {
     println!("seed {seed:#x}");
     let campaign = Campaign {
         seed,
-        first: options.batch.unwrap_or(0),
+        first: options.batch.or(options.first).unwrap_or(0),
         batches,
         time: Duration::from_secs(options.seconds),
         jobs: options.jobs,
@@ -116,6 +124,7 @@ fn main() -> ExitCode {
                 campaign,
                 bits: if options.compatibility { 32 } else { 64 },
                 code: options.code.clone(),
+                each: options.each.clamp(1, instructions::EACH),
             };
             instructions::run(&settings).map(|report| show(level, &report))
         }
@@ -140,7 +149,7 @@ fn tell(report: &sequences::Report) -> ExitCode {
         "{} programs, {} ended by a fault, {} jumps, {} not judged; children that died: {}",
         report.programs, report.faults, report.jumps, report.unjudged, report.deaths
     );
-    end(&report.times, report.different)
+    end(&report.times, &report.waived, report.different)
 }
 
 fn show(level: Level, report: &instructions::Report) -> ExitCode {
@@ -156,9 +165,9 @@ fn show(level: Level, report: &instructions::Report) -> ExitCode {
         report.completed,
     );
     for (reason, count) in &report.excluded {
-        println!("{count} encodings have no cases: they {reason}");
+        println!("{count} encodings of them have no cases: they {reason}");
     }
-    if report.missing.len() <= 40 {
+    if report.missing.len() <= 400 {
         for name in &report.missing {
             println!("not covered: {name}");
         }
@@ -167,10 +176,13 @@ fn show(level: Level, report: &instructions::Report) -> ExitCode {
         "{} cases in {} batches, {} faulted, {} not judged; children that died: {}",
         report.cases, report.batches, report.faults, report.unjudged, report.deaths
     );
-    end(&report.times, report.different)
+    end(&report.times, &report.waived, report.different)
 }
 
-fn end(times: &Times, different: u64) -> ExitCode {
+fn end(times: &Times, waived: &BTreeMap<Waiver, u64>, different: u64) -> ExitCode {
+    for (waiver, count) in waived {
+        println!("{count} times {waiver}");
+    }
     println!("{times:.1?}");
     println!("{different} differences");
     if different == 0 {

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::layout::{self, ARENA_BYTES, CONTROL, CONTROL_AT, MONITOR, Region, vector};
 use crate::monitor::{control, entries};
+use crate::processor_time;
 
 /// Why cases cannot be run natively.
 #[derive(Debug, thiserror::Error)]
@@ -214,7 +215,9 @@ extern "C" fn on_signal(signal: i32, _info: *mut libc::siginfo_t, context: *mut 
         saved.add(20).write(address);
         let segments = registers[libc::REG_CSGSFS as usize] as u64;
         saved.add(24).write(segments & 0xffff);
-        registers[libc::REG_CSGSFS as usize] = (segments & !0xffff | 0x33) as i64;
+        saved.add(25).write(segments >> 48);
+        registers[libc::REG_CSGSFS as usize] =
+            (0x2b << 48 | segments << 16 >> 32 << 16 | 0x33) as i64;
         registers[libc::REG_RIP as usize] = child.resume as i64;
         registers[libc::REG_EFL as usize] = 0x202;
         registers[libc::REG_RSP as usize] = (CONTROL + control::STACK_TOP as u64) as i64;
@@ -359,7 +362,7 @@ impl Native {
                     rip: half(0) | half(1) << 32,
                 });
             }
-            let (left, now) = (self.left(), processor_time(child));
+            let (left, now) = (self.left(), processor_time::of_process(child));
             let since = match seen {
                 Some((before, since)) if before == left => now.saturating_sub(since),
                 _ => {
@@ -399,24 +402,6 @@ impl Drop for Native {
             libc::close(self.file);
         }
     }
-}
-
-/// Processor time that a child has used: others on this host must not make a case late.
-fn processor_time(child: libc::pid_t) -> Duration {
-    let mut clock = 0;
-    let mut time = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: both calls write what they are given.
-    unsafe {
-        if libc::clock_getcpuclockid(child, &raw mut clock) != 0
-            || libc::clock_gettime(clock, &raw mut time) != 0
-        {
-            return Duration::ZERO;
-        }
-    }
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 fn wake(word: &AtomicU32) {

@@ -51,7 +51,13 @@ const V2: [CpuidFeature; 43] = [
 ];
 
 /// NOPs of any length, and what is a NOP on a processor that does not know it.
-const NOPS: [CpuidFeature; 2] = [CpuidFeature::MULTIBYTENOP, CpuidFeature::PREFETCHWT1];
+const NOPS: [CpuidFeature; 5] = [
+    CpuidFeature::MULTIBYTENOP,
+    CpuidFeature::PREFETCHWT1,
+    CpuidFeature::CET_IBT,
+    CpuidFeature::CLDEMOTE,
+    CpuidFeature::PREFETCHITI,
+];
 
 const V3: [CpuidFeature; 8] = [
     CpuidFeature::AVX,
@@ -80,6 +86,7 @@ pub fn admits(level: Level, code: Code, bits: u32) -> bool {
         && code.cpuid_features().iter().all(|feature| {
             V2.contains(feature)
                 || NOPS.contains(feature)
+                || matches!(code.mnemonic(), Mnemonic::Rdsspd | Mnemonic::Rdsspq)
                 || (level == Level::V3 && V3.contains(feature))
         })
 }
@@ -104,22 +111,80 @@ pub fn host_has(level: Level) -> bool {
     v2 && (level == Level::V2 || all!("avx", "avx2", "bmi1", "bmi2", "fma", "f16c", "lzcnt", "adx"))
 }
 
-/// Why an instruction has no cases.
-pub fn exclusion(instruction: &Instruction) -> Option<&'static str> {
+/// Who says what an instruction does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Judge {
+    /// The host CPU.
+    Host,
+    /// The host CPU too, but it executes another instruction in its place, as the manual says that the two do the same.
+    StandIn([u8; 2]),
+    /// Nobody, and why.
+    Nobody(&'static str),
+}
+
+/// UD2: #UD.
+const UNDEFINED: [u8; 2] = [0x0f, 0x0b];
+/// HLT, which programs may not execute: #GP(0).
+const PROTECTED: [u8; 2] = [0xf4, 0x90];
+
+/// What a processor executes otherwise that does not know it: without the prefix, or as a NOP.
+const OTHERWISE: [CpuidFeature; 5] = [
+    CpuidFeature::LZCNT,
+    CpuidFeature::BMI1,
+    CpuidFeature::MPX,
+    CpuidFeature::WBNOINVD,
+    CpuidFeature::MONITORX,
+];
+
+/// Who judges an instruction, if anybody.
+pub fn judge(level: Level, instruction: &Instruction, bits: u32) -> Judge {
     use Mnemonic as M;
-    Some(match instruction.mnemonic() {
-        M::Rdtsc | M::Rdtscp => "give the time",
-        M::Cpuid => "tell the profile from the host",
-        M::Xgetbv => "tell XCR0, in which the host has more",
-        M::Rdpid => "give the number of the host's processor",
-        M::Syscall | M::Sysenter => "enter the host's kernel",
-        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => {
-            "are emulated by the host's kernel where it has UMIP (and tell its tables where not)"
+    match instruction.mnemonic() {
+        M::Syscall | M::Sysenter => Judge::Nobody(SYSTEM_CALL),
+        M::Int if instruction.immediate8() == 0x80 => Judge::Nobody(SYSTEM_CALL),
+        M::Vmcall | M::Vmmcall | M::Vmfunc => Judge::Nobody("reach the hypervisor below the host"),
+        // With CR4.UMIP, as the guest has it (SDM vol. 2, "SGDT", "Protected Mode Exceptions"); the host's kernel
+        // emulates them.
+        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => Judge::StandIn(PROTECTED),
+        _ if admits(level, instruction.code(), bits) || instruction.op_code().fwait() => {
+            Judge::Host
         }
-        M::Int if instruction.immediate8() == 0x80 => "enter the host's kernel",
-        M::Vmcall | M::Vmmcall | M::Vmfunc => "reach the hypervisor below the host",
-        _ => return None,
-    })
+        // What has no CPUID bit set is reserved (SDM vol. 2, 3.1.1.2); the host may know it.
+        _ if instruction
+            .cpuid_features()
+            .iter()
+            .all(|feature| !OTHERWISE.contains(feature)) =>
+        {
+            Judge::StandIn(UNDEFINED)
+        }
+        _ => Judge::Nobody("are another instruction on the host"),
+    }
+}
+
+const SYSTEM_CALL: &str = "enter the host's kernel";
+
+/// Whether what an instruction does depends on the processor or its kernel beside the state that cases have.
+pub fn is_of_the_machine(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        instruction.mnemonic(),
+        M::Rdtsc
+            | M::Rdtscp
+            | M::Cpuid
+            | M::Xgetbv
+            | M::Rdpid
+            | M::Syscall
+            | M::Sysenter
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Int
+            | M::Vmcall
+            | M::Vmmcall
+            | M::Vmfunc
+    )
 }
 
 /// Whether an operand is memory.

@@ -89,6 +89,26 @@ pub struct Program<'a, C> {
 /// CMP AL, imm8: defines all flags.
 const COMPARE: [u8; 2] = [0x3c, 0x40];
 
+/// nop dword [rax]
+const FILLER: [u8; 4] = [0x0f, 0x1f, 0x40, 0];
+/// Opcodes that have one byte as operand and leave all flags defined: MOV to AL, CL, DL, BL, CH, DH, BH; ADD, ADC, SBB,
+/// SUB, CMP of AL.
+const HEADS: [u8; 12] = [
+    0xb0, 0xb1, 0xb2, 0xb3, 0xb5, 0xb6, 0xb7, 0x04, 0x14, 0x1c, 0x2c, 0x3c,
+];
+/// What a fourth byte, whatever it is, makes whole; 0 stands for any. As many instructions as one, two or three.
+const MIDDLES: [[u8; 3]; 9] = [
+    [0x0f, 0x1f, 0x40], // nop dword [rax + …]
+    [0x48, 0x8d, 0x40], // lea rax, [rax + …]
+    [0x04, 0, 0x2c],    // add al, …; sub al, …
+    [0xb1, 0, 0x3c],    // mov cl, …; cmp al, …
+    [0x66, 0x90, 0xb2], // nop; mov dl, …
+    [0x90, 0x90, 0x14], // nop; nop; adc al, …
+    [0xeb, 0x02, 0xcc], // jmp over the rest
+    [0xf8, 0xf9, 0x1c], // clc; stc; sbb al, …
+    [0x48, 0x83, 0xc3], // add rbx, …
+];
+
 impl<C: Computing> Program<'_, C> {
     /// The address of some piece.
     pub fn any_piece(&mut self) -> u64 {
@@ -127,11 +147,7 @@ impl<C: Computing> Program<'_, C> {
                 // sahf; setc al; adc ebx, ecx; lahf
                 code.raw(&[0x9e, 0x0f, 0x92, 0xc0, 0x11, 0xcb, 0x9f]);
             }
-            19..=21 => {
-                // Another piece's first instruction is `mov al, imm8`.
-                let target = self.any_piece() + 1;
-                code.raw(&[0xc6, 0x05]).to(target, 1).raw(&[small]);
-            }
+            19..=21 => self.modify(code),
             22 => {
                 // mov ecx, small; cdq; idiv ecx
                 code.raw(&[0xb9]).word((small & 3).into());
@@ -175,6 +191,63 @@ impl<C: Computing> Program<'_, C> {
                 code.raw(&[0xf0, 0x0f, 0xc1, 0x05]).to(data, 0);
                 code.raw(&[0x81, 0xe2]).word(0xfff);
                 code.raw(&[0x0f, 0xab, 0x15]).to(bits, 0).raw(&COMPARE);
+            }
+        }
+    }
+
+    /// Changes another piece's code, or what comes next in this one.
+    fn modify(&mut self, code: &mut Code) {
+        let target = self.any_piece();
+        let small = self.random.next() as u8;
+        let head = HEADS[self.random.below(HEADS.len() as u64) as usize];
+        let [a, b, c] = {
+            let mut middle = MIDDLES[self.random.below(MIDDLES.len() as u64) as usize];
+            if middle[1] == 0 {
+                middle[1] = small;
+            }
+            middle
+        };
+        match self.random.below(8) {
+            // Its first instruction's operand.
+            0 | 1 => {
+                code.raw(&[0xc6, 0x05]).to(target + 1, 1).raw(&[small]);
+            }
+            // Its operation.
+            2 => {
+                code.raw(&[0xc6, 0x05]).to(target, 1).raw(&[head]);
+            }
+            // Both.
+            3 => {
+                code.raw(&[0x66, 0xc7, 0x05])
+                    .to(target, 2)
+                    .raw(&[head, small]);
+            }
+            // What follows, which becomes more instructions, or fewer.
+            4 => {
+                code.raw(&[0xc7, 0x05])
+                    .to(target + 2, 4)
+                    .raw(&[a, b, c, small]);
+            }
+            // The end of one instruction and the beginning of the next.
+            5 => {
+                code.raw(&[0xc7, 0x05])
+                    .to(target + 1, 4)
+                    .raw(&[small, a, b, c]);
+            }
+            // All of it.
+            6 => {
+                // mov eax, …; mov [target], eax; and two bytes more
+                code.raw(&[0xb8]).raw(&[head, small, a, b]);
+                code.raw(&[0x89, 0x05]).to(target, 0);
+                code.raw(&[0x66, 0xc7, 0x05])
+                    .to(target + 4, 2)
+                    .raw(&[c, small]);
+            }
+            // The instruction behind the store.
+            _ => {
+                let next = code.next() + 10;
+                code.raw(&[0xc7, 0x05]).to(next, 4).raw(&[a, b, c, small]);
+                code.raw(&FILLER);
             }
         }
     }
@@ -248,7 +321,8 @@ impl<C: Computing> Program<'_, C> {
     /// A piece.
     pub fn piece(&mut self, number: u64) -> Code {
         let mut code = Code::at(self.place.base + number * PIECE);
-        code.raw(&[0xb0, number as u8]); // mov al, imm8
+        // mov al, imm8 and a long NOP: what other pieces change.
+        code.raw(&[0xb0, number as u8]).raw(&FILLER);
         if self.random.below(2) == 0 {
             code.raw(&[0x48, 0x8d, 0x25]).to(self.place.stack, 0); // lea rsp, [stack]
         }

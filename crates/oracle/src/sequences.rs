@@ -1,5 +1,6 @@
 //! Sequences: random programs, natively and on the engines.
 
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -11,7 +12,7 @@ use crate::bench::{Bench, OracleError, Times, arena, timed};
 use crate::campaign::{Campaign, Course};
 use crate::engine::{Engine, Kind};
 use crate::images::Images;
-use crate::judge::{self, Host};
+use crate::judge::{self, Host, Waiver};
 use crate::layout::record as at;
 use crate::layout::{
     BACKED_DATA, CODE_AT, DATA_AT, EXIT, IN_AT, PAGE, READ_ONLY, SLOTS, code, data, data_offset,
@@ -29,8 +30,10 @@ pub struct Report {
     pub programs: u64,
     /// Of them, those that faulted.
     pub faults: u64,
-    /// Programs that the host or an engine did not end in time.
+    /// Programs that the host did not end in time.
     pub unjudged: u64,
+    /// Programs in which something differed that does not count, by reason.
+    pub waived: BTreeMap<Waiver, u64>,
     /// Jumps that the programs made natively.
     pub jumps: u64,
     /// Children that died.
@@ -196,6 +199,7 @@ fn work(campaign: &Campaign, course: &Course<'_>, all: &Mutex<Report>) -> Result
             programs,
             faults,
             unjudged,
+            waived,
             jumps,
             deaths,
             differences,
@@ -205,6 +209,9 @@ fn work(campaign: &Campaign, course: &Course<'_>, all: &Mutex<Report>) -> Result
         all.programs += programs;
         all.faults += faults;
         all.unjudged += unjudged;
+        for (waiver, count) in waived {
+            *all.waived.entry(waiver).or_default() += count;
+        }
         all.jumps += jumps;
         all.deaths += deaths;
         all.different += different;
@@ -231,9 +238,7 @@ fn judge_batch(
     let kinds: Vec<Kind> = bench.engines.iter().map(Engine::kind).collect();
     for (slot, late) in late.iter_mut().enumerate() {
         let (native, outcomes) = bench.outcome(slot);
-        let outcomes: Vec<&[u8]> = outcomes.collect();
-        let timeout = |record: &[u8]| quad(record, at::VECTOR) == vector::TIMEOUT;
-        if timeout(native) || outcomes.iter().any(|outcome| timeout(outcome)) {
+        if quad(native, at::VECTOR) == vector::TIMEOUT {
             *late = true;
             report.unjudged += 1;
             continue;
@@ -241,14 +246,17 @@ fn judge_batch(
         report.programs += 1;
         report.faults += u64::from(quad(native, at::VECTOR) != vector::NONE);
         let input = of(&arena[IN_AT..], slot);
-        for (engine, outcome) in outcomes.into_iter().enumerate() {
+        for (engine, outcome) in outcomes.enumerate() {
             let mut outcome = outcome.to_vec();
             if kinds[engine] == Kind::Inexact {
                 take_unseen_flags(&mut outcome, native);
             }
-            let lines = judge::differences(host, None, input, native, &outcome);
-            if !lines.is_empty() {
-                found.push((engine, slot, lines));
+            let judgement = judge::differences(host, None, input, native, &outcome);
+            for waiver in judgement.waived {
+                *report.waived.entry(waiver).or_default() += 1;
+            }
+            if !judgement.differences.is_empty() {
+                found.push((engine, slot, judgement.differences));
             }
         }
     }
@@ -304,14 +312,17 @@ fn judge_batch(
             quad(native, at::VECTOR),
             quad(native, at::RIP)
         );
-        report.differences.push(format!(
+        let text = format!(
             "{}: program {slot} of batch {number}, seed {:#x}, natively ended with {end}\n    {}\n    from {}\n{}",
             bench.engines[engine].kind().name(),
             seed,
             lines.join("\n    "),
             judge::describe(of(&arena[IN_AT..], slot)),
             listing(arena, slot),
-        ));
+        );
+        // Who runs it for hours need not wait for the end, and keeps it if the run is stopped.
+        eprintln!("{text}\n");
+        report.differences.push(text);
     }
     Ok(())
 }

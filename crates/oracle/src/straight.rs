@@ -4,7 +4,7 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, Regi
 use trapgate_x86::profile::Level;
 
 use crate::encodings::{Encoding, Form, Surroundings, encodings, write};
-use crate::profile::{exclusion, memory_operand};
+use crate::profile::{is_of_the_machine, memory_operand};
 use crate::programs::{Code, Computing, Place};
 use crate::random::Random;
 
@@ -17,7 +17,7 @@ pub struct Straight {
 fn is_harmless(instruction: &Instruction) -> bool {
     use Mnemonic as M;
     let name = instruction.mnemonic();
-    exclusion(instruction).is_none()
+    !is_of_the_machine(instruction)
         && instruction.flow_control() == FlowControl::Next
         && !instruction.is_privileged()
         && !instruction.is_string_instruction()

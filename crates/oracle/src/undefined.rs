@@ -3,6 +3,7 @@
 //! Source: Intel SDM vol. 2, "Flags Affected" and "Operation" of each instruction.
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use trapgate_x86::registers::gpr;
 use trapgate_x86::registers::rflags::{AF, CF, OF, PF, SF, ZF};
 
 const ALL: u64 = CF | PF | AF | ZF | SF | OF;
@@ -203,37 +204,64 @@ pub fn order(instruction: &Instruction) -> bool {
         )
 }
 
-/// Two vectors of which an access in several parts may raise either: part of it not canonical, or not aligned, or not
-/// mapped. (SDM vol. 2, XSAVE, FXSAVE, "#AC": whether #AC is signaled in place of #GP varies with implementations.)
-pub fn either(vectors: [u64; 2]) -> bool {
-    vectors
-        .iter()
-        .all(|vector| matches!(vector, 12 | 13 | 14 | 17))
-        && vectors[0] != vectors[1]
+/// Bits of general registers in which an instruction gives what only this processor knows.
+pub fn processor_results(instruction: &Instruction) -> [u64; 16] {
+    let mut registers = [0; 16];
+    let named: &[usize] = match instruction.mnemonic() {
+        M::Rdtsc | M::Xgetbv => &[gpr::RAX, gpr::RDX],
+        M::Rdtscp => &[gpr::RAX, gpr::RDX, gpr::RCX],
+        M::Cpuid => &[gpr::RAX, gpr::RBX, gpr::RCX, gpr::RDX],
+        M::Rdpid => {
+            let register = instruction.op_register(0).full_register();
+            registers[register.number() & 15] = u64::from(u32::MAX);
+            return registers;
+        }
+        _ => &[],
+    };
+    for &register in named {
+        // Upper halves are 0.
+        registers[register] = u64::from(u32::MAX);
+    }
+    registers
 }
 
 /// What a fault leaves behind that the manual does not promise either way, and no program can rely on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Residue {
-    /// A store of ten bytes has written eight, or a far CALL one word of two.
-    pub memory: bool,
-    /// An MMX store has made TOP 0 before it faults, which it does anyway when it is done again.
+    /// A store of ten bytes has written eight, or a far CALL one word of two (SDM vol. 3A, 6.5: a program that goes on
+    /// after a fault does the instruction again).
+    pub memory: Left,
+    /// An MMX store has made TOP 0 before it faults, which it does anyway when it is done again (SDM vol. 3A, 12.2).
     pub top: bool,
-    /// VCVTPS2PH has noted masked exceptions in MXCSR before its store faults; and dot products those of their first
-    /// stages before an unmasked one of a later stage.
+    /// VCVTPS2PH has noted masked exceptions in MXCSR before its store faults (SDM vol. 2, "VCVTPS2PH"); and dot products
+    /// those of their first stages before an unmasked one of a later stage (SDM vol. 2, "DPPS").
     pub noted: bool,
     /// Beside an unmasked overflow or underflow, whether the result would be exact: the host CPU rounds it as if the
-    /// exponent had no limit, which only it can.
+    /// exponent had no limit, which only it can (SDM vol. 1, 4.9.1.4 to 4.9.1.6).
     pub precision: bool,
 }
 
-/// What of an outcome with a fault is not compared; `mxcsr` is before it.
-pub fn residue(instruction: &Instruction, mxcsr: u32, fault: u64) -> Residue {
+/// Memory that an instruction may have written before it faulted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Left {
+    /// None.
+    #[default]
+    Nothing,
+    /// Some of its operand.
+    Operand,
+    /// Some of what it pushes.
+    Stack,
+}
+
+/// What of an outcome with a fault is not compared; `mxcsr` is before it and after it.
+pub fn residue(instruction: &Instruction, mxcsr: [u32; 2], fault: u64) -> Residue {
     use iced_x86::Code;
     Residue {
-        memory: matches!(instruction.code(), Code::Fstp_m80fp | Code::Fbstp_m80bcd)
-            || instruction.is_call_far()
-            || instruction.is_call_far_indirect(),
+        memory: match instruction.code() {
+            Code::Fstp_m80fp | Code::Fbstp_m80bcd => Left::Operand,
+            _ if instruction.is_call_far() || instruction.is_call_far_indirect() => Left::Stack,
+            _ => Left::Nothing,
+        },
         top: crate::profile::memory_operand(instruction) == Some(0)
             && instruction.op_register(1).is_mm(),
         noted: match instruction.mnemonic() {
@@ -241,6 +269,7 @@ pub fn residue(instruction: &Instruction, mxcsr: u32, fault: u64) -> Residue {
             M::Dpps | M::Dppd | M::Vdpps | M::Vdppd => fault == 19,
             _ => false,
         },
-        precision: fault == 19 && mxcsr & 0xc00 != 0xc00,
+        // OE and OM, UE and UM.
+        precision: fault == 19 && mxcsr[1] & 0x18 & !(mxcsr[0] >> 7) != 0,
     }
 }

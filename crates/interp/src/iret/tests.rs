@@ -178,6 +178,26 @@ fn long_mode_returns_to_compatibility_mode() {
     assert_eq!(bench.cpu.rflags(), rflags::IF | rflags::RF | 2);
 }
 
+/// A host CPU showed it, of RETFQ and IRETQ within level 3.
+#[test]
+fn returns_to_compatibility_mode_take_the_lower_half_of_rip() {
+    for rip in [0x1_0000_1234, 0x8000_0000_0000_1234] {
+        let mut bench = Bench::long();
+        long_frame(&mut bench, DATA3, 0x7000, 2, CODE3, rip);
+        bench.runs(IRETQ);
+        assert_eq!((bench.cpu.cpl, bench.cpu.rip), (3, 0x1234));
+
+        let mut bench = Bench::long().user();
+        bench.push(8, &[CODE3.into(), rip]);
+        // RETFQ
+        bench.runs(&[0x48, 0xcb]);
+        assert_eq!(
+            (bench.cpu.code_size, bench.cpu.rip),
+            (CodeSize::Bits32, 0x1234)
+        );
+    }
+}
+
 #[test]
 fn long_mode_pops_the_stack_at_the_same_level_too() {
     let mut bench = Bench::long();
@@ -214,11 +234,6 @@ fn errors_of_returns_in_long_mode() {
         (
             "non-canonical",
             (DATA3, CODE3_64, 0x8000_0000_0000, 0),
-            gp(0),
-        ),
-        (
-            "beyond 32-bit code",
-            (DATA3, CODE3, 0x1_0000_0000, 0),
             gp(0),
         ),
         (

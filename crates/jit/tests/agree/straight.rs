@@ -175,3 +175,24 @@ fn instructions_with_ch_do_the_same_on_both() {
         code
     });
 }
+
+/// PUSH and CALL of memory take their operand's address another way than the rest.
+#[test]
+fn addresses_relative_to_eip_are_those_relative_to_rip() {
+    const FORMS: &[&[u8]] = &[
+        &[0x67, 0xff, 0x35, 0, 0, 0, 0],       // push [eip]
+        &[0x67, 0x8b, 0x05, 0, 0, 0, 0],       // mov eax, [eip]
+        &[0x67, 0x48, 0x8d, 0x1d, 9, 0, 0, 0], // lea rbx, [eip + 9]
+        &[0x67, 0x03, 0x0d, 4, 0, 0, 0],       // add ecx, [eip + 4]
+        &[0x58],                               // pop rax
+    ];
+    together::compare(200, |random, _| {
+        let mut code = Vec::new();
+        for _ in 0..1 + random.below(12) {
+            code.extend_from_slice(FORMS[random.below(FORMS.len() as u64) as usize]);
+        }
+        // Some leave flags undefined: add eax, ebx.
+        code.extend_from_slice(&[0x01, 0xd8]);
+        code
+    });
+}
