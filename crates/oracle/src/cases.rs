@@ -455,7 +455,7 @@ impl Making<'_> {
         for _ in 0..64 {
             self.operand = self.effective(instruction, mask).wrapping_add(segment) & space;
             let splits = if elements {
-                self.operand % size.max(1) != 0
+                !self.operand.is_multiple_of(size.max(1))
             } else {
                 self.operand % 64 + size > 64
             };
