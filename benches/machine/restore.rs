@@ -6,7 +6,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use trapgate_vmm::{EngineChoice, EngineKind, Hooks, Machine, MachineConfig};
+use trapgate_vmm::{
+    EngineChoice, EngineKind, EngineReport, Hooks, Host, Machine, MachineConfig, engines,
+};
 
 use crate::Failure;
 use crate::figure::{Promise, Report};
@@ -55,24 +57,55 @@ pub(crate) fn measure(runs: usize, report: &mut Report) -> Result<(), Failure> {
     // Beside the program, on a disk: what `/tmp` is differs from host to host.
     let above = program.parent().unwrap_or(Path::new("."));
     let directory = tempfile::tempdir_in(above)?;
-    let saved = directory.path().join("saved");
-    let (paused, bytes) = save(&saved)?;
-    report.add("save: the guest stands still", "ms", &[paused]);
-    report.add("save: on the disk", "MiB", &[bytes]);
+    for EngineReport { kind, usable, .. } in engines(&Host::probe()) {
+        // It is for finding faults, whatever that costs.
+        if kind == EngineKind::Lockstep {
+            continue;
+        }
+        let saved = directory.path().join(kind.name());
+        let done = match usable {
+            Ok(_) => measure_on(kind, &program, &saved, runs, report),
+            Err(reason) => Err(reason.into()),
+        };
+        if let Err(error) = done {
+            report.skip(&format!("restore on {kind}"), error.as_ref());
+        }
+    }
+    Ok(())
+}
+
+fn measure_on(
+    engine: EngineKind,
+    program: &Path,
+    saved: &Path,
+    runs: usize,
+    report: &mut Report,
+) -> Result<(), Failure> {
+    let (paused, bytes) = save(engine, saved)?;
+    report.add(
+        format!("save on {engine}: the guest stands still"),
+        "ms",
+        &[paused],
+    );
+    report.add(format!("save on {engine}: on the disk"), "MiB", &[bytes]);
     let (mut times, mut memory) = (Vec::new(), Vec::new());
     for _ in 0..runs.max(5) {
-        let (time, own) = restore(&program, &saved)?;
+        let (time, own) = restore(program, engine, saved)?;
         times.push(time);
         memory.push(own);
     }
     report.promised(
-        "restore: command to guest output",
+        format!("restore on {engine}: command to guest output"),
         "ms",
         &times,
         Some(Promise::AtMost(30.0)),
         None,
     );
-    report.add("restore: memory of its own", "MiB", &memory);
+    report.add(
+        format!("restore on {engine}: memory of its own"),
+        "MiB",
+        &memory,
+    );
     Ok(())
 }
 
@@ -89,7 +122,7 @@ fn program() -> Result<PathBuf, Failure> {
 }
 
 /// Milliseconds of pause, and MiB on the disk.
-fn save(to: &Path) -> Result<(f64, f64), Failure> {
+fn save(engine: EngineKind, to: &Path) -> Result<(f64, f64), Failure> {
     let (said, hears) = channel();
     let hooks = Hooks {
         serial: Box::new(move |_| {
@@ -100,7 +133,7 @@ fn save(to: &Path) -> Result<(f64, f64), Failure> {
     let config = MachineConfig {
         memory_bytes: MEMORY,
         kernel: guest().into(),
-        engine: EngineChoice::Only(EngineKind::Interp),
+        engine: EngineChoice::Only(engine),
         ..MachineConfig::default()
     };
     let machine = Machine::start(config, hooks)?;
@@ -124,12 +157,12 @@ impl Drop for Running {
 }
 
 /// Milliseconds from the command to the guest's first output, and MiB of memory that are its own then.
-fn restore(program: &Path, from: &Path) -> Result<(f64, f64), Failure> {
+fn restore(program: &Path, engine: EngineKind, from: &Path) -> Result<(f64, f64), Failure> {
     let started = Instant::now();
     let child = Command::new(program)
         .arg("restore")
         .arg(from)
-        .args(["--quiet", "--engine", "interp"])
+        .args(["--quiet", "--engine", engine.name()])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()?;

@@ -24,6 +24,8 @@ pub(crate) struct FakeMachine {
     pub(crate) states: States,
     pub(crate) terminal: Option<Terminal>,
     pub(crate) on_button: OnButton,
+    /// Locked while it is saved, or changes between running and standing still, as that of a machine is.
+    pub(crate) busy: Mutex<()>,
     /// What happened to it, in order.
     pub(crate) story: Mutex<Vec<String>>,
     asked: AtomicU64,
@@ -37,6 +39,7 @@ impl FakeMachine {
             states: States::new(State::Running),
             terminal: Some(terminal),
             on_button,
+            busy: Mutex::default(),
             story: Mutex::default(),
             asked: AtomicU64::new(0),
         })
@@ -58,6 +61,7 @@ impl FakeMachine {
     }
 
     fn change(&self, state: State) -> Result<StateAnswer, Problem> {
+        let _busy = lock(&self.busy);
         let changed = self.states.set(state);
         if self.states.get() == State::Ended {
             return Err(ProblemKind::Ended.into());
@@ -147,6 +151,7 @@ impl Control for FakeMachine {
 
     fn snapshot(&self, directory: &Path) -> Result<SnapshotAnswer, Problem> {
         assert!(!directory.ends_with("panic"), "as the test wanted");
+        let _busy = lock(&self.busy);
         Ok(SnapshotAnswer {
             directory: directory.to_string_lossy().into_owned(),
             bytes: 0,

@@ -49,8 +49,9 @@ pub const PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of a request's head.
 const HEAD: usize = 16 << 10;
 const HEADERS: usize = 64;
-/// Threads for what may wait, each for a short time: all but a snapshot.
-const WAITING_THREADS: usize = 4;
+/// Threads for what may wait: one for each connection, so that those that wait for a disk, or for one another (a pause
+/// for the snapshot before it), hold up nobody else. They are made when they are needed.
+const WAITING_THREADS: usize = CONNECTIONS;
 /// How long such a thread stays when there is nothing more to do.
 const THREAD_STAYS: Duration = Duration::from_secs(1);
 /// How long to wait when the host lacks descriptors for another connection.

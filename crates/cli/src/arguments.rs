@@ -90,8 +90,8 @@ const RUN: &str = "Boots a machine and connects this terminal to it.\n\n\
 const RESTORE: &str = "Lets a machine go on from a snapshot, connected to this terminal or to trapgate's input and output, as \
         `trapgate run` connects one.\n\n\
         Nothing is read but what the guest touches, and nothing is written to the snapshot: any number of machines may go \
-        on from it. Its files must stay as they are for as long. Disks are not in it: they are expected where they were, \
-        unless `machine.json` in the directory is changed to name others.\n\n\
+        on from it. Its files must stay as they are for as long. Disks are not in it: they are expected where they were \
+        (and one that can be written serves one machine at a time), unless `machine.json` in the directory is changed to name others.\n\n\
         For the guest no time has passed. Its clocks go on where they stood, so its time of day is late. The machine's \
         real-time clock is right: `hwclock -s -u` in the guest sets the time of day by it.";
 

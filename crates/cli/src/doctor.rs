@@ -313,7 +313,11 @@ fn kvm_remedy(kvm: &Kvm) -> &'static str {
         Kvm::NoDevice { hardware: Some(_) } => {
             "load its module (`sudo modprobe kvm_intel`, or `kvm_amd`), or pass the device on to this container"
         }
-        Kvm::NoPermission { hardware: None } | Kvm::NoDevice { hardware: None } => {
+        // There is a device, so that it would be a paravirtual one.
+        Kvm::NoPermission { hardware: None } => {
+            "ask who runs this host for a machine with nested virtualization; to take this one all the same with `--engine kvm`, join the group that owns it (`ls -l /dev/kvm`)"
+        }
+        Kvm::NoDevice { hardware: None } => {
             "turn virtualization on in the firmware, or, in a virtual machine, ask for nested virtualization"
         }
         Kvm::Broken(_) => "see the kernel's log (`dmesg`) for what is wrong with it",
@@ -445,6 +449,7 @@ mod tests {
         let kinds = [
             Kvm::Paravirtual,
             Kvm::NoPermission { hardware },
+            Kvm::NoPermission { hardware: None },
             Kvm::NoDevice { hardware },
             Kvm::NoDevice { hardware: None },
             Kvm::Broken(std::io::Error::other("it does not answer")),
@@ -462,16 +467,19 @@ mod tests {
                 format!("{} {}", finding.what, finding.cost.unwrap())
             })
             .collect();
-        for (text, word) in
-            texts
-                .iter()
-                .zip(["--engine kvm", "usermod", "modprobe", "firmware", "dmesg"])
-        {
+        for (text, word) in texts.iter().zip([
+            "--engine kvm",
+            "usermod",
+            "the group that owns it",
+            "modprobe",
+            "firmware",
+            "dmesg",
+        ]) {
             assert!(text.contains(word), "{text}");
         }
         texts.sort();
         texts.dedup();
-        assert_eq!(texts.len(), 5);
+        assert_eq!(texts.len(), 6);
     }
 
     #[test]

@@ -104,7 +104,10 @@ impl Failure {
             }
             MachineError::Memory(_)
             | MachineError::Engine { .. }
+            | MachineError::Level { .. }
             | MachineError::Kvm(_)
+            | MachineError::Jit(_)
+            | MachineError::StateHere { .. }
             | MachineError::Bus(_)
             | MachineError::Thread { .. } => (status::HOST, "cannot make the machine".to_owned()),
             _ => (status::DEFECT, "cannot make the machine".to_owned()),
@@ -184,6 +187,11 @@ mod tests {
         assert_eq!(Failure::image(&no_space).status, status::HOST);
         let cpus = MachineError::Cpus { cpus: 0, most: 9 };
         assert_eq!(Failure::machine("it", &cpus).status, status::USAGE);
+        let level = MachineError::Level {
+            level: trapgate_vmm::Level::V3,
+            lacks: vec!["avx2"],
+        };
+        assert_eq!(Failure::machine("it", &level).status, status::HOST);
         let empty = MachineError::Boot(trapgate_boot::BootError::Empty);
         assert_eq!(Failure::machine("it", &empty).status, status::INPUT);
     }

@@ -27,7 +27,7 @@ pub(crate) const HELP: &str = "\
 Exit status:
   The status of the command or shell in the guest; 0 if the guest was powered off. Otherwise:
   120  the command line is wrong
-  121  a kernel, initrd or disk can't be used
+  121  a kernel, initrd, disk or snapshot can't be used
   122  this host lacks something: space, memory, a package, an engine
   123  the guest's kernel panicked
   124  the guest crashed (triple fault), or reset itself before it was up

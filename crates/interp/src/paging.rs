@@ -336,3 +336,31 @@ impl Walk {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{PAGE_TABLES, protected_cpu};
+
+    /// PSE-36 (SDM vol. 3A 5.3, table 5-4): bits 20 to 13 of a large page's entry are bits 39 to 32 of its address.
+    #[test]
+    fn large_page_of_32_bit_paging_can_lie_above_4_gib() {
+        for (entry, gpa) in [
+            (0x0040_0083u32, 0x40_2345),
+            (0x0040_2083, 0x1_0040_2345),
+            (0x0010_0083, 0x80_0000_2345),
+            (0xffdf_e083, 0xff_ffc0_2345),
+        ] {
+            let (mut cpu, _) = protected_cpu();
+            cpu.memory
+                .write(PAGE_TABLES, &entry.to_le_bytes())
+                .expect("the table lies in memory");
+            cpu.sys.cr3 = PAGE_TABLES;
+            cpu.sys.cr4 |= cr4::PSE;
+            cpu.sys.cr0 |= cr0::PG;
+            cpu.update_mode();
+            let found = cpu.translate(0x2345, Access::Read, View::Supervisor).ok();
+            assert_eq!(found.map(|page| page.gpa), Some(gpa), "{entry:#x}");
+        }
+    }
+}

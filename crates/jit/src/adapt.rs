@@ -38,17 +38,37 @@ impl Lesson {
     pub(crate) const COUNT: usize = 4;
 }
 
-/// An instruction, by its offset on its page, and what is known of its accesses.
-pub(crate) type Noted = (u16, Lesson);
+/// What is known of an instruction's accesses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Noted {
+    /// Its offset on its page.
+    pub(crate) offset: u16,
+    pub(crate) lesson: Lesson,
+    /// The first unit that was translated by somebody who knew.
+    since: u64,
+}
 
 /// What was learnt.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Lessons {
     /// By guest-physical page.
     pages: FxHashMap<u64, Vec<Noted>>,
     count: usize,
     /// When patience with each kind ended last.
     last: [Option<Instant>; Lesson::COUNT],
+    /// It ends often if in less time than this after the last end.
+    pub(crate) often: Duration,
+}
+
+impl Default for Lessons {
+    fn default() -> Self {
+        Self {
+            pages: FxHashMap::default(),
+            count: 0,
+            last: [None; Lesson::COUNT],
+            often: OFTEN,
+        }
+    }
 }
 
 impl Lessons {
@@ -61,11 +81,19 @@ impl Lessons {
     pub(crate) fn is_often(&mut self, lesson: Lesson) -> bool {
         let now = Instant::now();
         let last = self.last[lesson as usize].replace(now);
-        last.is_some_and(|last| now.duration_since(last) < OFTEN)
+        last.is_some_and(|last| now.duration_since(last) < self.often)
     }
 
-    /// Remembers an instruction; `false` if that changes nothing: it was taken for this, or more, already.
-    pub(crate) fn note(&mut self, gpa: u64, rip: u64, lesson: Lesson) -> bool {
+    /// Remembers an instruction of a unit, by the number of the unit and that of the next one to be translated. `false` if that
+    /// changes nothing: the unit takes it for this, or more, already. An instruction may be in several units.
+    pub(crate) fn note(
+        &mut self,
+        gpa: u64,
+        rip: u64,
+        lesson: Lesson,
+        unit: u64,
+        next_unit: u64,
+    ) -> bool {
         if self.count == MOST {
             self.pages.clear();
             self.count = 0;
@@ -73,16 +101,22 @@ impl Lessons {
         let offset = (rip & 0xfff) as u16;
         let noted = self.pages.entry(gpa >> 12).or_default();
         let returns = lesson == Lesson::Returns;
-        let same =
-            |noted: &&mut Noted| noted.0 == offset && (noted.1 == Lesson::Returns) == returns;
+        let same = |noted: &&mut Noted| {
+            noted.offset == offset && (noted.lesson == Lesson::Returns) == returns
+        };
         match noted.iter_mut().find(same) {
-            Some((_, known)) if *known >= lesson => false,
-            Some((_, known)) => {
-                *known = lesson;
+            Some(known) if known.lesson >= lesson => unit < known.since,
+            Some(known) => {
+                known.lesson = lesson;
+                known.since = next_unit;
                 true
             }
             None => {
-                noted.push((offset, lesson));
+                noted.push(Noted {
+                    offset,
+                    lesson,
+                    since: next_unit,
+                });
                 self.count += 1;
                 true
             }
@@ -94,32 +128,46 @@ impl Lessons {
 mod tests {
     use super::*;
 
+    fn on_page(lessons: &Lessons, gpa: u64) -> Vec<(u16, Lesson)> {
+        let noted = lessons.on_page(gpa).iter();
+        noted.map(|noted| (noted.offset, noted.lesson)).collect()
+    }
+
     #[test]
     fn instruction_is_noted_once_and_found_by_its_page() {
         let mut lessons = Lessons::default();
-        assert!(lessons.note(0x5000, 0xffff_8000_0000_0123, Lesson::Wanders));
-        assert!(!lessons.note(0x5000, 0x123, Lesson::Wanders));
-        assert!(lessons.note(0x6000, 0x123, Lesson::Wanders));
-        assert_eq!(lessons.on_page(0x5fff), [(0x123, Lesson::Wanders)]);
+        assert!(lessons.note(0x5000, 0xffff_8000_0000_0123, Lesson::Wanders, 3, 8));
+        assert!(!lessons.note(0x5000, 0x123, Lesson::Wanders, 8, 9));
+        assert!(lessons.note(0x6000, 0x123, Lesson::Wanders, 8, 9));
+        assert_eq!(on_page(&lessons, 0x5fff), [(0x123, Lesson::Wanders)]);
         assert!(lessons.on_page(0x7000).is_empty());
     }
 
     #[test]
     fn instruction_changes_its_mind_once_for_each_lesson() {
         let mut lessons = Lessons::default();
-        assert!(lessons.note(0, 1, Lesson::Crowded));
-        assert!(lessons.note(0, 1, Lesson::Wanders));
-        assert!(!lessons.note(0, 1, Lesson::Crowded));
-        assert!(lessons.note(0, 1, Lesson::Crosses));
-        assert!(!lessons.note(0, 1, Lesson::Wanders));
-        assert_eq!(lessons.on_page(0), [(1, Lesson::Crosses)]);
+        assert!(lessons.note(0, 1, Lesson::Crowded, 0, 1));
+        assert!(lessons.note(0, 1, Lesson::Wanders, 1, 2));
+        assert!(!lessons.note(0, 1, Lesson::Crowded, 2, 3));
+        assert!(lessons.note(0, 1, Lesson::Crosses, 2, 3));
+        assert!(!lessons.note(0, 1, Lesson::Wanders, 3, 4));
+        assert_eq!(on_page(&lessons, 0), [(1, Lesson::Crosses)]);
+    }
+
+    #[test]
+    fn each_unit_that_did_not_know_learns_it() {
+        let mut lessons = Lessons::default();
+        assert!(lessons.note(0, 1, Lesson::Crosses, 5, 8));
+        assert!(lessons.note(0, 1, Lesson::Crosses, 7, 9));
+        assert!(lessons.note(0, 1, Lesson::Wanders, 3, 9));
+        assert!(!lessons.note(0, 1, Lesson::Crosses, 8, 9));
     }
 
     #[test]
     fn memory_for_instructions_is_bounded() {
         let mut lessons = Lessons::default();
         for number in 0..3 * MOST as u64 {
-            lessons.note(number << 12, 0, Lesson::Wanders);
+            lessons.note(number << 12, 0, Lesson::Wanders, 0, 1);
         }
         assert!(lessons.pages.len() <= MOST);
     }

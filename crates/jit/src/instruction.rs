@@ -182,25 +182,36 @@ pub(crate) struct Guest {
 
 /// Flags that an instruction reads, certainly overwrites, and may change.
 pub(crate) fn flag_use(instruction: &Instruction) -> (u32, u32, u32) {
-    use Mnemonic::{Bsf, Bsr, Rcl, Rcr, Rol, Ror, Sal, Sar, Shl, Shld, Shr, Shrd};
+    use Mnemonic as M;
     let reads = instruction.rflags_read() & FLAGS;
     let modifies = instruction.rflags_modified() & FLAGS;
-    let shift = matches!(
-        instruction.mnemonic(),
-        Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd
-    );
     let last = instruction.op_count().saturating_sub(1);
-    let kills = if shift {
-        match instruction.op_kind(last) {
+    let kills = match instruction.mnemonic() {
+        M::Shl
+        | M::Sal
+        | M::Shr
+        | M::Sar
+        | M::Rol
+        | M::Ror
+        | M::Rcl
+        | M::Rcr
+        | M::Shld
+        | M::Shrd => match instruction.op_kind(last) {
             // By CL, which may be zero: nothing is certain. A count of 1 defines all that it changes; others
             // leave OF undefined, and AF.
             OpKind::Immediate8 if instruction.immediate8() & 31 != 0 => modifies,
             _ => 0,
+        },
+        M::Bsf | M::Bsr => modifies & !instruction.rflags_undefined(),
+        // Repeated no time they compare nothing.
+        M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq | M::Scasb | M::Scasw | M::Scasd | M::Scasq
+            if instruction.has_rep_prefix() || instruction.has_repne_prefix() =>
+        {
+            0
         }
-    } else if matches!(instruction.mnemonic(), Bsf | Bsr) {
-        modifies & !instruction.rflags_undefined()
-    } else {
-        modifies
+        // Of control registers: the manual leaves all undefined, and processors leave all alone.
+        M::Mov => 0,
+        _ => modifies,
     };
     (reads, kills, modifies)
 }

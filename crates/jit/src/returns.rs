@@ -11,8 +11,9 @@
 //!
 //! Below the calls is room for what else uses a stack: stubs, and the host's signals. Rust functions run on the thread's own
 //! stack. A unit goes on behind the landing: it is dropped when its guest code changes, and then the stacks are
-//! emptied. A CALL that finds its stack full, or a signal raised, leaves host code. The word at the base leads to the
-//! table and stays there.
+//! emptied. A CALL that finds its stack full, or a signal raised, leaves host code, and so does a landing if one is raised: as
+//! many returns as there are calls on the stack follow each other without a jump. The word at the base leads to the table
+//! and stays there.
 
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -107,10 +108,13 @@ impl Context {
         }
     }
 
-    /// Host code left at a landing: a call was returned to once too often.
+    /// Host code left at a landing: a signal is raised, or a call was returned to once too often.
     pub(crate) fn leave_at_return(&mut self) {
         let exit = self.rust.exits[self.site as usize];
         self.interp.cpu.rip = exit.target;
+        if self.patience[Lesson::Returns as usize] != 0 {
+            return;
+        }
         self.patience[Lesson::Returns as usize] = PATIENCE[Lesson::Returns as usize];
         let blocks = &self.rust.blocks;
         let block = blocks.partition_point(|block| block.checked <= exit.patch);
@@ -202,22 +206,36 @@ impl Writer<'_> {
         self.asm
             .jump_if(condition::NE, self.stubs.other_call[class]);
         self.x87 = false;
+        self.asm.compare_byte(Mem::low(self.at.poll()), 0);
+        self.asm.jump_if(condition::E, self.asm.here());
+        let poll = self.asm.bytes.len() - 4;
         // The page may be mapped elsewhere by then.
         if self.is_last {
+            self.leave_at_landing(poll);
             if !self.request.is_returned_to(&guest.instruction) {
                 let patience = Mem::low(self.at.patience(Lesson::Returns));
                 self.asm.alu_memory_imm32(Alu::Sub, patience, 1);
                 self.asm.jump_if(condition::E, self.asm.here());
-                self.asides.push(Aside::Leave {
-                    jump: self.asm.bytes.len() - 4,
-                    exit: self.unit.exits.len(),
-                    stub: self.stubs.at_return,
-                });
+                self.leave_at_landing(self.asm.bytes.len() - 4);
             }
             self.leave_far(address);
         } else {
+            self.asides.push(Aside::Go {
+                jump: poll,
+                target: address,
+                memory: true,
+            });
             self.unit.has_landing = true;
             self.check_mapping(address, self.request.mapping, address);
         }
+    }
+
+    /// A jump leaves a landing whose exit is the next that is made.
+    fn leave_at_landing(&mut self, jump: usize) {
+        self.asides.push(Aside::Leave {
+            jump,
+            exit: self.unit.exits.len(),
+            stub: self.stubs.at_return,
+        });
     }
 }

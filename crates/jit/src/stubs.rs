@@ -114,7 +114,7 @@ pub(crate) mod exit {
     pub(crate) const STOP: u32 = 3;
     /// At a CALL that finds its stack full, or a signal raised; the site is its exit.
     pub(crate) const CALL: u32 = 4;
-    /// At a landing, where patience ended; the site is its exit.
+    /// At a landing, where patience ended or a signal is raised; the site is its exit.
     pub(crate) const RETURN: u32 = 5;
     /// How many there are.
     pub(crate) const COUNT: usize = 6;

@@ -129,7 +129,8 @@ impl Request<'_> {
     pub(crate) fn is_returned_to(&self, instruction: &Instruction) -> bool {
         let offset = (instruction.next_ip() & 0xfff) as u16;
         // Who is compared seldom runs long enough to learn it.
-        self.exact && offset & 1 == 0 || self.lessons.contains(&(offset, Lesson::Returns))
+        let known = |noted: &Noted| noted.offset == offset && noted.lesson == Lesson::Returns;
+        self.exact && offset & 1 == 0 || self.lessons.iter().any(known)
     }
 }
 
@@ -348,7 +349,8 @@ impl Writer<'_> {
             self.store_x87_pointer();
             let next = self.request.rip.wrapping_add(self.unit.length);
             let next = self.mode.wrap(next);
-            self.leave_direct(next, last.live_out);
+            // Over the end of the address space is no way ahead.
+            self.jump(&last.instruction, next, last.live_out);
         }
         self.write_asides();
         true
@@ -456,8 +458,8 @@ impl Writer<'_> {
         }
         let mut noted = self.request.lessons.iter();
         noted
-            .find(|(other, lesson)| *other == offset && *lesson != Lesson::Returns)
-            .map(|noted| noted.1)
+            .find(|noted| noted.offset == offset && noted.lesson != Lesson::Returns)
+            .map(|noted| noted.lesson)
     }
 
     /// Whether an instruction is in a loop that ends in this unit.

@@ -6,8 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use kvm_bindings::{
     KVM_EXIT_IO_IN, KVM_IRQCHIP_IOAPIC, kvm_device_attr, kvm_interrupt, kvm_ioapic_state,
-    kvm_ioeventfd, kvm_irqchip, kvm_lapic_state, kvm_msr_entry, kvm_msrs, kvm_pic_state, kvm_run,
-    kvm_sregs2,
+    kvm_ioeventfd, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_msrs,
+    kvm_pic_state, kvm_run, kvm_sregs2,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -23,6 +23,7 @@ const fn number(direction: u32, number: u32, size: usize) -> u64 {
 const WRITE: u32 = 1;
 const READ: u32 = 2;
 
+const KVM_GET_MP_STATE: u64 = number(READ, 0x98, size_of::<kvm_mp_state>());
 const KVM_INTERRUPT: u64 = number(WRITE, 0x86, size_of::<kvm_interrupt>());
 const KVM_GET_SREGS2: u64 = number(READ, 0xcc, size_of::<kvm_sregs2>());
 const KVM_SET_SREGS2: u64 = number(WRITE, 0xcd, size_of::<kvm_sregs2>());
@@ -47,6 +48,13 @@ pub(crate) fn interrupt(vcpu: &VcpuFd, vector: u8) -> io::Result<()> {
     let argument = kvm_interrupt { irq: vector.into() };
     // SAFETY: the descriptor is a vCPU's; the kernel reads a `kvm_interrupt`, which lives.
     result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_INTERRUPT, &raw const argument) })
+}
+
+/// KVM_GET_MP_STATE, for what it does beside telling: the processor accepts INIT and start-up IPIs that wait.
+pub(crate) fn accept_startup(vcpu: &impl AsRawFd) -> io::Result<()> {
+    let mut state = kvm_mp_state::default();
+    // SAFETY: the descriptor is a vCPU's; the kernel writes a `kvm_mp_state`, which lives.
+    result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_MP_STATE, &raw mut state) })
 }
 
 /// KVM_GET_SREGS2.

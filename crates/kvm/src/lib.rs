@@ -38,6 +38,10 @@ mod transfer;
 mod tsc;
 mod vcpu;
 
+#[cfg(test)]
+#[path = "../tests/bench/skipped.rs"]
+mod skipped;
+
 pub use cpuid::Lacks;
 pub use error::KvmError;
 pub use facts::{Facts, InKernel};

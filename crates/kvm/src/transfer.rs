@@ -22,12 +22,15 @@ impl KvmVcpu {
     /// The state between two instructions.
     pub(crate) fn export(&self) -> Result<CpuState, KvmError> {
         let vcpu = &self.vcpu;
-        let sregs = calls::sregs2(vcpu).map_err(named("KVM_GET_SREGS2"))?;
-        let special = Special::from_sregs(&sregs);
-        let xcrs = vcpu.get_xcrs().map_err(call("KVM_GET_XCRS"))?;
+        // First: an INIT or a start-up IPI that waits is accepted by it, which changes every register.
+        let activity = self.current_activity()?;
+        // Before the registers: a page fault's address may wait with it, and goes to CR2 by this.
         let waiting = vcpu
             .get_vcpu_events()
             .map_err(call("KVM_GET_VCPU_EVENTS"))?;
+        let sregs = calls::sregs2(vcpu).map_err(named("KVM_GET_SREGS2"))?;
+        let special = Special::from_sregs(&sregs);
+        let xcrs = vcpu.get_xcrs().map_err(call("KVM_GET_XCRS"))?;
         let kernel = KernelState {
             regs: vcpu.get_regs().map_err(call("KVM_GET_REGS"))?,
             debug: vcpu.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?,
@@ -42,7 +45,7 @@ impl KvmVcpu {
             &self.ours,
             self.machine.profile(),
             self.current_offset()?,
-            self.current_activity()?,
+            activity,
         ))
     }
 

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use bench::{CODE, DEVICE, STACK, bench, long_state};
+use bench::{CODE, DEVICE, STACK, bench, long_state, skipped};
+use trapgate_engine::probe::Host;
 use trapgate_engine::{Exit, Signal, Vcpu, World};
 use trapgate_memory::{TraceFlags, TraceListener};
 use trapgate_x86::registers::{MXCSR_MASK, cr4, dr, gpr, rflags, sreg};
@@ -336,6 +337,36 @@ fn pending_exception_of_a_state_is_delivered_first() {
     assert_eq!(u64::from_le_bytes(code), 2);
 }
 
+/// Given an interrupt that waits, when a state is put in whose shadow holds it off, then one instruction is executed first.
+#[test]
+fn shadow_of_a_state_holds_an_interrupt_off_for_an_instruction() {
+    for shadow in [InterruptShadow::Sti, InterruptShadow::MovSs] {
+        // NOP; JMP to itself.
+        let Some(mut bench) = bench(&[0x90, 0xeb, 0xfe]) else {
+            return;
+        };
+        // CLI; HLT.
+        bench.memory.write(CODE + 0x100, &[0xfa, HLT]).unwrap();
+        bench.gate(0x61, CODE + 0x100);
+        let mut state = long_state();
+        state.rflags |= rflags::IF;
+        state.system.shadow = shadow;
+        bench.world.with(|told| told.interrupts.push(0x61));
+        bench.vcpu.set_state(&state).unwrap();
+        bench.vcpu.signals().raise(Signal::Interrupt);
+
+        let state = bench.run_to_halt();
+
+        let mut from = [0; 8];
+        bench.memory.read(state.gpr[gpr::RSP], &mut from).unwrap();
+        let held_off = u64::from_le_bytes(from) - CODE;
+        if held_off == 0 && !Host::probe().kvm.is_hardware() {
+            return skipped("a paravirtual KVM does not heed the shadow of a state");
+        }
+        assert_eq!(held_off, 1, "{shadow:?}");
+    }
+}
+
 #[test]
 fn kick_gets_a_guest_out_that_never_rests() {
     // JMP to itself.
@@ -398,6 +429,32 @@ fn triple_fault_shuts_down() {
     assert_eq!(bench.vcpu.run(), Exit::ShutDown);
     assert_eq!(bench.vcpu.state().system.activity, Activity::Shutdown);
     assert_eq!(bench.vcpu.run(), Exit::ShutDown);
+}
+
+/// What the guest has in DR6 is its own, whoever steps it; what it writes there counts.
+#[test]
+fn step_leaves_dr6_to_the_guest() {
+    // NOP; MOV RBX, DR6; MOV DR6, RAX; NOP; HLT.
+    let code = [0x90, 0x0f, 0x21, 0xf3, 0x0f, 0x23, 0xf0, 0x90, HLT];
+    let Some(mut bench) = bench(&code) else {
+        return;
+    };
+    let held = dr::DR6_ONES | 0xe005;
+    for written in [dr::DR6_ONES, dr::DR6_ONES | 2] {
+        let mut state = long_state();
+        state.system.dr6 = held;
+        state.gpr[gpr::RAX] = written;
+        bench.vcpu.set_state(&state).unwrap();
+        let mut seen = Vec::new();
+        for rip in [1, 4, 7, 8] {
+            assert_eq!(bench.vcpu.step(), Exit::Debug);
+            let state = bench.vcpu.state();
+            assert_eq!(state.rip, CODE + rip);
+            seen.push(state.system.dr6);
+        }
+        assert_eq!(seen, [held, held, written, written]);
+        assert_eq!(bench.vcpu.state().gpr[gpr::RBX], held);
+    }
 }
 
 #[test]
@@ -471,7 +528,7 @@ fn tsc_can_be_set_and_a_pause_does_not_move_it() {
         return;
     };
     if !bench.machine.facts().tsc_offset {
-        eprintln!("skipped: this KVM gives its guests the host's TSC");
+        skipped("this KVM gives its guests the host's TSC");
         return;
     }
     let hz = bench.machine.profile().tsc_hz;
@@ -504,7 +561,7 @@ fn tsc_that_would_go_back_is_refused_where_it_cannot_be_set() {
         return;
     };
     if bench.machine.facts().tsc_offset {
-        eprintln!("skipped: this KVM can set the TSC");
+        skipped("this KVM can set the TSC");
         return;
     }
     let mut state = long_state();

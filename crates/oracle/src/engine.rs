@@ -26,8 +26,10 @@ use crate::processor_time::ThreadClock;
 pub enum Kind {
     /// The interpreter.
     Interpreter,
-    /// The translator.
+    /// The translator; where programs are compared, one whose flags are always right.
     Translator,
+    /// The translator as users run it: flags that no code reads are not kept.
+    Inexact,
 }
 
 impl Kind {
@@ -36,6 +38,7 @@ impl Kind {
         match self {
             Self::Interpreter => "interpreter",
             Self::Translator => "translator",
+            Self::Inexact => "translator as users run it",
         }
     }
 }
@@ -120,9 +123,9 @@ impl Engine {
             Kind::Interpreter => {
                 Box::new(Interpreter::new(Arc::clone(&memory), world, profile, 0, 1))
             }
-            Kind::Translator => {
+            Kind::Translator | Kind::Inexact => {
                 let mut translating = Translating::new(Arc::clone(&memory), world, profile, 0, 1)?;
-                if modifying {
+                if modifying && kind == Kind::Translator {
                     // A program that faults shows its flags.
                     translating.be_exact();
                 }

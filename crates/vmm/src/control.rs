@@ -4,7 +4,7 @@
 //! for (that it be paused, that it stop) holds for the next one too.
 //!
 //! Locks are taken in the order paused → machine, and keep those who must not wait apart from those who may: a pause waits
-//! for processors, a snapshot for a disk, and neither holds up a stop or the counters.
+//! for processors and for a snapshot, a snapshot for a disk, and neither holds up a stop or the counters.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;

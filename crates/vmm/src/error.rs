@@ -3,6 +3,7 @@
 use std::io;
 
 use trapgate_boot::BootError;
+use trapgate_engine::StateError;
 use trapgate_engine::probe::EngineKind;
 use trapgate_memory::MemoryError;
 use trapgate_pci::PciError;
@@ -82,7 +83,7 @@ pub enum MachineError {
     /// The translator cannot make a processor.
     #[error(transparent)]
     Jit(#[from] trapgate_jit::JitError),
-    /// The engine does not take the state in which a kernel is entered.
+    /// The engine does not take the state in which a kernel is entered, or that was saved.
     #[error("the engine `{engine}` refused the state of processor {cpu}: {source}")]
     State {
         /// Which engine.
@@ -90,7 +91,17 @@ pub enum MachineError {
         /// Index of the processor.
         cpu: usize,
         /// What is wrong with the state.
-        source: trapgate_engine::StateError,
+        source: StateError,
+    },
+    /// The engine would take the state, and not on this host as it is now.
+    #[error("the engine `{engine}` cannot go on with processor {cpu} on this host: {source}")]
+    StateHere {
+        /// Which engine.
+        engine: EngineKind,
+        /// Index of the processor.
+        cpu: usize,
+        /// What the host lacks.
+        source: StateError,
     },
     /// Guest memory cannot be had.
     #[error(transparent)]
@@ -128,6 +139,22 @@ impl From<SnapshotError> for MachineError {
 }
 
 impl MachineError {
+    /// An engine has refused the state of a processor.
+    pub(crate) fn refused(engine: EngineKind, cpu: usize, source: StateError) -> Self {
+        match source {
+            StateError::Host { .. } => Self::StateHere {
+                engine,
+                cpu,
+                source,
+            },
+            StateError::Register { .. } => Self::State {
+                engine,
+                cpu,
+                source,
+            },
+        }
+    }
+
     /// What to do about it, as a sentence for a person, where there is something to do.
     pub fn fix(&self) -> Option<String> {
         match self {
@@ -169,9 +196,48 @@ impl MachineError {
                 "use fewer processors or disks, or raise the limit on threads (`ulimit -u`)"
                     .to_owned(),
             ),
+            Self::StateHere { .. } => Some(
+                "go on from it on another engine, for example with `--engine jit`, or on another host"
+                    .to_owned(),
+            ),
             Self::State { .. } | Self::Memory(_) | Self::Chipset(_) => {
                 Some("this is a defect of trapgate: please report it".to_owned())
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn state_that_only_this_host_refuses_is_no_defect() {
+        let error = MachineError::refused(
+            EngineKind::Kvm,
+            0,
+            StateError::Host {
+                what: "KVM does not take this state",
+                reason: "the TSC would go back".to_owned(),
+            },
+        );
+        assert!(
+            error.to_string().contains("the TSC would go back"),
+            "{error}"
+        );
+        assert!(error.fix().unwrap().contains("--engine jit"));
+    }
+
+    #[test]
+    fn state_that_no_processor_can_have_is_a_defect() {
+        let error = MachineError::refused(
+            EngineKind::Kvm,
+            0,
+            StateError::Register {
+                register: "CR4",
+                value: u64::MAX,
+            },
+        );
+        assert!(error.fix().unwrap().contains("report it"));
     }
 }

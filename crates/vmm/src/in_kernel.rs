@@ -11,6 +11,7 @@ use trapgate_kvm::{Facts, InKernel};
 
 use crate::crossing::{Die, choice, constructor, hooks};
 use crate::engines::OnKvm;
+use crate::skipped::skipped;
 use crate::{Content, DiskConfig, EngineChoice, Machine, MachineConfig, Outcome, Snapshot, lock};
 
 /// Long enough that a guest that is not done by then never will be.
@@ -20,7 +21,7 @@ const SECTORS: u64 = 256;
 /// What the KVM of this host can do for a machine; `None`, with a word about it, where there is none.
 fn facts() -> Option<Facts> {
     Facts::probe()
-        .inspect_err(|error| eprintln!("skipped: no KVM here: {error}"))
+        .inspect_err(|error| skipped(&format!("no KVM here: {error}")))
         .ok()
 }
 

@@ -43,6 +43,9 @@ mod crossing;
 #[cfg(test)]
 mod in_kernel;
 #[cfg(test)]
+#[path = "../tests/boot/skipped.rs"]
+mod skipped;
+#[cfg(test)]
 mod testing;
 
 pub use config::{
@@ -55,7 +58,7 @@ pub use machine::{Hooks, Machine, MachineHandle, Pause, Port, PortHandle, Serial
 pub use outcome::{Counters, Failure, Outcome, ProcessorCounters, ResetCause, TripleFault};
 pub use serial::SerialHandle;
 pub use snapshot::{
-    FORMAT_VERSION, Header, Part, Profile, Snapshot, SnapshotError, SnapshotReport,
+    FORMAT_VERSION, Header, PROFILE_VERSION, Part, Profile, Snapshot, SnapshotError, SnapshotReport,
 };
 pub use trapgate_boot::{BootError, Protocol};
 pub use trapgate_chipset::ResetCause as ChipsetReset;

@@ -6,7 +6,7 @@ mod resident;
 
 use std::sync::{Mutex, PoisonError};
 
-use boot::{Transcript, end};
+use boot::{Transcript, end, skipped};
 use resident::{MOST_BEYOND_RAM, Watch};
 use trapgate_vmm::{
     Content, Hooks, Host, Level, Machine, MachineConfig, Outcome, Protocol, engines,
@@ -40,7 +40,7 @@ fn check(name: &str, engine: &str) {
         .find(|report| report.kind.name() == engine)
         .expect("the engine has a name");
     if let Err(reason) = report.usable {
-        eprintln!("skipped: {name} on {engine}: {reason}");
+        skipped(&format!("{name} on {engine}: {reason}"));
         return;
     }
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
@@ -110,24 +110,28 @@ programs!(
 
 /// The level that the command line gives: other features, and what follows from them.
 #[test]
-fn identity_at_level_v3() {
+fn programs_that_see_the_level_see_v3() {
     let host = Host::probe();
     if !host.lacks(Level::V3).is_empty() {
-        eprintln!("skipped: this host's processor has no AVX2 and what else belongs to x86-64-v3");
+        skipped("this host's processor has no AVX2 and what else belongs to x86-64-v3");
         return;
     }
-    for engine in ["interp", "jit"] {
-        let (machine, serial) = start("identity", |config| {
-            config.engine = engine.parse().unwrap();
-            config.level = Level::V3;
-        });
-        let outcome = end(&machine, &serial);
-        let program = trapgate_guests::named("identity").unwrap();
-        let expected = program.expected_v3.unwrap();
-        if let Err(mismatch) = trapgate_guests::compare(expected, &serial.text()) {
-            panic!("identity, v3, on {engine}: {mismatch}\n{}", serial.text());
+    for program in trapgate_guests::all() {
+        let Some(expected) = program.expected_v3 else {
+            continue;
+        };
+        let name = program.name;
+        for engine in ["interp", "jit"] {
+            let (machine, serial) = start(name, |config| {
+                config.engine = engine.parse().unwrap();
+                config.level = Level::V3;
+            });
+            let outcome = end(&machine, &serial);
+            if let Err(mismatch) = trapgate_guests::compare(expected, &serial.text()) {
+                panic!("{name}, v3, on {engine}: {mismatch}\n{}", serial.text());
+            }
+            assert!(matches!(outcome, Outcome::PoweredOff), "{outcome:?}");
         }
-        assert!(matches!(outcome, Outcome::PoweredOff), "{outcome:?}");
     }
 }
 

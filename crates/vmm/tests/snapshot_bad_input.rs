@@ -179,7 +179,7 @@ fn an_undamaged_copy_goes_on_and_so_do_two_at_once_on_their_own() {
 
 #[test]
 fn another_version_is_refused_before_anything_else() {
-    for version in [json!(0), json!(2), json!(u64::MAX)] {
+    for version in [json!(0), json!(1), json!(3), json!(u64::MAX)] {
         let copy = Copy::new();
         copy.edit("snapshot.json", |header| {
             *header = json!({ "format": "trapgate-snapshot", "version": version, "new": [] });
@@ -217,6 +217,13 @@ fn another_version_of_a_section_is_refused_by_its_name() {
 
 #[test]
 fn another_profile_is_refused() {
+    let copy = Copy::new();
+    copy.edit("snapshot.json", |header| {
+        header["profile"]["version"] = json!(9)
+    });
+    let error = copy.error();
+    check_words(&error, "x86-64-v2 of version 9");
+    assert!(error.fix().unwrap().contains("version of trapgate"));
     let copy = Copy::new();
     copy.edit("snapshot.json", |header| {
         header["profile"]["cpuid_crc32"] = json!("00000000")

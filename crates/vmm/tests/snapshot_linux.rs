@@ -12,11 +12,11 @@ use std::time::Duration;
 use linux::{Linux, image_or_skip};
 use trapgate_vmm::{Machine, Snapshot};
 
-/// Times that the guest is moved, unless `TRAPGATE_MOVES` says otherwise.
+/// Times that the guest is moved, unless `TRAPGATE_LINUX_MOVES` says otherwise.
 const MOVES: u32 = 5;
 
 fn moves() -> u32 {
-    let asked = std::env::var("TRAPGATE_MOVES").ok();
+    let asked = std::env::var("TRAPGATE_LINUX_MOVES").ok();
     asked.and_then(|text| text.parse().ok()).unwrap_or(MOVES)
 }
 

@@ -1,6 +1,7 @@
 //! What a machine remembers, piece by piece: written, left alone for a while, read back.
 
 mod chipset;
+mod clock;
 mod segments;
 mod system;
 
@@ -45,7 +46,12 @@ impl Piece {
 }
 
 /// In the order in which they are read, and then written.
-static PIECES: [&[Piece]; 3] = [&system::PIECES, &segments::PIECES, &chipset::PIECES];
+static PIECES: [&[Piece]; 4] = [
+    &system::PIECES,
+    &segments::PIECES,
+    &chipset::PIECES,
+    &clock::PIECES,
+];
 const MOST: usize = 64;
 
 pub struct Pieces {

@@ -1,4 +1,7 @@
-//! Devices whose interrupt lines a program can raise and lower as it likes.
+//! Devices whose interrupt lines a program can raise and lower as it likes: the 8254 by its output in mode 0 (8254 data
+//! sheet, mode definitions), keyboard and mouse by the 8042's commands 0xD2 and 0xD3 (IBM PS/2 technical reference, keyboard
+//! and auxiliary device controller), the 16550 by its empty transmitter (PC16550D data sheet, table 4), the clock by its
+//! periodic interrupt (MC146818A data sheet, registers A to C).
 
 use runtime::{pit, port};
 

@@ -1,4 +1,5 @@
-//! Jumps to what is no code, or not where code begins.
+//! Jumps to what is no code, or not where code begins (SDM vol. 3A 5.6.1 and 5.7: rights and error codes of fetches; an
+//! instruction across two pages is refused as a whole, and CR2 tells which page it was: 7.15, vector 14).
 
 use core::arch::{global_asm, naked_asm};
 

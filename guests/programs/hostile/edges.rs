@@ -1,4 +1,6 @@
-//! Accesses at the end of memory, where half of them go nowhere.
+//! Accesses at the end of memory, where half of them go nowhere: an open bus reads as ones and forgets what is written. What
+//! follows from the ones is the manual's: reserved bits of page tables (SDM vol. 3A 5.7), of XSAVE's header (vol. 1 13.8.1),
+//! descriptors (vol. 3A 3.4.5, 6.5).
 
 use core::arch::naked_asm;
 

@@ -1,6 +1,10 @@
 //! What a guest may do to confuse whoever runs it: jump into data, rewrite what it is executing, go where there
 //! is no memory, wrap around.
 //!
+//! What is wanted: code is what is in memory when it is executed, also after it was written (SDM vol. 3A 10.1.3, 13.6); pages
+//! decide about fetches as about data (5.6, 5.7, 5.10); addresses that are not canonical are #GP, and #SS by the stack (vol. 1
+//! 3.3.7.1); what 4 GiB are to 32-bit code is the host CPU's answer. What is where no memory is, is this machine's.
+//!
 //! It wants 256 MiB of memory from address 0, and nothing behind that: reads there give ones, as an open bus does,
 //! and what is written is lost. `no-devices` on the command line leaves out what a machine without such a bus, or that
 //! gives up when code is where there is no memory, can't do.

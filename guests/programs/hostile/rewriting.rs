@@ -1,4 +1,5 @@
-//! Code that writes over itself.
+//! Code that writes over itself: the next instruction is the new one (SDM vol. 3A 10.1.3, 13.6). By another linear address too,
+//! as a host CPU does: there the manual wants a serializing instruction in between.
 
 use core::arch::{global_asm, naked_asm};
 

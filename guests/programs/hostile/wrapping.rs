@@ -1,4 +1,5 @@
-//! Addresses at the ends of the address space, and of the part of it that 32-bit code has.
+//! Addresses at the ends of the address space (SDM vol. 1 3.3.7.1: each byte is to be canonical; vol. 3A 7.15, vectors 12 and
+//! 13), and of the part of it that 32-bit code has (vol. 3A 6.3; where that leaves it open, a host CPU's answer).
 
 use core::arch::naked_asm;
 

@@ -14,6 +14,10 @@ pieces! { "32"
     m_remap_invlpg: ["mov eax, [edi]", "mov [esi], ebx", "invlpg [edi]"] "mov edx, [edi]";
     m_remap_cr3: ["mov eax, [edi]", "mov [esi], ebx", "mov ecx, cr3", "mov cr3, ecx"] "mov edx, [edi]";
     m_remap_pge: ["mov eax, [edi]", "mov [esi], ebx", "mov ecx, cr4", "xor ecx, 0x80", "mov cr4, ecx"] "mov edx, [edi]";
+    m_remap_pg: ["mov eax, [edi]", "mov [esi], ebx", "mov ecx, cr0", "btr ecx, 31", "mov cr0, ecx", "bts ecx, 31", "mov cr0, ecx"] "mov edx, [edi]";
+    m_remap_smep: ["mov eax, [edi]", "mov [esi], ebx", "mov ecx, cr4", "bts ecx, 20", "mov cr4, ecx"] "mov edx, [edi]";
+    m_remap_pse: ["mov eax, [edi]", "mov [esi], ebx", "mov ecx, cr4", "xor ecx, 0x10", "mov cr4, ecx"] "mov edx, [edi]";
+    m_leave_pae: ["mov eax, [edi]", "mov ecx, cr4", "btr ecx, 5", "mov cr4, ecx"] "mov edx, [edi]";
     m_write_cr3: [] "mov cr3, edi";
     m_write_cr0: [] "mov cr0, edi";
     m_write_cr4: [] "mov cr4, edi";
@@ -46,6 +50,8 @@ static mut DIRECTORY: Page = Page([0; 512]);
 static mut SECOND_DIRECTORY: Page = Page([0; 512]);
 static mut TABLE: Page = Page([0; 512]);
 static mut POINTERS: Page = Page([0; 512]);
+static mut LOW_TABLE: Page = Page([0; 512]);
+static mut OTHER_TABLE: Page = Page([0; 512]);
 static mut FRAME: Page = Page([0; 512]);
 static mut OTHER_FRAME: Page = Page([0; 512]);
 
@@ -185,6 +191,8 @@ pub fn show() {
         accessed_and_dirty(mode);
         forgetting(mode);
     }
+    forgetting_formats();
+    high_pages();
     reserved();
     pointers();
     task_switch();
@@ -401,7 +409,7 @@ fn accessed_and_dirty(mode: Mode) {
     }
 }
 
-/// 5.10.4.
+/// 5.10.4.1. (Nothing is promised of CR0.WP, CR4.SMAP and EFER.NXE.)
 fn forgetting(mode: Mode) {
     for (what, piece, page, cr4) in [
         ("invlpg", m_remap_invlpg as Piece, 0, 0),
@@ -409,38 +417,109 @@ fn forgetting(mode: Mode) {
         ("invlpg of a global page", m_remap_invlpg, G, PGE),
         ("cr4.pge off", m_remap_pge, G, PGE),
         ("cr4.pge on", m_remap_pge, G, 0),
+        ("cr0.pg off and on", m_remap_pg, G, PGE),
+        ("cr4.smep on", m_remap_smep, 0, 0),
     ] {
         mode.prepare(0, P | W, P | W | page);
-        let mut state = mode.state(0, Code::new(piece));
-        state.cr4 |= cr4;
-        state.esi = place(&raw const TABLE);
-        state.ebx = place(&raw const OTHER_FRAME) | (P | W | page) as u32;
-        let outcome = run(&state);
-        println!(
-            "{}, remapped, {what}: {:#x} {:#x}",
-            name(mode),
-            outcome.eax >> 16,
-            outcome.edx >> 16
-        );
+        remapped(mode, what, piece, page, |state| state.cr4 |= cr4);
     }
 }
 
-/// Bits that must be zero (figures 5-4, 5-7; table 5-6, 5-10, 5-11). The physical address has 40 bits.
+/// One line: what the window's page holds before and after the piece.
+fn remapped(mode: Mode, what: &str, piece: Piece, page: u64, change: impl FnOnce(&mut State)) {
+    let mut state = mode.state(0, Code::new(piece));
+    state.esi = place(&raw const TABLE);
+    state.ebx = place(&raw const OTHER_FRAME) | (P | W | page) as u32;
+    change(&mut state);
+    let outcome = run(&state);
+    println!(
+        "{}, remapped, {what}: {:#x} {:#x}",
+        name(mode),
+        outcome.eax >> 16,
+        outcome.edx >> 16
+    );
+}
+
+/// The bits that say how entries are read (13.9; 5.10.4.1 names PAE alone). The first 4 MiB need small pages then.
+fn forgetting_formats() {
+    let low = place(&raw const SECOND_DIRECTORY);
+    for (what, cr4) in [("cr4.pse on", 0), ("cr4.pse off", PSE)] {
+        Mode::Narrow.prepare(0, P | W, P | W);
+        low_pages(low);
+        remapped(Mode::Narrow, what, m_remap_pse, 0, |state| state.cr4 = cr4);
+    }
+    // Both formats at once: the pointers are also a directory, whose first entry names the directory as a table. That has
+    // 4 KiB pages from the third word on, for 32-bit paging; PAE finds the first 2 MiB in its first two words.
+    Mode::Pae.prepare(0, P | W, P | W);
+    let (pointers, directory) = (place(&raw const POINTERS), place(&raw const DIRECTORY));
+    for index in 0..512 {
+        Mode::Pae.set(
+            place(&raw const LOW_TABLE),
+            index,
+            u64::from(index << 12) | P | W,
+        );
+    }
+    low_pages_behind(directory, 2);
+    Mode::Pae.set(directory, 0, u64::from(place(&raw const LOW_TABLE)) | P | W);
+    Mode::Narrow.set(
+        pointers,
+        WINDOW >> 22,
+        u64::from(place(&raw const OTHER_TABLE)) | P | W,
+    );
+    Mode::Narrow.set(
+        place(&raw const OTHER_TABLE),
+        0,
+        u64::from(place(&raw const OTHER_FRAME)) | P | W,
+    );
+    remapped(Mode::Pae, "cr4.pae off", m_leave_pae, 0, |_| ());
+}
+
+/// Lets 32-bit paging find the first 4 MiB in small pages, in this table.
+fn low_pages(table: u32) {
+    low_pages_behind(table, 0);
+    Mode::Narrow.set(place(&raw const DIRECTORY), 0, u64::from(table) | P | W);
+}
+
+fn low_pages_behind(table: u32, first: u32) {
+    for index in first..1024 {
+        Mode::Narrow.set(table, index, u64::from(index << 12) | P | W);
+    }
+}
+
+/// Bits 13 to 20 of a large page's entry are bits 32 to 39 of its address (5.3, PSE-36; table 5-4): there is no memory,
+/// and ones are read.
+fn high_pages() {
+    let frame = place(&raw const FRAME);
+    let base = u64::from(frame) & !0x3F_FFFF;
+    print!("32-bit, large page, address bit:");
+    for bit in [0].into_iter().chain(13..=20) {
+        let high = if bit == 0 { 0 } else { 1 << bit };
+        Mode::Narrow.prepare(0, 0, 0);
+        Mode::Narrow.set_directory(base | high | P | W | PS);
+        let mut state = Mode::Narrow.state(0, Code::new(m_read));
+        state.edi = WINDOW + (frame & 0x3F_FFFF);
+        print!(
+            " {} {:#x}",
+            if bit == 0 { 0 } else { bit + 19 },
+            run(&state).eax
+        );
+    }
+    println!();
+}
+
+/// Bits that must be zero, and PAT, which may be one (figures 5-4, 5-7; table 5-6, 5-10, 5-11). The physical address has 40 bits.
 fn reserved() {
-    let narrow = |what: &str, entry: u64, cr4: u32| {
-        Mode::Narrow.prepare(0, entry, P | W);
-        tell(Mode::Narrow, what, 0, m_read, |state| state.cr4 = cr4);
+    let large = |mode: Mode, what: &str, bits: u64| {
+        mode.prepare(0, 0, 0);
+        mode.set_directory(P | W | PS | bits);
+        tell(mode, what, 0, m_read, |_| ());
     };
     let table = u64::from(place(&raw const TABLE));
-    narrow("large page, bit 21", P | W | PS | 1 << 21, PSE);
-    narrow("large page, bit 12 (pat)", P | W | PS | 1 << 12, PSE);
+    large(Mode::Narrow, "large page, bit 21", 1 << 21);
+    large(Mode::Narrow, "large page, bit 12 (pat)", 1 << 12);
     // Without CR4.PSE bit 7 means nothing. (The low pages need tables then.)
     Mode::Narrow.prepare(0, 0, P | W);
-    let low = place(&raw const SECOND_DIRECTORY);
-    for index in 0..1024 {
-        Mode::Narrow.set(low, index, u64::from(index << 12) | P | W);
-    }
-    Mode::Narrow.set(place(&raw const DIRECTORY), 0, u64::from(low) | P | W);
+    low_pages(place(&raw const SECOND_DIRECTORY));
     Mode::Narrow.set_directory(table | P | W | PS);
     tell(
         Mode::Narrow,
@@ -453,9 +532,13 @@ fn reserved() {
         Mode::Pae.prepare(0, directory, page);
         tell(Mode::Pae, what, 0, m_read, |_| ());
     };
+    Mode::Narrow.prepare(0, P | W, P | W | 1 << 7);
+    tell(Mode::Narrow, "page, bit 7 (pat)", 0, m_read, |_| ());
+    large(Mode::Pae, "large page, bit 12 (pat)", 1 << 12);
+    pae("page, bit 7 (pat)", P | W, P | W | 1 << 7);
     for bit in [13u32, 20, 40, 51, 52, 62] {
         print!("large page, bit {bit}; ");
-        pae("reserved", P | W | PS | 1 << bit, 0);
+        large(Mode::Pae, "reserved", 1 << bit);
     }
     for bit in [40u32, 51, 52, 62] {
         print!("directory entry, bit {bit}; ");

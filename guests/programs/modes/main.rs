@@ -1,5 +1,6 @@
 //! A tour through all modes of the CPU, the way firmware, kernels and the trampolines of
-//! application processors take it: from 64-bit code down to real mode and back.
+//! application processors take it: from 64-bit code down to real mode and back (SDM vol. 3A 2.2; 11.8.5 and 11.9 have
+//! the order of the steps). What each mode does is cited at its part.
 //!
 //! Each step prints its line from within the mode it talks about.
 #![no_std]

@@ -1,4 +1,5 @@
-# Real mode, entered and left as SDM vol. 3A 11.9 says.
+# Real mode, entered and left as SDM vol. 3A 11.9 says. Interrupt frames, exceptions without error codes, segments: vol. 3B
+# 22.1; what a segment register keeps from protected mode: vol. 3A 11.9.2.
 
     .set VECTORS, 0x6000                # the interrupt vectors, not at 0: LIDT moves them
 

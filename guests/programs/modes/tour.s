@@ -26,7 +26,8 @@ tour_entry:
     push $(compatibility - tour_begin + 0x8000)
     lretq
 
-# Compatibility mode: 32-bit code, still in long mode.
+# Compatibility mode: 32-bit code, still in long mode (SDM vol. 3A 2.2, vol. 1 3.1.1; an interrupt there: vol. 3A 7.14.1,
+# 7.14.3). Operand and stack sizes are those of the code and stack segments (vol. 1 3.6, 6.2.3).
     .code32
 compatibility:
     call load_flat_segments
@@ -72,6 +73,7 @@ leave_long_mode:
     and $~0x100, %eax
     wrmsr
     lidt (idt32_pointer - tour_begin + 0x8000)
+    # Gates of 32 and, below, of 16 bits: SDM vol. 3A 7.11, 7.12.1.
     mov $1, %eax
     int $0x42
     show32 "protected mode, after an interrupt: "

@@ -40,6 +40,7 @@ fn paging() {
     page_sizes();
     no_execute_off();
     translations_are_forgotten();
+    control_bits_hold_at_once();
     structures::show();
     println!("paging: done");
 }
@@ -331,6 +332,29 @@ fn no_execute_off() {
             ),
         }
     }
+}
+
+/// What CR0.WP, CR4.SMEP and CR4.SMAP take away is gone at once, from a page that was in use too: they decide about each
+/// access (SDM vol. 3A 5.6.1), and changes of WP and SMAP invalidate nothing (5.10.4.1).
+fn control_bits_hold_at_once() {
+    let (old_cr0, old_cr4) = (cpu::read_cr0(), cpu::read_cr4());
+    for (what, flags, access, cr0, cr4) in [
+        ("wp", PRESENT, Access::Write, cr0::WP, 0),
+        ("smep", PRESENT | USER, Access::Fetch, 0, cr4::SMEP),
+        ("smap", PRESENT | USER, Access::Read, 0, cr4::SMAP),
+    ] {
+        let address = window::map_memory(TARGET, &raw const FIRST, flags);
+        print!("{what} off, on, off:");
+        for on in [false, true, false] {
+            cpu::write_cr0(old_cr0 & !cr0::WP | if on { cr0 } else { 0 });
+            cpu::write_cr4(old_cr4 | if on { cr4 } else { 0 });
+            let allowed = supervisor(access, address, false);
+            cpu::write_cr4(old_cr4);
+            print!(" {}", if allowed { "allowed" } else { "refused" });
+        }
+        println!();
+    }
+    cpu::write_cr0(old_cr0);
 }
 
 /// The ways to make the CPU forget a translation (SDM vol. 3A 5.10.4). That it remembers without

@@ -7,7 +7,7 @@ use core::arch::global_asm;
 
 use runtime::interrupts::{self, TrapFrame};
 use runtime::local_apic::{self, register};
-use runtime::{cpu, println, time};
+use runtime::{cpu, pic, port, println, time};
 
 runtime::entry!(processors);
 
@@ -112,7 +112,8 @@ fn processors() {
     );
     start();
     interrupts_to_it();
-    again();
+    again("init", PAGE, OTHER_PAGE, || send(INIT, 1));
+    through_io_apic();
     println!("processors: done");
 }
 
@@ -210,37 +211,74 @@ static mut OWN: u32 = 0;
 
 /// INIT of a processor that runs: it waits, hears nothing but a start-up, and starts with the same state. What INIT leaves
 /// alone is memory, of course, and MSRs (TSC_AUX here).
-fn again() {
-    let before = report(PAGE);
-    send(INIT, 1);
+fn again(what: &str, page: u64, other: u64, init: impl FnOnce()) {
+    let before = report(page);
+    init();
     a_while();
     send(FIXED | u32::from(VECTOR), 1);
     send(NMI, 1);
     a_while();
-    let silent = report(PAGE);
+    let silent = report(page);
     println!(
-        "after init: interrupts {} nmis {} woken {}",
+        "after {what}: interrupts {} nmis {} woken {}",
         silent.interrupts - before.interrupts,
         silent.nmis - before.nmis,
         silent.woken - before.woken
     );
     write_report(
-        OTHER_PAGE,
+        other,
         Report {
             started: 0,
-            ..report(OTHER_PAGE)
+            ..report(other)
         },
     );
-    send(START_UP | (OTHER_PAGE >> 12) as u32, 1);
-    let started = until(|| report(OTHER_PAGE).started != 0);
+    send(START_UP | (other >> 12) as u32, 1);
+    let started = until(|| report(other).started != 0);
     a_while();
-    let found = report(OTHER_PAGE);
+    let found = report(other);
     println!(
         "started again {}, msr kept {}",
         u8::from(started),
         u8::from(found.mark == 0x5EED)
     );
     print_start(&found);
+}
+
+/// The I/O APIC's messages are like those of the first processor (82093AA data sheet, 3.2.4: delivery modes 000, 100,
+/// 101). The line is the serial port's, which is quiet meanwhile.
+fn through_io_apic() {
+    pic::remap();
+    let raise = |low: u32| {
+        set_serial_entry(low);
+        while port::read8(0x3FD) & 0x60 != 0x60 {}
+        // Its transmitter is empty.
+        port::write8(0x3F9, 2);
+        a_while();
+        port::write8(0x3F9, 0);
+        set_serial_entry(1 << 16);
+    };
+    for (what, low) in [("fixed", u32::from(VECTOR)), ("nmi", 4 << 8)] {
+        let before = report(OTHER_PAGE);
+        raise(low);
+        let now = report(OTHER_PAGE);
+        println!(
+            "i/o apic, {what}: interrupts {} nmis {}",
+            now.interrupts - before.interrupts,
+            now.nmis - before.nmis
+        );
+    }
+    again("init by the i/o apic", OTHER_PAGE, PAGE, || raise(5 << 8));
+}
+
+/// Writes the I/O APIC's entry of the serial port; the second processor is the destination.
+fn set_serial_entry(low: u32) {
+    for (register, value) in [(0x19, 1 << 24), (0x18, low)] {
+        // SAFETY: the I/O APIC's registers are identity-mapped.
+        unsafe {
+            (0xFEC0_0000 as *mut u32).write_volatile(register);
+            (0xFEC0_0010 as *mut u32).write_volatile(value);
+        }
+    }
 }
 
 global_asm!(

@@ -1,4 +1,5 @@
-//! 32-bit code that uses a segment.
+//! 32-bit code that uses a segment: loads (SDM vol. 3A 3.4.3, 6.5 to 6.7), accesses of each width and direction (6.3, 6.4),
+//! stacks (6.7), jumps (6.8.1). What is wanted of each is cited where `main` asks for it.
 
 use core::arch::{global_asm, naked_asm};
 

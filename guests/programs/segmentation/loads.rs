@@ -1,4 +1,4 @@
-//! Who may load what: privilege levels of code, selector and descriptor against each other.
+//! Who may load what: privilege levels of code, selector and descriptor against each other (SDM vol. 3A 6.5 to 6.8).
 //!
 //! Rings 1 and 2 are there too.
 

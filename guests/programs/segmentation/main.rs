@@ -60,7 +60,7 @@ pub fn print_ended(ended: Result<u64, Fault>) {
     }
 }
 
-/// What each of the sixteen types of code and data may be used for in ring 0.
+/// What each of the sixteen types of code and data may be used for in ring 0 (SDM vol. 3A 3.4.5.1, 6.4).
 fn types() {
     println!("type: load ds, load ss, read, write, jump; type afterwards");
     for kind in 0..16u8 {
@@ -122,7 +122,7 @@ fn types() {
     println!();
 }
 
-/// The last offsets that reads of 1, 2, 4 and 8 bytes may have.
+/// SDM vol. 3A 6.3. The last offsets that reads of 1, 2, 4 and 8 bytes may have.
 fn limits() {
     for (what, limit, flags) in [
         ("limit 0", 0u32, 4u8),
@@ -169,7 +169,7 @@ fn limits() {
     );
 }
 
-/// Segments that grow downwards: valid are the offsets above the limit, up to 64 KiB or 4 GiB.
+/// SDM vol. 3A 6.3. Segments that grow downwards: valid are the offsets above the limit, up to 64 KiB or 4 GiB.
 fn directions() {
     for (what, limit, flags) in [
         ("down, limit 0x7ff, 32 bits", 0x7FFu32, 4u8),
@@ -220,7 +220,7 @@ fn directions() {
     }
 }
 
-/// Code has a limit too.
+/// Code has a limit too (SDM vol. 3A 6.3).
 fn code_limits() {
     let small = |limit: u32, flags: u8| {
         set_descriptor(SEGMENT, descriptor(code::landing(), limit, 0x9A, flags));

@@ -1,4 +1,4 @@
-//! The tables that descriptors are in.
+//! The tables that descriptors are in (SDM vol. 3A 2.4, 3.5).
 
 use core::arch::asm;
 
@@ -73,7 +73,7 @@ unsafe extern "C" fn lgdt(pointer: u64) -> u64 {
     0
 }
 
-/// A descriptor counts only if all its eight bytes are in the table.
+/// SDM vol. 3A 3.5.1. A descriptor counts only if all its eight bytes are in the table.
 fn the_end_of_the_table() {
     let old = TablePointer {
         limit: 255,
@@ -122,7 +122,7 @@ fn the_end_of_the_table() {
     println!();
 }
 
-/// FS and GS have bases in 64-bit code: from the descriptor (32 bits), or from the MSRs.
+/// SDM vol. 3A 3.4.4. FS and GS have bases in 64-bit code: from the descriptor (32 bits), or from the MSRs.
 fn bases() {
     use cpu::msr::{FS_BASE, GS_BASE};
     set_descriptor(SEGMENT, descriptor(0xFEDC_BA98, 0xFFF, 0x92, 4));

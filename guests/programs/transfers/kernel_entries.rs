@@ -1,5 +1,5 @@
 //! Where SYSCALL, SYSENTER and call gates enter ring 0, and how they leave it. Each entry notes
-//! what it finds.
+//! what it finds: vol. 2B of the SDM, SYSCALL, SYSRET, SYSENTER, SYSEXIT, and vol. 3A 6.8.3 to 6.8.8; a call gate's stack: 6.8.5.
 
 use core::arch::global_asm;
 

@@ -26,6 +26,7 @@ const LONG: Duration = Duration::from_secs(60);
 
 struct Served {
     machine: Arc<FakeMachine>,
+    service: Arc<Service>,
     server: Server,
     path: PathBuf,
     _parent: tempfile::TempDir,
@@ -40,6 +41,7 @@ impl Served {
         let service = Service::new(machine.clone(), patience);
         Self {
             machine,
+            service: Arc::clone(&service),
             server: Server::start_with(claim, service).unwrap(),
             path,
             _parent: parent,
@@ -150,6 +152,46 @@ fn ten_clients_at_once_are_all_answered() {
         .for_each(|thread| thread.join().unwrap());
     let counters = served.machine.counters().unwrap();
     assert_eq!(counters.get("asked").unwrap().value, 200);
+}
+
+/// Given a snapshot that waits for a disk, and pauses that wait for it, when others ask what needs no waiting, then they
+/// are answered meanwhile, and those that waited are afterwards.
+#[test]
+fn snapshot_that_takes_long_holds_up_nobody_but_those_who_must_wait_for_it() {
+    let served = Served::new();
+    let disk = lock(&served.machine.busy);
+    let waiting: Vec<_> = (0..10)
+        .map(|number| {
+            let client = served.client();
+            thread::spawn(move || {
+                if number == 0 {
+                    let request = SnapshotRequest {
+                        directory: "/somewhere".to_owned(),
+                    };
+                    client.call::<Snapshot>(&request, Some(LONG)).map(drop)
+                } else {
+                    client.call::<Pause>(&Nothing {}, Some(LONG)).map(drop)
+                }
+            })
+        })
+        .collect();
+    let mut answering = served.service.answering.subscribe();
+    while *answering.borrow_and_update() < waiting.len() {
+        thread::sleep(Duration::from_millis(5));
+    }
+
+    let client = served.client();
+    for _ in 0..20 {
+        client.call::<GetCounters>(&Nothing {}, Some(LONG)).unwrap();
+        client.call::<GetInfo>(&Nothing {}, Some(LONG)).unwrap();
+    }
+
+    assert!(waiting.iter().all(|client| !client.is_finished()));
+    drop(disk);
+    for client in waiting {
+        client.join().unwrap().unwrap();
+    }
+    assert_eq!(lock(&served.machine.story).len(), 9);
 }
 
 #[test]

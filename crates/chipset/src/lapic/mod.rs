@@ -126,12 +126,11 @@ pub struct LocalApic {
 impl LocalApic {
     /// An APIC after power-on: enabled in xAPIC mode at its default address, disabled by software.
     pub fn new(id: u32, tsc_hz: u64, physical_address_bits: u8) -> Self {
-        let address_bits = (1u64 << physical_address_bits.min(63)) - 1;
         let bsp = if id == 0 { BASE_BSP } else { 0 };
         let mut apic = Self {
             id,
             apic_base: LOCAL_APIC_ADDRESS | BASE_ENABLE | bsp,
-            apic_base_reserved: !(address_bits & !0xfff | BASE_ENABLE | BASE_X2APIC | BASE_BSP),
+            apic_base_reserved: Self::apic_base_reserved(physical_address_bits),
             tpr: 0,
             ldr: 0,
             dfr: 0,
@@ -150,6 +149,12 @@ impl LocalApic {
         };
         apic.reset();
         apic
+    }
+
+    /// Bits of `IA32_APIC_BASE` that cannot be set.
+    fn apic_base_reserved(physical_address_bits: u8) -> u64 {
+        let address_bits = (1u64 << physical_address_bits.min(63)) - 1;
+        !(address_bits & !0xfff | BASE_ENABLE | BASE_X2APIC | BASE_BSP)
     }
 
     /// What INIT does to the registers (SDM vol. 3A, 11.4.7.3): all but the IDs and

@@ -112,6 +112,8 @@ impl LocalApic {
             timer,
         } = state;
         let mut apic = Self {
+            id,
+            apic_base_reserved: Self::apic_base_reserved(physical_address_bits),
             apic_base: *apic_base,
             tpr: *tpr,
             ldr: *ldr,
@@ -126,7 +128,9 @@ impl LocalApic {
             lvt: *lvt,
             lint: *lint,
             timer: ApicTimer::restore(tsc_hz, timer)?,
-            ..Self::new(id, tsc_hz, physical_address_bits)
+            // Follow from the rest, below.
+            ppr: 0,
+            deliverable: None,
         };
         let check = Check("lapic");
         check.bits("IA32_APIC_BASE", *apic_base, !apic.apic_base_reserved)?;

@@ -19,6 +19,26 @@ fn says_hello_computes_and_powers_off() {
     assert_eq!(run.stderr.lines().count(), 1, "{run:?}");
 }
 
+/// The line that says what runs says which engine, and why that one.
+#[test]
+fn engine_is_named_with_its_reason() {
+    for engine in ["interp", "jit", "lockstep"] {
+        let run = finish(trapgate(&["run", "--engine", engine, "builtin"]));
+        let line = format!("trapgate: {engine} (asked for), the built-in guest\n");
+        assert_eq!((run.code(), &run.stderr), (Some(0), &line), "{run:?}");
+    }
+    let doctor = finish(trapgate(&["doctor", "--json"]));
+    let report: serde_json::Value = serde_json::from_slice(&doctor.stdout).unwrap();
+    let chosen = report["chosen_engine"].as_str().unwrap();
+    let run = finish(trapgate(&["run", "builtin"]));
+    let reason = run.stderr.strip_prefix(&format!("trapgate: {chosen} ("));
+    let reason = reason.and_then(|rest| rest.strip_suffix("), the built-in guest\n"));
+    assert!(
+        reason.is_some_and(|reason| reason.contains("kvm")),
+        "{run:?}"
+    );
+}
+
 #[test]
 fn quiet_says_nothing_of_its_own() {
     let run = finish_with(trapgate(&["run", "-q", "builtin"]), b"1\n");

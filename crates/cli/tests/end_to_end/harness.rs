@@ -256,7 +256,7 @@ impl OnTerminal {
         Self::start_in(runtime_directory(), arguments)
     }
 
-    /// With control sockets in another directory.
+    /// In another directory, which is that of control sockets too.
     pub(crate) fn start_in<S: AsRef<OsStr>>(runtime: &Path, arguments: &[S]) -> Self {
         let controller =
             openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
@@ -283,6 +283,7 @@ impl OnTerminal {
             .args(arguments)
             .env("TERM", "xterm")
             .env("XDG_RUNTIME_DIR", runtime)
+            .current_dir(runtime)
             .stdin(terminal.try_clone().unwrap())
             .stdout(terminal.try_clone().unwrap())
             .stderr(terminal.try_clone().unwrap());

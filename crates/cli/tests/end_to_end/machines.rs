@@ -534,6 +534,80 @@ fn machine_goes_on_whatever_is_sent_to_its_socket() {
     assert!(run.out().contains("664579"), "{run:?}");
 }
 
+/// A request with a body.
+fn post(path: &str, body: &str) -> Vec<u8> {
+    format!(
+        "POST /v1/vm/{path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .into()
+}
+
+/// Given a guest that computes, when ten clients at once pause, resume and save it and ask for its counters, then each is
+/// answered, its clock never goes back, and the guest and all that was saved of it end with the right result.
+#[test]
+fn ten_clients_that_pause_resume_save_and_count_lose_nothing() {
+    const RESULT: &str = "664579";
+    const SAVES: usize = 2;
+    let place = Place::new();
+    // Slow enough to be saved in the middle.
+    place.done("run --detach --quiet --name x --engine interp builtin");
+    let mut console = place.on_terminal("console x");
+    console.screen.expect("> ");
+    console.press("primes 10000000\r");
+    console.screen.expect("primes 10000000");
+    let saved = |number: usize| place.runtime().join(format!("saved-{number}"));
+    let granted = |request: &[u8]| {
+        let answer = ask(&place, "x", request);
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        answer
+    };
+
+    thread::scope(|scope| {
+        for client in 0..10 {
+            let (saved, granted) = (&saved, &granted);
+            scope.spawn(move || match client {
+                0..SAVES => {
+                    let body = serde_json::json!({ "directory": saved(client) });
+                    granted(&post("snapshot", &body.to_string()));
+                }
+                SAVES..6 => {
+                    for _ in 0..8 {
+                        granted(&post("pause", ""));
+                        granted(&post("resume", ""));
+                    }
+                }
+                _ => {
+                    let mut last = 0;
+                    for _ in 0..8 {
+                        let answer = granted(b"GET /v1/vm/counters HTTP/1.1\r\n\r\n");
+                        let body = answer.split_once("\r\n\r\n").unwrap().1;
+                        let counters: Value = serde_json::from_str(body).unwrap();
+                        let clock = counters["clock_ns"].as_u64().unwrap();
+                        assert!(clock >= last, "{clock} after {last}");
+                        last = clock;
+                    }
+                }
+            });
+        }
+    });
+
+    // Whoever paused it has resumed it.
+    assert_eq!(place.machine("x")["state"], "running");
+    console.screen.expect(RESULT);
+    for number in 0..SAVES {
+        let run = finish_with(
+            place.command(&format!("restore -q {}", saved(number).display())),
+            b"",
+        );
+        assert_eq!(
+            (run.code(), run.out().contains(RESULT)),
+            (Some(0), true),
+            "{run:?}"
+        );
+    }
+}
+
 #[test]
 fn half_a_request_keeps_nobody_waiting() {
     let place = Place::new();

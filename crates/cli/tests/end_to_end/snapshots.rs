@@ -89,6 +89,105 @@ fn restored_machine_has_a_name_and_is_saved_again() {
     assert_eq!(run.stderr, "");
 }
 
+/// The lines under "Save a machine" in the README.
+fn lines_of_the_readme() -> Vec<&'static str> {
+    let readme = include_str!("../../../../README.md");
+    let block = readme
+        .split("```sh\n")
+        .map(|rest| rest.split("```").next().unwrap_or(""))
+        .find(|block| block.contains("trapgate snapshot"));
+    block.expect("the README shows how").lines().collect()
+}
+
+#[test]
+fn what_the_readme_says_of_saving_and_restoring_works() {
+    let Some(_turn) = linux() else { return };
+    let place = Place::new();
+    let lines = lines_of_the_readme();
+    let [run, snapshot, restore] = lines[..] else {
+        panic!("{lines:?}");
+    };
+    let arguments = |line: &'static str| line.strip_prefix("trapgate ").expect("a command of ours");
+    for line in [run, snapshot] {
+        let mut command = place.command(arguments(line));
+        command.current_dir(place.runtime());
+        let done = finish(command);
+        assert_eq!(done.code(), Some(0), "{line}: {done:?}");
+    }
+
+    let mut restored = place.on_terminal(arguments(restore));
+
+    restored.screen.expect("Ctrl-] leaves");
+    restored.wait_until_raw(true);
+    // It may have been saved before its shell was there, or after its prompt was.
+    restored.press("\r");
+    restored.screen.expect("# ");
+    restored.press("echo it is 6*7=$((6 * 7)); exit 5\r");
+    restored.screen.expect("it is 6*7=42");
+    assert_eq!(restored.end(), Some(5));
+}
+
+#[test]
+fn machine_on_kvm_is_saved_and_goes_on_there_and_on_the_interpreter() {
+    let place = Place::new();
+    let line = "run --engine kvm --detach --name a builtin";
+    let run = place.finish(line);
+    if run.code() != Some(0) {
+        assert_eq!(run.code(), Some(120), "{run:?}");
+        return skipped(&run.stderr);
+    }
+    place.done("stop --now a");
+    let typed = finish_with(place.command("run --engine kvm builtin"), b"6 * 7\n");
+    assert!(
+        typed.stderr.starts_with("trapgate: kvm (asked for), "),
+        "{typed:?}"
+    );
+    assert_eq!(
+        (
+            typed.code(),
+            typed.out().contains("42\r\n") || typed.out().contains("\n42\n")
+        ),
+        (Some(0), true),
+        "{typed:?}"
+    );
+
+    place.done(line);
+    let saved = Saved::new();
+    place.done(&format!("snapshot a {}", saved.name()));
+    for engine in ["kvm", "interp"] {
+        let restore = place.command(&format!("restore {} --engine {engine}", saved.name()));
+        let run = finish_with(restore, b"6 * (3 + 4)\n");
+        assert_eq!(
+            (run.code(), run.out().contains("42")),
+            (Some(0), true),
+            "{run:?}"
+        );
+        let line = format!("trapgate: {engine} (asked for), ");
+        assert!(run.stderr.contains(&line), "{run:?}");
+    }
+}
+
+/// Memory is not read unless somebody asks for it: then one byte is enough.
+#[test]
+fn snapshot_whose_memory_was_damaged_is_found_by_check() {
+    let (place, saved) = (Place::new(), Saved::new());
+    place.done("run --detach --quiet --name a builtin");
+    place.done(&format!("snapshot a {}", saved.name()));
+    let memory = saved.path().join("memory");
+    let mut bytes = std::fs::read(&memory).unwrap();
+    let at = bytes.iter().position(|&byte| byte != 0).unwrap();
+    bytes[at] ^= 0x10;
+    std::fs::remove_file(&memory).unwrap();
+    std::fs::write(&memory, bytes).unwrap();
+
+    let run = place.finish(&format!("restore --check {}", saved.name()));
+
+    assert_eq!(run.code(), Some(121), "{run:?}");
+    assert!(run.stderr.contains("saved memory is damaged"), "{run:?}");
+    assert!(run.stderr.contains("fix: "), "{run:?}");
+    assert_eq!(run.out(), "");
+}
+
 #[test]
 fn what_is_no_snapshot_is_refused_with_what_to_do() {
     let saved = Saved::new();

@@ -335,7 +335,10 @@ impl Context {
         };
         let block = &self.rust.blocks[number];
         let gpa = self.rust.mapped[mapping_of(block.key) as usize - 1].gpa;
-        if block.alive && self.rust.lessons.note(gpa, rip, lesson) {
+        // Units are counted on when all code goes.
+        let next = self.rust.statistics.units;
+        let unit = next - (self.rust.blocks.len() - number) as u64;
+        if block.alive && self.rust.lessons.note(gpa, rip, lesson, unit, next) {
             self.drop_block(number as u32);
         }
     }

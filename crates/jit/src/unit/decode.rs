@@ -206,6 +206,8 @@ pub(super) fn look_ahead(
         live |= reads & open;
         open &= !(kills | reads);
         match instruction.flow_control() {
+            // Who looks at a processor that waits sees its flags.
+            FlowControl::Next if instruction.code() == Code::Hlt => break,
             FlowControl::Next => at = instruction.next_ip(),
             FlowControl::UnconditionalBranch if instruction.is_jmp_short_or_near() => {
                 at = instruction.near_branch_target();

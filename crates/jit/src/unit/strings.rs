@@ -10,7 +10,7 @@ use crate::memory::Place;
 use crate::registers::{ADDRESS, GUEST_RCX, SPARE, named, number};
 
 impl Writer<'_> {
-    /// MOVS, STOS and LODS with an ascending index, on one page; the interpreter does the others.
+    /// MOVS and STOS with an ascending index, on one page; the interpreter does the others.
     pub(super) fn string(&mut self, guest: &Guest, string: Text) {
         let Text {
             size,

@@ -7,9 +7,10 @@ use trapgate_engine::{Exit, NoDevices, Refused, Vcpu, World};
 use trapgate_interp::Interpreter;
 use trapgate_jit::{Lockstep, Translating};
 use trapgate_memory::{GuestMemory, pc_ram_ranges};
+use trapgate_x86::descriptor::access;
 use trapgate_x86::profile::Level;
-use trapgate_x86::registers::gpr;
-use trapgate_x86::{CpuProfile, CpuState};
+use trapgate_x86::registers::{gpr, sreg};
+use trapgate_x86::{CpuProfile, CpuState, Segment};
 
 use crate::guest::{Random, state};
 
@@ -216,6 +217,90 @@ const CASES: &[Case] = &[
     },
 ];
 
+/// How an access is made, which decides where the translator finds its translation: in the table, or in a slot.
+struct Form {
+    name: &'static str,
+    /// The code of a case, unless it has none in this form.
+    code: fn(&Case) -> Option<Vec<u8>>,
+    /// In compatibility mode at CPL 3, where HLT ends it by an exception.
+    compatibility: bool,
+    /// How far from the edge.
+    distances: &'static [i64],
+}
+
+/// Where accesses of 1 to 32 bytes cross the edge, or just don't.
+const NEAR: &[i64] = &[
+    -33, -32, -31, -17, -16, -15, -9, -8, -7, -4, -3, -2, -1, 0, 1,
+];
+
+/// Each reads a byte of the page before first, by the same register: so the slot is that page's, and a check that lets one byte
+/// too many pass finds it there.
+const FORMS: &[Form] = &[
+    Form {
+        name: "in a loop",
+        // mov ecx, 3; again: mov bl, [rdi - 0x200]; …; dec ecx; jnz again
+        code: |case| Some(in_loop(plain(case)?)),
+        compatibility: false,
+        distances: NEAR,
+    },
+    Form {
+        name: "by RSP",
+        // mov rsp, rdi; mov bl, [rsp - 0x200]; … [rsp]
+        code: |case| {
+            let (_, before) = plain(case)?.split_last()?;
+            let mut code = vec![0x48, 0x89, 0xfc, 0x8a, 0x9c, 0x24, 0, 0xfe, 0xff, 0xff];
+            code.extend_from_slice(before);
+            code.extend_from_slice(&[0x04, 0x24]);
+            Some(code)
+        },
+        compatibility: false,
+        distances: NEAR,
+    },
+    Form {
+        name: "by FS",
+        // sub rdi, FS's base; mov bl, fs:[rdi - 0x200]; … fs:[rdi]
+        code: |case| {
+            let base = start(0).system.segments[sreg::FS].base as u32;
+            let mut code = vec![0x48, 0x81, 0xef];
+            code.extend_from_slice(&base.to_le_bytes());
+            code.extend_from_slice(&[0x64, 0x8a, 0x9f, 0, 0xfe, 0xff, 0xff, 0x64]);
+            code.extend_from_slice(plain(case)?);
+            Some(code)
+        },
+        compatibility: false,
+        distances: NEAR,
+    },
+    Form {
+        name: "in compatibility mode",
+        code: |case| (!case.code.contains(&0x48)).then(|| case.code.to_vec()),
+        compatibility: true,
+        distances: NEAR,
+    },
+    Form {
+        name: "in a loop in compatibility mode",
+        code: |case| {
+            let access = plain(case).filter(|access| !access.contains(&0x48))?;
+            Some(in_loop(access))
+        },
+        compatibility: true,
+        distances: NEAR,
+    },
+];
+
+/// An access three times, which leaves what once does.
+fn in_loop(access: &[u8]) -> Vec<u8> {
+    let mut code = vec![0xb9, 3, 0, 0, 0, 0x8a, 0x9f, 0, 0xfe, 0xff, 0xff];
+    code.extend_from_slice(access);
+    code.extend_from_slice(&[0xff, 0xc9, 0x75]);
+    code.push((access.len() as u8 + 10).wrapping_neg());
+    code
+}
+
+/// The code of a case that is one instruction with `[rdi]` and may be repeated.
+fn plain(case: &Case) -> Option<&'static [u8]> {
+    (case.code.last() == Some(&0x07)).then_some(case.code)
+}
+
 /// A guest whose linear addresses are guest-physical ones.
 fn guest() -> (Arc<GuestMemory>, Written) {
     let memory = Arc::new(GuestMemory::new(&pc_ram_ranges(MEMORY)).unwrap());
@@ -245,39 +330,78 @@ fn start(rdi: u64) -> CpuState {
 }
 
 fn check(name: &str, vcpu: &mut dyn Vcpu, memory: &GuestMemory, written: &Written) {
+    let all: Vec<i64> = (-70..4).collect();
     for case in CASES {
-        let mut code = case.code.to_vec();
-        code.push(0xf4);
-        memory.write(CODE, &code).unwrap();
-        for edge in EDGES {
-            for distance in -70..4i64 {
-                // The second time translations are cached, and the code is.
-                for _ in 0..2 {
-                    let at = edge.wrapping_add_signed(distance);
-                    one(
-                        &format!("{} on the {name}", case.name),
-                        case,
-                        vcpu,
-                        memory,
-                        written,
-                        at,
-                        edge,
-                    );
-                }
+        let name = format!("{} on the {name}", case.name);
+        let run = Run {
+            name: &name,
+            case,
+            memory,
+            written,
+            compatibility: false,
+        };
+        around(vcpu, &run, case.code.to_vec(), &all);
+    }
+}
+
+fn check_forms(name: &str, vcpu: &mut dyn Vcpu, memory: &GuestMemory, written: &Written) {
+    let mut checked = 0;
+    for form in FORMS {
+        for case in CASES {
+            let Some(code) = (form.code)(case) else {
+                continue;
+            };
+            checked += 1;
+            let name = format!("{} {} on the {name}", case.name, form.name);
+            let run = Run {
+                name: &name,
+                case,
+                memory,
+                written,
+                compatibility: form.compatibility,
+            };
+            around(vcpu, &run, code, form.distances);
+        }
+    }
+    assert!(checked > 50, "{checked}");
+}
+
+/// A case as it is run.
+struct Run<'a> {
+    name: &'a str,
+    case: &'a Case,
+    memory: &'a GuestMemory,
+    written: &'a Written,
+    compatibility: bool,
+}
+
+fn around(vcpu: &mut dyn Vcpu, run: &Run<'_>, mut code: Vec<u8>, distances: &[i64]) {
+    code.push(0xf4);
+    run.memory.write(CODE, &code).unwrap();
+    // In 32 bits the address after 4 GiB is 0.
+    let edges = if run.compatibility {
+        &EDGES[..1]
+    } else {
+        &EDGES
+    };
+    for &edge in edges {
+        for &distance in distances {
+            // The second time translations are cached, and the code is.
+            for _ in 0..2 {
+                one(vcpu, run, edge.wrapping_add_signed(distance), edge);
             }
         }
     }
 }
 
-fn one(
-    name: &str,
-    case: &Case,
-    vcpu: &mut dyn Vcpu,
-    memory: &GuestMemory,
-    written: &Written,
-    at: u64,
-    edge: u64,
-) {
+fn one(vcpu: &mut dyn Vcpu, run: &Run<'_>, at: u64, edge: u64) {
+    let Run {
+        name,
+        case,
+        memory,
+        written,
+        compatibility,
+    } = *run;
     let old: Vec<u8> = (at..at + 128)
         .map(|gpa| {
             if is_memory(gpa) {
@@ -288,9 +412,18 @@ fn one(
         })
         .collect();
     let new = (case.writes)(&old);
-    vcpu.set_state(&start(at)).unwrap();
+    let mut begin = start(at);
+    let mut end = Exit::Halted;
+    if compatibility {
+        let data = Segment::flat(0x2b, access::WRITABLE | access::DB | access::DPL);
+        begin.system.segments = [data; 6];
+        let code = access::CODE | access::READABLE | access::DB | access::DPL;
+        begin.system.segments[sreg::CS] = Segment::flat(0x23, code);
+        end = Exit::ShutDown;
+    }
+    vcpu.set_state(&begin).unwrap();
     let exit = vcpu.run();
-    assert_eq!(exit, Exit::Halted, "{name} at {at:#x}");
+    assert_eq!(exit, end, "{name} at {at:#x}");
     let state = vcpu.state();
     let found: Vec<u8> = match case.read {
         0 => vec![],
@@ -364,4 +497,23 @@ fn lockstep_finds_no_difference_at_the_edges_of_memory() {
     let world = Box::new(Outside(Arc::clone(&written)));
     let mut vcpu = Lockstep::new(Arc::clone(&memory), world, profile(), 0, 1).unwrap();
     check("lockstep", &mut vcpu, &memory, &written);
+}
+
+#[test]
+fn every_way_to_a_translation_ends_where_memory_does() {
+    let (memory, written) = guest();
+    let world = || Box::new(Outside(Arc::clone(&written)));
+    let guest = || Arc::clone(&memory);
+    let mut interp = Interpreter::new(guest(), world(), profile(), 0, 1);
+    check_forms("interpreter", &mut interp, &memory, &written);
+    for exact in [false, true] {
+        let mut jit = Translating::new(guest(), world(), profile(), 0, 1).unwrap();
+        if exact {
+            // Some accesses are then ready to be made on a copy.
+            jit.be_exact();
+        }
+        check_forms("translator", &mut jit, &memory, &written);
+    }
+    let mut lockstep = Lockstep::new(guest(), world(), profile(), 0, 1).unwrap();
+    check_forms("lockstep", &mut lockstep, &memory, &written);
 }

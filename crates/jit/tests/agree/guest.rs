@@ -7,7 +7,7 @@ use trapgate_engine::{Exit, Vcpu};
 use trapgate_memory::{GuestMemory, RamRange};
 pub(crate) use trapgate_oracle::random::Random;
 use trapgate_x86::descriptor::access;
-use trapgate_x86::registers::{cr0, cr4, efer, sreg};
+use trapgate_x86::registers::{cr0, cr4, efer, rflags, sreg};
 use trapgate_x86::{CpuState, Segment};
 
 /// Bytes of memory, from address 0.
@@ -177,6 +177,14 @@ pub(crate) fn run(vcpu: &mut dyn Vcpu, start: &CpuState) -> (Exit, CpuState) {
     vcpu.set_state(start).expect("the state is sound");
     let exit = vcpu.run();
     (exit, vcpu.state())
+}
+
+/// Flags that need not be right at an end unless the translator is exact: those of an exception that nobody handles.
+pub(crate) fn unseen(exit: &Exit) -> u64 {
+    match exit {
+        Exit::ShutDown => rflags::ARITHMETIC,
+        _ => 0,
+    }
 }
 
 /// All of memory.

@@ -179,6 +179,10 @@ impl Controllers {
     pub(crate) fn take(&self, machine: &VmFd) -> Result<ControllersState, KvmError> {
         let slots = self.slots();
         self.routing.settle(machine)?;
+        // Before any register is read: an INIT that waits resets the local APIC too.
+        for slot in slots.iter() {
+            calls::accept_startup(&slot.vcpu).map_err(named("KVM_GET_MP_STATE"))?;
+        }
         let mut local_apics = Vec::new();
         for slot in slots.iter() {
             let kernel = KernelLapic {

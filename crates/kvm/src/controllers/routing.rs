@@ -248,6 +248,7 @@ mod tests {
 
     use super::*;
     use crate::calls;
+    use crate::skipped::skipped;
 
     /// Registers of a local APIC's page (SDM vol. 3A, table 11-1).
     const SVR: usize = 0xf0;
@@ -263,12 +264,12 @@ mod tests {
     /// `None`, with a word about it, where there is no KVM with controllers.
     fn bench(by_event: bool) -> Option<Bench> {
         let Ok(kvm) = Kvm::new() else {
-            eprintln!("skipped: no KVM here");
+            skipped("no KVM here");
             return None;
         };
         let machine = kvm.create_vm().unwrap();
         if machine.create_irq_chip().is_err() {
-            eprintln!("skipped: this KVM has no interrupt controllers");
+            skipped("this KVM has no interrupt controllers");
             return None;
         }
         let vcpu = machine.create_vcpu(0).unwrap();

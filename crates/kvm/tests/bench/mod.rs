@@ -1,5 +1,7 @@
 //! A processor with a few bytes of code, in a world that remembers what it was asked.
 
+mod skipped;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -11,6 +13,8 @@ use trapgate_x86::msr::IA32_APIC_BASE;
 use trapgate_x86::profile::Level;
 use trapgate_x86::registers::{cr0, cr4, efer, gpr, sreg};
 use trapgate_x86::{CpuProfile, CpuState, Segment, TableRegister};
+
+pub(crate) use skipped::skipped;
 
 /// Where the code is.
 pub const CODE: u64 = 0x1000;
@@ -135,7 +139,7 @@ pub fn profile() -> Option<CpuProfile> {
     match Facts::probe() {
         Ok(facts) => Some(CpuProfile::new(Level::V2, facts.tsc_hz)),
         Err(error) => {
-            eprintln!("skipped: no KVM here: {error}");
+            skipped(&format!("no KVM here: {error}"));
             None
         }
     }

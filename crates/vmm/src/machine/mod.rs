@@ -315,11 +315,7 @@ impl Machine {
         if let Start::Saved(state) = &start {
             for (cpu, (vcpu, state)) in vcpus.iter_mut().zip(&state.processors).enumerate() {
                 vcpu.set_state(state)
-                    .map_err(|source| MachineError::State {
-                        engine: engine.kind,
-                        cpu,
-                        source,
-                    })?;
+                    .map_err(|source| MachineError::refused(engine.kind, cpu, source))?;
                 if board.operate(|chipset, _| chipset.interrupt_pending(cpu)) {
                     signals[cpu].raise(Signal::Interrupt);
                 }

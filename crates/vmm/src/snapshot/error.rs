@@ -68,7 +68,19 @@ pub enum SnapshotError {
         /// The version that is known.
         known: u32,
     },
-    /// The processors are not those that this program offers.
+    /// The processors are another version's.
+    #[error(
+        "the snapshot's processors are {level} of version {found}, and this program has version {known}"
+    )]
+    ProfileVersion {
+        /// The profile's name.
+        level: &'static str,
+        /// Its version.
+        found: u32,
+        /// The version that is known.
+        known: u32,
+    },
+    /// The processors say of themselves what those of this program do not, though their version is the same.
     #[error("the snapshot's processors are not to be had: {reason}")]
     Profile {
         /// What is different.
@@ -193,10 +205,13 @@ impl SnapshotError {
                 "restore it as the user who took it, or change the permissions"
             }
             Self::NotASnapshot { .. } => "pass a directory that `trapgate snapshot` made",
-            Self::Version { .. } | Self::SectionVersion { .. } | Self::Unknown { .. } => {
+            Self::Version { .. }
+            | Self::SectionVersion { .. }
+            | Self::ProfileVersion { .. }
+            | Self::Profile { .. }
+            | Self::Unknown { .. } => {
                 "use the version of trapgate that took it; `snapshot.json` names it"
             }
-            Self::Profile { .. } => "use the version of trapgate that took it",
             Self::Changed { .. } => {
                 "change it back: only a machine that starts anew can have another"
             }

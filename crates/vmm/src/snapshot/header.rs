@@ -11,7 +11,21 @@ use crate::SnapshotError;
 
 /// Version of the format: of the header, of the configuration, and of which parts there are. Sections
 /// have versions of their own.
-pub const FORMAT_VERSION: u32 = 1;
+///
+/// | version | what is new |
+/// | --- | --- |
+/// | 1 | the first |
+/// | 2 | the profile in the header has a version |
+pub const FORMAT_VERSION: u32 = 2;
+
+/// Version of the CPU profiles: of everything that CPUID answers in any of them. Whoever changes an answer
+/// raises this, so that a guest that has seen the old one is refused by a number and not by a checksum; a test knows
+/// the answers of this version.
+///
+/// | version | what is new |
+/// | --- | --- |
+/// | 1 | the first that has a number; in format 1 the answers changed without one |
+pub const PROFILE_VERSION: u32 = 1;
 
 /// What the header says it is.
 const FORMAT: &str = "trapgate-snapshot";
@@ -64,9 +78,11 @@ impl Part {
 pub struct Profile {
     /// The level of the x86-64 psABI.
     pub level: Level,
+    /// [`PROFILE_VERSION`]: a profile of the same name may offer more in a later one.
+    pub version: u32,
     /// Ticks of the TSC in a second.
     pub tsc_hz: u64,
-    /// CRC-32 of what CPUID answers: a profile of the same name may offer more in a later version.
+    /// CRC-32 of what CPUID answers.
     pub cpuid_crc32: String,
 }
 
@@ -93,6 +109,7 @@ impl Profile {
         }
         Self {
             level,
+            version: PROFILE_VERSION,
             tsc_hz,
             cpuid_crc32: format!("{:08x}", hasher.finalize()),
         }
@@ -102,12 +119,20 @@ impl Profile {
     pub(super) fn check(&self) -> Result<(), SnapshotError> {
         let Self {
             level,
+            version,
             tsc_hz,
             cpuid_crc32,
         } = self;
+        if *version != PROFILE_VERSION {
+            return Err(SnapshotError::ProfileVersion {
+                level: level.name(),
+                found: *version,
+                known: PROFILE_VERSION,
+            });
+        }
         if Self::of(*level, *tsc_hz).cpuid_crc32 != *cpuid_crc32 {
             return Err(SnapshotError::Profile {
-                reason: format!("CPUID of the profile {level:?} has other answers in this version"),
+                reason: format!("CPUID of {} has other answers here", level.name()),
             });
         }
         Ok(())
@@ -234,4 +259,35 @@ pub(super) fn section_version(part: &str, bytes: &[u8]) -> Result<u64, SnapshotE
             reason: error.to_string(),
         })?;
     Ok(section.version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What CPUID answered when the profiles got their present version.
+    #[test]
+    fn cpuid_changes_with_the_version_of_the_profiles_only() {
+        let answers =
+            [Level::V2, Level::V3].map(|level| Profile::of(level, 1_000_000_000).cpuid_crc32);
+        assert_eq!(
+            (PROFILE_VERSION, answers.each_ref().map(String::as_str)),
+            (1, ["c9e24e91", "1884a44e"]),
+            "raise PROFILE_VERSION, and keep another golden snapshot (tests/golden_snapshot.rs)"
+        );
+    }
+
+    #[test]
+    fn profile_of_another_version_is_refused_by_its_number() {
+        let profile = Profile {
+            version: PROFILE_VERSION + 1,
+            cpuid_crc32: "00000000".to_owned(),
+            ..Profile::of(Level::V2, 1_000_000_000)
+        };
+        let error = profile.check().unwrap_err();
+        assert!(
+            matches!(error, SnapshotError::ProfileVersion { found, .. } if found == PROFILE_VERSION + 1),
+            "{error}"
+        );
+    }
 }

@@ -3,7 +3,7 @@
 //! # Format
 //! | part | what it is |
 //! | --- | --- |
-//! | `snapshot.json` | the [`Header`]: format version, CPU profile, memory size, engine, and the list of all other parts with their lengths and checksums. Can be read on its own |
+//! | `snapshot.json` | the [`Header`]: format version, CPU profile with its version, memory size, engine, and the list of all other parts with their lengths and checksums. Can be read on its own |
 //! | `machine.json` | the machine's configuration, for people to edit: paths of disks, what a reset does |
 //! | `memory` | guest RAM, sparse: the ranges one behind the other, pages of zeros as holes |
 //! | `memory.json` | which chunks of `memory` have something in them, with a checksum of each |
@@ -20,6 +20,11 @@
 //! edited; what must not change in it stands in the header too.
 //!
 //! A stream (migration) would carry the same parts in the order of the table, memory last.
+//!
+//! # Versions
+//! A program goes on from snapshots of its own versions, and refuses all others by the number that is different:
+//! [`FORMAT_VERSION`], each section's, [`PROFILE_VERSION`]. Whatever changes what a snapshot says or what its guest
+//! sees raises one of them. `tests/golden_snapshot.rs` holds a snapshot that must go on, and others that must be refused.
 //!
 //! # Taking one
 //! Files that do not change are written first, then the machine stands still while its state is
@@ -49,7 +54,7 @@ mod state;
 mod tests;
 
 pub use error::SnapshotError;
-pub use header::{FORMAT_VERSION, Header, Part, Profile};
+pub use header::{FORMAT_VERSION, Header, PROFILE_VERSION, Part, Profile};
 pub(crate) use parts::SavedFile;
 pub(crate) use restore::Materials;
 pub use restore::Snapshot;

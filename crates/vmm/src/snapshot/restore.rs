@@ -261,6 +261,8 @@ fn check_unchanged(header: &Header, saved: &SavedConfig) -> Result<(), SnapshotE
     let Profile {
         level,
         tsc_hz,
+        // They are the program's: nobody can configure others.
+        version: _,
         cpuid_crc32: _,
     } = &header.profile;
     same(

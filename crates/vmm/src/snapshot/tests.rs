@@ -7,7 +7,7 @@ use trapgate_engine::{Exit, Signal};
 
 use super::*;
 use crate::testing::{Guest, Script, machine, restored};
-use crate::{Hooks, Outcome};
+use crate::{Hooks, Host, Level, MachineError, Outcome};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -35,6 +35,34 @@ fn a_machine_that_resets_all_the_time_is_saved_between_two_resets() {
         assert!(matches!(outcome, Some(Outcome::Exited(3))), "{outcome:?}");
     }
     assert!(machine.counters().resets > 0);
+}
+
+/// Given a snapshot of a machine with x86-64-v3, when it is to go on where the processor is less, then it is refused on
+/// every engine, with what that lacks.
+#[test]
+fn a_machine_of_a_higher_level_does_not_go_on_on_a_lesser_processor() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("saved");
+    let idle = script(|_| Exit::Halted);
+    let machine = machine(vec![idle], Hooks::default(), |config| {
+        config.level = Level::V3;
+    });
+    machine.snapshot(&path).unwrap();
+    let mut snapshot = Snapshot::open(&path).unwrap();
+    assert_eq!(snapshot.header().profile.level, Level::V3);
+    let mut host = Host::probe();
+    for (feature, is_there) in &mut host.features {
+        *is_there = *feature != "avx2";
+    }
+    for engine in ["auto", "interp", "jit"] {
+        snapshot.set_engine(engine.parse().unwrap());
+        let error = snapshot.choose_engine(&host).unwrap_err();
+        assert!(
+            matches!(&error, MachineError::Level { level: Level::V3, lacks } if lacks == &["avx2"]),
+            "{engine}: {error}"
+        );
+        assert!(error.fix().unwrap().contains("needs a host with it"));
+    }
 }
 
 #[test]

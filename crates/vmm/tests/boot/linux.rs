@@ -6,7 +6,6 @@
     reason = "each test binary uses its own part"
 )]
 
-use std::io::Write;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use trapgate_image::{
@@ -15,7 +14,7 @@ use trapgate_image::{
 };
 use trapgate_vmm::{Content, Hooks, Machine, MachineConfig, Outcome, Port};
 
-use crate::boot::{Transcript, end};
+use crate::boot::{Transcript, end, skipped};
 
 /// Kernel and initramfs, or why there are none.
 pub(crate) fn image() -> Option<&'static StockImage> {
@@ -27,9 +26,7 @@ pub(crate) fn image() -> Option<&'static StockImage> {
     match image {
         Ok(image) => Some(image),
         Err(why) => {
-            let mut stderr = std::io::stderr();
-            // Not through `eprintln!`, which the test harness swallows.
-            let _ = writeln!(stderr, "SKIPPED: no stock kernel to boot: {why}");
+            skipped(&format!("no stock kernel to boot: {why}"));
             None
         }
     }
@@ -46,10 +43,7 @@ pub(crate) fn image_of(package: &str, fetch: bool) -> Option<StockImage> {
         cached(&cache).ok_or_else(|| "it was not fetched".to_owned())
     };
     image
-        .map_err(|why| {
-            // Not through `eprintln!`, which the test harness swallows.
-            let _ = writeln!(std::io::stderr(), "SKIPPED: {package}: {why}");
-        })
+        .map_err(|why| skipped(&format!("{package}: {why}")))
         .ok()
 }
 

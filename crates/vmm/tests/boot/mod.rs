@@ -1,10 +1,18 @@
 //! Running a machine to its end, and what it wrote.
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "each test binary uses its own part"
+)]
+
+mod skipped;
 
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use trapgate_vmm::{Machine, Outcome, PortOutput};
+
+pub(crate) use skipped::skipped;
 
 /// Text that grows, and can be waited for.
 #[derive(Clone, Default)]

@@ -18,6 +18,21 @@ use crate::{ENGINES, everything, say, skipped};
 /// Tests that fail in the guest, and why that is as it should be.
 const EXCUSED: &[(&str, &str)] = &[("amx_64", "the CPU profiles have no AMX")];
 
+/// Counts in the guest that may fall short of the host's: a test, its checks that are good, and what it leaves out.
+type Fewer = (&'static str, usize, usize);
+
+/// Under any kernel.
+const FEWER: &[Fewer] = &[
+    // Signal frames without AVX-512 fit the stack that is to be too small.
+    ("sigaltstack_32", 1, 0),
+    ("sigaltstack_64", 1, 0),
+    // The kernel has no getcpu for 32-bit programs.
+    ("test_vsyscall_32", 2, 0),
+];
+
+/// Under Debian's kernel for clouds, which has no 16-bit segments.
+const FEWER_IN_CLOUDS: &[Fewer] = &[("sigreturn_32", 10, 4), ("sigreturn_64", 12, 5)];
+
 /// Those for the interpreter, when there is only a minute in all: about what the CPU does at the edges of system calls,
 /// returns and debugging.
 const TELLING: &[&str] = &[
@@ -74,6 +89,12 @@ impl Verdict {
 
     pub(crate) fn passed(&self) -> bool {
         self.status == Some(0) && self.bad == 0
+    }
+
+    /// Whether it checked no less and left out no more than on the host, but for what is known to be missing.
+    fn checks_enough(&self, name: &str, host: &Self, known: &[Fewer]) -> bool {
+        (self.good >= host.good && self.left_out <= host.left_out)
+            || known.contains(&(name, self.good, self.left_out))
     }
 }
 
@@ -284,6 +305,10 @@ fn selftests_of_linux_pass_in_the_guest() {
         "| test | host | {} | {} |\n| --- | --- | --- | --- |\n",
         ENGINES[0], ENGINES[1]
     );
+    let mut known = FEWER.to_vec();
+    if image.kernel_version.contains("cloud") {
+        known.extend(FEWER_IN_CLOUDS);
+    }
     let mut wrong = Vec::new();
     for name in &names {
         let cell = |verdicts: &Verdicts| {
@@ -294,8 +319,12 @@ fn selftests_of_linux_pass_in_the_guest() {
         let cells: Vec<_> = guests.iter().map(cell).collect();
         table += &format!("| {name} | {} | {} |\n", cell(&host), cells.join(" | "));
         let excused = EXCUSED.iter().any(|(excused, _)| excused == name);
-        let found = guests.iter().filter_map(|verdicts| verdicts.get(name));
-        if found.into_iter().any(|verdict| verdict.passed() == excused) {
+        let as_it_should = |verdict: &Verdict| {
+            verdict.passed() != excused
+                && (excused || verdict.checks_enough(name, &host[name], &known))
+        };
+        let mut found = guests.iter().filter_map(|verdicts| verdicts.get(name));
+        if !found.all(as_it_should) {
             wrong.push(name);
         }
     }
@@ -310,6 +339,30 @@ fn selftests_of_linux_pass_in_the_guest() {
         "these end other than they should: {wrong:?}; see {}",
         file.display()
     );
+}
+
+#[test]
+fn guest_that_checks_less_than_the_host_is_seen() {
+    let verdict = |good, left_out| Verdict {
+        status: Some(0),
+        good,
+        bad: 0,
+        left_out,
+    };
+    let known = &[("a_64", 4, 1)];
+    let host = verdict(5, 0);
+    for (name, good, left_out, enough) in [
+        ("a_64", 5, 0, true),
+        ("a_64", 6, 0, true),
+        ("a_64", 5, 1, false),
+        ("a_64", 4, 1, true),
+        ("a_64", 4, 2, false),
+        ("a_64", 3, 1, false),
+        ("b_64", 4, 1, false),
+    ] {
+        let found = verdict(good, left_out).checks_enough(name, &host, known);
+        assert_eq!(found, enough, "{name} {good} {left_out}");
+    }
 }
 
 #[test]

@@ -74,12 +74,12 @@ static void ticks(long count)
 	free(late);
 }
 
-/* Moves from processor to processor; counts the steps back of the TSC and of the clock. */
+/* Moves from processor to processor; counts the steps back of the TSC and of the clock, also since the last time. */
 static void migrate(long rounds)
 {
+	static uint64_t last_tsc;
+	static int64_t last;
 	long processors = sysconf(_SC_NPROCESSORS_ONLN), tsc_back = 0, clock_back = 0, moved = 0;
-	uint64_t last_tsc = 0;
-	int64_t last = 0;
 	for (long i = 0; i < rounds; i++) {
 		cpu_set_t set;
 		unsigned cpu;

@@ -1,6 +1,6 @@
 //! That lockstep finds what it is there for: translators with one fault each.
 
-use iced_x86::{Code, MemoryOperand, Register};
+use iced_x86::{Code, Instruction, MemoryOperand, Register};
 use trapgate_memory::RamRange;
 use trapgate_x86::Segment;
 use trapgate_x86::descriptor::access;
