@@ -7,7 +7,6 @@ use std::sync::atomic::{Ordering, fence};
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, kvm_guest_debug};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use trapgate_engine::{Counter, Exit, Failure, Measure, Signal, Signals, StateError, Vcpu, World};
-use trapgate_x86::registers::dr;
 use trapgate_x86::{Activity, CpuState};
 
 use crate::error::{call, named};
@@ -195,7 +194,7 @@ impl KvmVcpu {
     fn enter(&mut self) -> Result<Option<Exit>, KvmError> {
         if self.has_kernel_controllers() {
             self.set_stepping(self.step_wanted)?;
-            let ended = self.run_guest()?;
+            let ended = self.run_kernel(false)?;
             return self.act(ended);
         }
         let priority = u64::from(self.world.task_priority());
@@ -211,7 +210,7 @@ impl KvmVcpu {
         let run = self.vcpu.get_kvm_run();
         run.request_interrupt_window = window.into();
         run.cr8 = priority;
-        let ended = self.run_guest()?;
+        let ended = self.run_kernel(false)?;
         if let (true, Some(alarm)) = (alarm, &self.alarm) {
             alarm.set(0);
         }
@@ -225,34 +224,6 @@ impl KvmVcpu {
             self.interrupt_signalled = true;
         }
         self.act(ended)
-    }
-
-    /// One KVM_RUN that lets the guest run.
-    ///
-    /// A KVM without hardware forgets what the guest has in DR6 when it makes a single step. Guests keep it there until
-    /// they have looked.
-    fn run_guest(&mut self) -> Result<Ended, KvmError> {
-        if !self.stepping || !self.machine.overlooks_windows() {
-            return self.run_kernel(false);
-        }
-        let debug = |vcpu: &VcpuFd| vcpu.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"));
-        let before = debug(&self.vcpu)?.dr6;
-        let ended = self.run_kernel(false)?;
-        let mut after = debug(&self.vcpu)?;
-        if after.dr6 == dr::DR6_ONES && before != dr::DR6_ONES && !self.has_written_dr6()? {
-            after.dr6 = before;
-            self.vcpu
-                .set_debug_regs(&after)
-                .map_err(call("KVM_SET_DEBUGREGS"))?;
-        }
-        Ok(ended)
-    }
-
-    /// Whether the instruction before RIP is a MOV to DR6, or to DR4, which can be its name.
-    fn has_written_dr6(&self) -> Result<bool, KvmError> {
-        let mut code = [0; 3];
-        Ok(self.read_code(-3, &mut code)?
-            && matches!(code, [0x0f, 0x23, 0xe0..=0xe7 | 0xf0..=0xf7]))
     }
 
     /// One KVM_RUN. `only_answer`: it returns as soon as the kernel has taken the last answer.
@@ -475,12 +446,7 @@ impl KvmVcpu {
 
     /// Whether HLT is at RIP, or as many bytes from it.
     fn is_halt(&self, from_rip: i64) -> Result<bool, KvmError> {
-        let mut code = [0];
-        Ok(self.read_code(from_rip, &mut code)? && code == [0xf4])
-    }
-
-    /// Reads the code as many bytes from RIP; whether it is there. Not across pages that lie apart.
-    fn read_code(&self, from_rip: i64, code: &mut [u8]) -> Result<bool, KvmError> {
+        const HLT: [u8; 1] = [0xf4];
         let regs = self.vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
         let sregs = calls::sregs2(&self.vcpu).map_err(named("KVM_GET_SREGS2"))?;
         let rip = regs.rip.wrapping_add_signed(from_rip);
@@ -489,8 +455,14 @@ impl KvmVcpu {
             .vcpu
             .translate_gva(linear)
             .map_err(call("KVM_TRANSLATE"))?;
-        let memory = &self.machine.memory;
-        Ok(place.valid != 0 && memory.read(place.physical_address, code).is_ok())
+        let mut byte = [0];
+        let there = place.valid != 0
+            && self
+                .machine
+                .memory
+                .read(place.physical_address, &mut byte)
+                .is_ok();
+        Ok(there && byte == HLT)
     }
 
     fn set_stepping(&mut self, on: bool) -> Result<(), KvmError> {

@@ -50,10 +50,10 @@ pub enum Waiver {
     Random,
     /// What only this processor knows: the time, its number, its features, XCR0.
     Processor,
-    /// Which of the faults of an access in several parts comes, and of which part (SDM vol. 3A, 6.9: in what order
+    /// Which of the faults of an access in several parts comes, and of which part (SDM vol. 3A, 7.9: in what order
     /// faults of one instruction are found is not architectural; vol. 2, FXSAVE and XSAVE, "#AC").
     Parts,
-    /// Whether an access faults that goes over the end of a segment of 4 GiB (SDM vol. 3A, 5.3: implementation-specific).
+    /// Whether an access faults that goes over the end of a segment of 4 GiB (SDM vol. 3A, 6.3: implementation-specific).
     SegmentEnd,
     /// What an instruction that faulted has done already ([`undefined::residue`]).
     Residue,

@@ -228,10 +228,11 @@ pub fn processor_results(instruction: &Instruction) -> [u64; 16] {
 /// What a fault leaves behind that the manual does not promise either way, and no program can rely on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Residue {
-    /// A store of ten bytes has written eight, or a far CALL one word of two (SDM vol. 3A, 6.5: a program that goes on
+    /// A store of ten bytes has written eight, or a far CALL one word of two (SDM vol. 3A, 7.5: a program that goes on
     /// after a fault does the instruction again).
     pub memory: Left,
-    /// An MMX store has made TOP 0 before it faults, which it does anyway when it is done again (SDM vol. 3A, 12.2).
+    /// An MMX store has made TOP 0 before it faults, which it does anyway when it is done again (SDM vol. 3A, "The MMX State
+    /// and MMX Register Aliasing").
     pub top: bool,
     /// VCVTPS2PH has noted masked exceptions in MXCSR before its store faults (SDM vol. 2, "VCVTPS2PH"); and dot products
     /// those of their first stages before an unmasked one of a later stage (SDM vol. 2, "DPPS").

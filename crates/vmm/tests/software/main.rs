@@ -2,7 +2,7 @@
 //! 32-bit kernels.
 //!
 //! `cargo test --release -p trapgate-vmm --test software -- --nocapture` runs a share that takes a minute;
-//! `TRAPGATE_SOFTWARE=all` before it runs all of it, which takes half an hour. What was compared, and with what result,
+//! `TRAPGATE_SOFTWARE=all` before it runs all of it, which takes an hour or two. What was compared, and with what result,
 //! is in `docs/fidelity.md`.
 //!
 //! Everything is fetched from Debian when the test runs and kept below the build's directory; nothing of it is in this
