@@ -245,11 +245,14 @@ impl<C: Computing> Program<'_, C> {
             }
             // The instruction behind the store.
             _ => {
-                let next = code.next() + 10;
+                let next = code.next() + 12;
                 code.raw(&[0xc7, 0x05]).to(next, 4).raw(&[a, b, c, small]);
-                code.raw(&FILLER);
+                code.raw(&COMPARE).raw(&FILLER);
+                return;
             }
         }
+        // Flags that only the code before it was changed would have overwritten need not be there for the new.
+        code.raw(&COMPARE);
     }
 
     fn string(&mut self, code: &mut Code) {
