@@ -62,7 +62,7 @@ pub(crate) const CATALOG: &[Entry] = &[
     compute("double", "five bodies that attract each other"),
     compute("avx2", "bits and matrices, with AVX2 and FMA"),
     compute("copy", "memset and memcpy, 1 KiB to 1 MiB"),
-    compute("gzip", "gzip of 4 MiB"),
+    compute("gzip", "gzip of a tree's archive of 4 MiB"),
     system("fork-exec", "a shell starts 500 programs"),
     system("pipeline", "a pipeline of seven programs"),
     system("dd", "dd with bs=1: two system calls a byte"),

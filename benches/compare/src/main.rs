@@ -13,6 +13,7 @@ mod chart;
 mod host;
 mod image;
 mod measure;
+mod memory;
 mod monitor;
 mod protocol;
 mod report;

@@ -7,6 +7,7 @@ use crate::Failure;
 use crate::arguments::{Arguments, BOOT};
 use crate::host;
 use crate::image::Image;
+use crate::memory::Watch;
 use crate::protocol::Event;
 use crate::report::{Lost, Report};
 use crate::subject::{RAM_MIB, Running, Silence, Subject, qemu_version};
@@ -27,7 +28,7 @@ pub(crate) struct Results {
     pub(crate) checks: BTreeMap<String, u64>,
     /// Seconds from the start to init.
     pub(crate) boots: Vec<f64>,
-    /// MiB beyond guest RAM at the end of a round.
+    /// MiB beyond guest RAM in each round, where it was most.
     pub(crate) memory: Vec<f64>,
     /// Workloads that do not run there, and why.
     pub(crate) skipped: BTreeMap<String, String>,
@@ -166,6 +167,8 @@ fn follow(
     results: &mut Results,
     limit: Duration,
 ) -> Result<(), Stop> {
+    let watch =
+        (subject != Subject::Native).then(|| Watch::start(running.process(), RAM_MIB << 10));
     let mut during = None;
     let mut clocks: Vec<(Instant, u64)> = Vec::new();
     let mut seconds: BTreeMap<String, Vec<f64>> = BTreeMap::new();
@@ -207,10 +210,8 @@ fn follow(
                 results.failed.insert(name, reason);
             }
             Event::End => {
-                if subject != Subject::Native {
-                    let kib = host::beyond_guest_ram(running.process(), RAM_MIB << 10);
-                    results.memory.extend(kib.map(|kib| kib as f64 / 1024.0));
-                }
+                let kib = watch.and_then(Watch::most_kib);
+                results.memory.extend(kib.map(|kib| kib as f64 / 1024.0));
                 take(results, seconds, &clocks);
                 return Ok(());
             }

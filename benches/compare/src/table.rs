@@ -58,7 +58,11 @@ pub(crate) fn table(report: &Report) -> String {
             .iter()
             .map(|(subject, mib)| format!("{} {mib:.0} MiB", subject.name()))
             .collect();
-        let _ = writeln!(text, "\nresident beyond guest RAM: {}", memory.join(", "));
+        let _ = writeln!(
+            text,
+            "\nresident beyond guest RAM, at most: {}",
+            memory.join(", ")
+        );
     }
     if !report.targets.is_empty() {
         text.push('\n');
@@ -189,7 +193,7 @@ mod tests {
         );
         assert_eq!(line("crc").chars().count(), line("boot").chars().count());
         assert!(text.contains("not run: avx2 under trapgate: no AVX2"));
-        assert!(text.contains("resident beyond guest RAM: trapgate 60 MiB"));
+        assert!(text.contains("resident beyond guest RAM, at most: trapgate 90 MiB"));
     }
 
     #[test]

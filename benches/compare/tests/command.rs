@@ -18,11 +18,15 @@ fn has_image() -> bool {
     has
 }
 
-/// Runs the command; gives its output and its JSON.
+/// Runs the command without trapgate; gives its output and its JSON.
 fn compare(directory: &Path, words: &[&str]) -> (Output, Value) {
+    compare_all(directory, &[&["--no-trapgate"], words].concat())
+}
+
+fn compare_all(directory: &Path, words: &[&str]) -> (Output, Value) {
     let json = directory.join("figures.json");
     let output = Command::new(env!("CARGO_BIN_EXE_trapgate-compare"))
-        .args(["--quick", "--no-trapgate", "--json"])
+        .args(["--quick", "--json"])
         .arg(&json)
         .args(words)
         .output()
@@ -71,6 +75,50 @@ fn every_workload_runs_on_the_host_and_computes_the_same_each_time() {
             "{row}"
         );
     }
+}
+
+#[test]
+fn trapgate_boots_and_computes_what_the_host_does() {
+    if !has_image() {
+        return;
+    }
+    let directory = TempDir::new().unwrap();
+    let file = |name: &str| directory.path().join(name).display().to_string();
+    let (svg, markdown) = (file("chart.svg"), file("table.md"));
+
+    let (output, json) = compare_all(
+        directory.path(),
+        &[
+            "--no-qemu",
+            "--engine",
+            "jit",
+            "--only",
+            "crc,gzip,boot",
+            "--svg",
+            &svg,
+            "--markdown",
+            &markdown,
+        ],
+    );
+
+    assert!(output.status.success(), "{}", json["failures"]);
+    assert_eq!(json["engine"], "jit");
+    let workloads = json["workloads"].as_array().unwrap();
+    assert_eq!(workloads.len(), 2);
+    for row in workloads.iter().chain([&json["boot"]]) {
+        let median = row["times"]["trapgate"]["median"].as_f64();
+        assert!(median.is_some_and(|seconds| seconds > 0.0), "{row}");
+    }
+    // Code for a boot alone is more than that.
+    let mib = json["memory_mib"]["trapgate"].as_f64();
+    assert!(mib.is_some_and(|mib| mib > 8.0), "{json}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("crc") && text.contains("at most: trapgate"),
+        "{text}"
+    );
+    assert!(fs::read_to_string(svg).unwrap().starts_with("<svg"));
+    assert!(fs::read_to_string(markdown).unwrap().contains("| crc |"));
 }
 
 #[test]

@@ -119,12 +119,45 @@ fn failed(what: &str, path: &Path) -> impl Fn(std::io::Error) -> String {
     move |error| format!("{what}: {error}")
 }
 
+/// Files of up to 16 KiB in so many directories, with their paths.
+fn tree(directories: u64) -> impl Iterator<Item = (String, Vec<u8>)> {
+    let mut random = Random(7);
+    let all = text(64 << 10, &mut random);
+    (0..directories * 64).map(move |file| {
+        let from = (random.next() % (48 << 10)) as usize;
+        let size = (random.next() % (16 << 10)) as usize;
+        let path = format!("tree/{}/of/this/tree/file-{}", file / 64, file % 64);
+        (path, all[from..from + size].to_vec())
+    })
+}
+
+/// A file as it stands in an archive (POSIX.1-1988, ustar), with owner and times that are the same everywhere.
+fn member(path: &str, content: &[u8]) -> Vec<u8> {
+    let mut block = [0; 512];
+    let mut put = |at: usize, text: &str| block[at..at + text.len()].copy_from_slice(text.as_bytes());
+    put(0, path);
+    put(100, "0000644\x000000000\x000000000");
+    put(124, &format!("{:011o}\x0000000000000", content.len()));
+    // While it is summed, the sum is spaces.
+    put(148, "        0");
+    put(257, "ustar\x0000");
+    let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
+    block[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+    let mut member = [&block[..], content].concat();
+    member.resize(member.len().next_multiple_of(512), 0);
+    member
+}
+
 pub(crate) fn gzip(setting: &Setting) -> Result<Work, NotRun> {
-    let path = setting.work.join("text");
-    let text = text((4 << 20) / setting.scale as usize, &mut Random(6));
-    fs::write(&path, text).map_err(failed("write", &path))?;
+    let path = setting.work.join("tree.tar");
+    let mut archive = Vec::new();
+    for (name, content) in tree(8 / setting.scale.min(8)) {
+        archive.extend(member(&name, &content));
+    }
+    archive.resize(archive.len() + 1024, 0);
+    fs::write(&path, archive).map_err(failed("write", &path))?;
     let busybox = setting.busybox.clone();
-    let packed = setting.work.join("text.gz");
+    let packed = setting.work.join("tree.tar.gz");
     Ok(Box::new(move || {
         let open = File::open(&path).map_err(failed("read", &path))?;
         let create = File::create(&packed).map_err(failed("write", &packed))?;
@@ -144,18 +177,12 @@ pub(crate) fn gzip(setting: &Setting) -> Result<Work, NotRun> {
 }
 
 pub(crate) fn tar(setting: &Setting) -> Result<Work, NotRun> {
-    let tree = setting.work.join("tree");
-    let mut random = Random(7);
-    let all = text(64 << 10, &mut random);
-    for directory in 0..48 / setting.scale.min(48) {
-        let directory = tree.join(format!("{directory}/of/this/tree"));
-        fs::create_dir_all(&directory).map_err(failed("make", &directory))?;
-        for file in 0..64 {
-            let from = (random.next() % (48 << 10)) as usize;
-            let size = (random.next() % (16 << 10)) as usize;
-            let path = directory.join(format!("file-{file}"));
-            fs::write(&path, &all[from..from + size]).map_err(failed("write", &path))?;
+    for (name, content) in tree(48 / setting.scale.min(48)) {
+        let path = setting.work.join(name);
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory).map_err(failed("make", directory))?;
         }
+        fs::write(&path, content).map_err(failed("write", &path))?;
     }
     let (work, busybox) = (setting.work.clone(), setting.busybox.clone());
     Ok(Box::new(move || {

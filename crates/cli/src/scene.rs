@@ -365,31 +365,18 @@ impl Scene {
                 }
                 Ok(Next::End(STOPPED))
             }
-            Outcome::Failed(trapgate_vmm::Failure::Restart(error)) => {
-                Err(Failure::machine(&self.name, error))
-            }
-            Outcome::Failed(failure @ trapgate_vmm::Failure::Engine { .. }) => {
+            Outcome::Failed(failure) => {
                 if let trapgate_vmm::Failure::Engine {
                     details: Some(details),
                     ..
-                } = &failure
+                } = failure
                 {
                     // Lockstep found a difference: this is what the person asked for.
                     terminal::restore();
                     terminal::say(details);
-                    return Err(Failure::defect(failure.to_string()));
                 }
-                Err(Failure::new(status::HOST, failure.to_string())
-                    .fix("run it on another engine, for example with `--engine interp`"))
+                Err(went_wrong(&self.name, failure))
             }
-            Outcome::Failed(failure @ trapgate_vmm::Failure::MemoryGone) => Err(Failure::new(
-                status::HOST,
-                failure.to_string(),
-            )
-            .fix(
-                "restore it again from a whole snapshot, whose files nobody changes while it runs",
-            )),
-            Outcome::Failed(failure) => Err(Failure::defect(failure.to_string())),
         }
     }
 
@@ -627,6 +614,22 @@ fn last_words(result: &Result<u8, Failure>, socket: &Socket) {
     }
 }
 
+/// What a machine's failure is to a person.
+fn went_wrong(name: &str, failure: &trapgate_vmm::Failure) -> Failure {
+    match failure {
+        trapgate_vmm::Failure::Restart(error) => Failure::machine(name, error),
+        // Lockstep has more to say, and then it is not the host that failed.
+        trapgate_vmm::Failure::Engine { details: None, .. } => {
+            Failure::new(status::HOST, failure.to_string())
+                .fix("run it on another engine, for example with `--engine interp`")
+        }
+        trapgate_vmm::Failure::MemoryGone => Failure::new(status::HOST, failure.to_string()).fix(
+            "restore it again from a whole snapshot, whose files nobody changes while it runs",
+        ),
+        failure => Failure::defect(failure.to_string()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::channel;
@@ -643,6 +646,22 @@ mod tests {
             port.write(piece);
         }
         inbox.try_iter().map(|event| format!("{event:?}")).collect()
+    }
+
+    #[test]
+    fn difference_that_lockstep_found_is_a_defect_and_a_host_that_fails_is_none() {
+        let with = |details: Option<&str>| trapgate_vmm::Failure::Engine {
+            cpu: 0,
+            failure: trapgate_vmm::EngineFailure {
+                what: "a test",
+                code: 0,
+                rip: 0,
+            },
+            details: details.map(str::to_owned),
+        };
+        let found = went_wrong("a", &with(Some("rax differs")));
+        assert_eq!(found.status, status::DEFECT);
+        assert_eq!(went_wrong("a", &with(None)).status, status::HOST);
     }
 
     #[test]

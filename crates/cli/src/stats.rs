@@ -123,6 +123,40 @@ fn costs(costs: &[Cost]) -> String {
     indented(&columns(&rows, 2))
 }
 
+/// What two counters say together, of all the time that the machine has run.
+pub(crate) struct Ratio {
+    /// For programs.
+    pub(crate) name: &'static str,
+    /// For people.
+    pub(crate) words: &'static str,
+    part: &'static str,
+    whole: &'static str,
+}
+
+pub(crate) const RATIOS: [Ratio; 2] = [
+    Ratio {
+        name: "direct_exits_linked",
+        words: "of the direct exits, are linked",
+        part: "direct_exits_linked",
+        whole: "direct_exits",
+    },
+    Ratio {
+        name: "host_bytes_of_an_instruction",
+        words: "bytes of host code for a guest instruction",
+        part: "translated_host_bytes",
+        whole: "translated_instructions",
+    },
+];
+
+impl Ratio {
+    /// None if the engine counts no such things, or there were none.
+    pub(crate) fn of(&self, counters: &Counters) -> Option<f64> {
+        let value = |name| Some(counters.get(name)?.value as f64);
+        let (part, whole) = (value(self.part)?, value(self.whole)?);
+        (whole > 0.0).then(|| part / whole)
+    }
+}
+
 fn numbers(counters: &Counters, seconds: f64) -> String {
     let mut rows = vec![
         ["COUNTER", "VALUE", "PER SECOND"]
@@ -143,25 +177,10 @@ fn numbers(counters: &Counters, seconds: f64) -> String {
         }
         rows.push(row);
     }
-    let ratio = |name: &str, part: &str, whole: &str| {
-        let value = |name| counters.get(name).map(|counter| counter.value as f64);
-        match (value(part), value(whole)) {
-            (Some(part), Some(whole)) if whole > 0.0 => {
-                Some(vec![name.to_owned(), format!("{:.2}", part / whole)])
-            }
-            _ => None,
-        }
-    };
-    rows.extend(ratio(
-        "of the direct exits, are linked",
-        "direct_exits_linked",
-        "direct_exits",
-    ));
-    rows.extend(ratio(
-        "bytes of host code for a guest instruction",
-        "translated_host_bytes",
-        "translated_instructions",
-    ));
+    rows.extend(RATIOS.iter().filter_map(|ratio| {
+        let value = ratio.of(counters)?;
+        Some(vec![ratio.words.to_owned(), format!("{value:.2}")])
+    }));
     indented(&columns(&rows, 1))
 }
 

@@ -18,7 +18,7 @@ use crate::arguments::TopArguments;
 use crate::clients::{client, open, print, printable};
 use crate::event::Event;
 use crate::failure::Failure;
-use crate::stats::{columns, grouped, words};
+use crate::stats::{RATIOS, Ratio, columns, grouped, words};
 use crate::{signals, status, terminal};
 
 /// From one look to the next.
@@ -262,6 +262,8 @@ struct Rates<'a> {
     /// Events and nanoseconds per second, by counter.
     totals: BTreeMap<&'a str, f64>,
     levels: BTreeMap<&'a str, u64>,
+    /// Since the machine began.
+    ratios: Vec<(&'static Ratio, f64)>,
     /// The most expensive first; where no time is measured, the most frequent.
     costs: Vec<CostRate>,
 }
@@ -274,6 +276,7 @@ impl<'a> Rates<'a> {
             seconds: 0.0,
             totals: BTreeMap::new(),
             levels: BTreeMap::new(),
+            ratios: Vec::new(),
             costs: Vec::new(),
         };
         let Some(now) = &watched.now else {
@@ -284,6 +287,10 @@ impl<'a> Rates<'a> {
                 rates.levels.insert(&counter.name, counter.value);
             }
         }
+        rates.ratios = RATIOS
+            .iter()
+            .filter_map(|ratio| Some((ratio, ratio.of(&now.counters)?)))
+            .collect();
         let Some(before) = &watched.before else {
             return rates;
         };
@@ -356,6 +363,7 @@ impl<'a> Rates<'a> {
                 "estimated": cost.estimated,
             })
         });
+        let ratios = self.ratios.iter().map(|(ratio, value)| (ratio.name, value));
         json!({
             "name": info.name,
             "pid": info.pid,
@@ -365,6 +373,7 @@ impl<'a> Rates<'a> {
             "seconds": self.seconds,
             "per_second": self.totals,
             "levels": self.levels,
+            "ratios": ratios.collect::<BTreeMap<_, _>>(),
             "costs": costs.collect::<Vec<_>>(),
         })
     }
@@ -451,6 +460,9 @@ impl<'a> Rates<'a> {
         }
         for (name, value) in &self.levels {
             rows.push(vec![words(&printable(name)), grouped(*value)]);
+        }
+        for (ratio, value) in &self.ratios {
+            rows.push(vec![ratio.words.to_owned(), format!("{value:.2}")]);
         }
         // The units stand to the left.
         columns(&rows, 1)

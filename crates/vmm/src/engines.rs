@@ -398,6 +398,25 @@ mod tests {
     }
 
     #[test]
+    fn where_kvm_has_no_hardware_the_translator_is_taken() {
+        for kvm in [
+            Kvm::NoDevice { hardware: None },
+            Kvm::NoPermission { hardware: None },
+            Kvm::Paravirtual,
+        ] {
+            let host = host(kvm);
+            let choice = choose(EngineChoice::Auto, host.level(), &host).unwrap();
+            assert_eq!(choice.kind, EngineKind::Jit, "{}", choice.reason);
+            // One line says why it is not KVM.
+            assert!(
+                choice.reason.to_lowercase().contains("kvm") && !choice.reason.contains('\n'),
+                "{}",
+                choice.reason
+            );
+        }
+    }
+
+    #[test]
     fn kvm_that_does_not_open_says_why() {
         for (kvm, says) in [
             (Kvm::NoDevice { hardware: None }, "no /dev/kvm"),

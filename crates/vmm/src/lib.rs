@@ -62,8 +62,8 @@ pub use snapshot::{
 };
 pub use trapgate_boot::{BootError, Protocol};
 pub use trapgate_chipset::ResetCause as ChipsetReset;
-pub use trapgate_engine::Observe;
 pub use trapgate_engine::probe::{self, EngineKind, Host};
+pub use trapgate_engine::{Failure as EngineFailure, Observe};
 pub use trapgate_virtio::{DiskError, PortOutput};
 pub use trapgate_x86::profile::Level;
 

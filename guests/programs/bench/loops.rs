@@ -107,21 +107,22 @@ pub(crate) struct Measured {
     pub(crate) ticks: u64,
 }
 
-/// Runs the loops that need nothing but a CPU and, if `ports` says so, the one that needs a port.
+/// Runs the loops that need nothing but a CPU and, if `ports` says so, the one that needs a port. `rounds` says how many
+/// rounds are run of so many.
 ///
 /// # Safety
 /// `memory` points to [`MEMORY_SIZE`] bytes that nobody else uses, zeros, aligned to a page. Writing
 /// port 0x80 is harmless if `ports` is set. Nobody else runs this at the same time.
 pub(crate) unsafe fn run_all(
     memory: *mut u8,
-    scale: u64,
+    rounds: impl Fn(u64) -> u64,
     ports: bool,
     now: impl Fn() -> u64,
     mut report: impl FnMut(Measured),
 ) {
     fill(memory);
     for bench in BENCHES.iter().filter(|bench| ports || !bench.port) {
-        let count = bench.count * scale;
+        let count = rounds(bench.count);
         let start = now();
         // SAFETY: the loops stay inside the memory, whose size they know.
         let result = unsafe { (bench.run)(count, memory) };

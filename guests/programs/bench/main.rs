@@ -4,7 +4,7 @@
 //! a repeated string instruction as one. Before it stands what the loop computed, which is the
 //! same on every CPU.
 //!
-//! The command line `scale=K` makes every loop but the last K times as long (other results, then).
+//! The command line `scale=K` makes every loop but the last K times as long, `share=K` a Kth (other results, then).
 #![no_std]
 #![no_main]
 
@@ -30,13 +30,20 @@ fn bench() {
     let (mut instructions, mut ns) = (0, 0);
     // SAFETY: the memory is what it is to be; nobody listens to the port; there is one CPU.
     unsafe {
-        run_all(memory, scale(), true, cpu::read_tsc, |measured| {
-            let elapsed = time::nanoseconds(measured.ticks, &frequency);
-            println!("result {} {:#x}", measured.name, measured.result);
-            report(measured.name, measured.instructions, elapsed);
-            instructions += measured.instructions;
-            ns += elapsed;
-        });
+        let (scale, share) = (number("scale="), number("share="));
+        run_all(
+            memory,
+            |rounds| rounds * scale / share,
+            true,
+            cpu::read_tsc,
+            |measured| {
+                let elapsed = time::nanoseconds(measured.ticks, &frequency);
+                println!("result {} {:#x}", measured.name, measured.result);
+                report(measured.name, measured.instructions, elapsed);
+                instructions += measured.instructions;
+                ns += elapsed;
+            },
+        );
     }
     report("all", instructions, ns);
     println!("bench: done");
@@ -47,10 +54,10 @@ fn report(name: &str, instructions: u64, ns: u64) {
     println!("bench {name} instructions={instructions} ns={ns} mips={mips}");
 }
 
-fn scale() -> u64 {
+fn number(key: &str) -> u64 {
     let text = boot_info::command_line()
         .split_whitespace()
-        .find_map(|word| word.strip_prefix("scale="));
+        .find_map(|word| word.strip_prefix(key));
     text.and_then(|number| number.parse().ok())
         .unwrap_or(1)
         .clamp(1, 1000)

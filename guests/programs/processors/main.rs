@@ -1,7 +1,10 @@
 //! A second processor: INIT and start-up IPIs, what it starts with, interrupts to it and to both
-//! (SDM vol. 3A 10.4, 12.4.7, 12.6; table 10-1). It runs in real mode, like a trampoline, with a data segment of 4 GiB.
+//! (SDM vol. 3A 10.4, 12.4.7, 12.6; table 10-1). It runs in real mode, like a trampoline, with a data segment of 4 GiB;
+//! at last in long mode, where each processor writes the other's code.
 #![no_std]
 #![no_main]
+
+mod crossing;
 
 use core::arch::global_asm;
 
@@ -114,6 +117,7 @@ fn processors() {
     interrupts_to_it();
     again("init", PAGE, OTHER_PAGE, || send(INIT, 1));
     through_io_apic();
+    crossing::crossing();
     println!("processors: done");
 }
 

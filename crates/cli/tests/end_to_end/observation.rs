@@ -108,11 +108,34 @@ fn top_tells_what_each_machine_does() {
         (&"a".into(), &"jit".into())
     );
     assert!(machine["seconds"].as_f64().unwrap() >= 1.0);
-    assert!(machine["per_second"]["call_outs"].is_f64(), "{json}");
+    // Translations, links, misses by kind, calls of the interpreter, invalidations.
+    for total in [
+        "translations",
+        "direct_exits",
+        "direct_exits_linked",
+        "indirect_lookups",
+        "tlb_refills",
+        "tlb_misses",
+        "device_accesses",
+        "page_crossings",
+        "traced_writes",
+        "call_outs",
+        "units_dropped",
+        "code_flushes",
+    ] {
+        assert!(machine["per_second"][total].is_f64(), "{total}: {json}");
+    }
+    let chained = machine["ratios"]["direct_exits_linked"].as_f64().unwrap();
+    assert!(chained > 0.0, "{json}");
     assert!(
         machine["levels"]["code_bytes"].as_u64().unwrap() > 0,
         "{json}"
     );
+
+    let shown = place.done("top --once a").out();
+    for line in ["of the direct exits, are linked", "units dropped"] {
+        assert!(shown.contains(&format!("\n{line} ")), "{shown}");
+    }
 
     let missing = place.finish("top nobody");
     assert_eq!(missing.code(), Some(120), "{missing:?}");

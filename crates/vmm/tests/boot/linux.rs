@@ -12,7 +12,7 @@ use trapgate_image::{
     CacheDir, Phase, STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, Session, StockImage,
     cached, session_archive, stock, stock_of,
 };
-use trapgate_vmm::{Content, Hooks, Machine, MachineConfig, Outcome, Port};
+use trapgate_vmm::{Content, Hooks, Host, Machine, MachineConfig, Outcome, Port};
 
 use crate::boot::{Transcript, end, skipped};
 
@@ -75,6 +75,8 @@ impl Linux {
                 session_archive(&session).unwrap().into(),
             ],
             command_line: "console=ttyS0 quiet panic=-1".to_owned(),
+            // As `trapgate run` gives it.
+            level: Host::probe().level(),
             ..MachineConfig::default()
         };
         change(&mut config);

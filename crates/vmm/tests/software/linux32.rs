@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use trapgate_vmm::{Content, EngineChoice, EngineKind, Hooks, Machine, MachineConfig, Outcome};
+use trapgate_vmm::{
+    Content, EngineChoice, EngineKind, Hooks, Host, Machine, MachineConfig, Outcome,
+};
 
 use crate::boot::{Transcript, end};
 use crate::{ENGINES, everything, linux, packages, say, selftests, skipped};
@@ -59,6 +61,7 @@ fn boot(packages: &Path, initrds: &[Vec<u8>], engine: EngineKind) -> String {
         ),
         memory_bytes: 256 << 20,
         engine: EngineChoice::Only(engine),
+        level: Host::probe().level(),
         ..MachineConfig::default()
     };
     let serial = Transcript::default();

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use trapgate_vmm::{Content, EngineChoice, EngineKind, Hooks, Machine, MachineConfig};
+use trapgate_vmm::{Content, EngineChoice, EngineKind, Hooks, Host, Machine, MachineConfig};
 
 use crate::boot::Transcript;
 use crate::{ENGINES, everything, packages, say, skipped};
@@ -52,6 +52,7 @@ fn run(file: &str, engine: EngineKind, until: Option<u32>) {
         command_line: "console=ttyS0,115200 nosmp".to_owned(),
         memory_bytes: MEMORY,
         engine: EngineChoice::Only(engine),
+        level: Host::probe().level(),
         ..MachineConfig::default()
     };
     let screen = Transcript::default();
