@@ -34,7 +34,7 @@ impl Watch {
             }
         });
         Self {
-            go_on: go_on,
+            go_on,
             thread,
         }
     }

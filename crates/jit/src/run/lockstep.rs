@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use trapgate_engine::{
-    Counter, Exit as RunExit, Failure, Measure, NoDevices, Signals, StateError, Vcpu, World,
+    Counter, Exit as RunExit, Failure, Measure, NoDevices, Signal, Signals, StateError, Vcpu, World,
 };
 use trapgate_interp::cpu::{Cpu, Stop};
 use trapgate_interp::op::{Op, attribute};
@@ -374,7 +374,8 @@ impl Lockstep {
         if writes == memory.traces().device_writes() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        if !stale && writes != memory.traces().device_writes() {
+        let told = self.jit.signals().is_raised(Signal::Flush);
+        if writes != memory.traces().device_writes() || (stale && told) {
             self.compared.disturbed += 1;
             self.reference.cpu.end_run();
             let exit = self.finish(end, stop, guide_ip(&self.guides, block, count));

@@ -4,6 +4,7 @@
 mod calls;
 mod costs;
 mod crossing;
+mod devices;
 mod edges;
 mod guest;
 mod levels;
