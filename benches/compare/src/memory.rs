@@ -33,10 +33,7 @@ impl Watch {
                 }
             }
         });
-        Self {
-            go_on,
-            thread,
-        }
+        Self { go_on, thread }
     }
 
     /// The most that was seen, in KiB; none if the process could not be looked at.
