@@ -161,6 +161,7 @@ impl<'a> Image<'a> {
     fn along_its_flow(
         &self,
         start: u64,
+        bits: u32,
         seen: &mut BTreeSet<u64>,
         visit: &mut impl FnMut(&Instruction),
     ) {
@@ -169,7 +170,7 @@ impl<'a> Image<'a> {
             let Some(bytes) = self.bytes_from(start) else {
                 continue;
             };
-            for instruction in Decoder::with_ip(64, bytes, start, DecoderOptions::NONE) {
+            for instruction in Decoder::with_ip(bits, bytes, start, DecoderOptions::NONE) {
                 if instruction.is_invalid() || !seen.insert(instruction.ip()) {
                     break;
                 }
@@ -238,7 +239,13 @@ fn users(program: &Program) -> (BTreeSet<String>, usize) {
         } else if symbol.name.ends_with("_user_page") {
             image.straight(symbol.address, symbol.address + 4096, 64, &mut visit);
         } else {
-            image.along_its_flow(symbol.address, &mut seen, &mut visit);
+            // Pieces of virtual-8086 code are named so.
+            let bits = if symbol.name.starts_with("v_") {
+                16
+            } else {
+                64
+            };
+            image.along_its_flow(symbol.address, bits, &mut seen, &mut visit);
         }
     }
     let [entry, long_mode] =
