@@ -710,14 +710,18 @@ mod tests {
     use super::*;
     use iced_x86::{Decoder, DecoderOptions};
 
-    fn written(code: Code, form: Form, bits: u32) -> (Vec<u8>, Instruction) {
-        let around = Surroundings {
+    fn around(bits: u32) -> Surroundings {
+        Surroundings {
             ip: 0x1010_0000,
             target: 0x1040_1000,
             landing: 0x1010_0100,
             near: 0x1010_0040,
             bits,
-        };
+        }
+    }
+
+    fn written(code: Code, form: Form, bits: u32) -> (Vec<u8>, Instruction) {
+        let around = around(bits);
         let bytes = write(Encoding { code, form }, &around, &mut Random(7)).expect("it exists");
         let instruction = Decoder::with_ip(bits, &bytes, around.ip, DecoderOptions::NONE).decode();
         (bytes, instruction)
@@ -764,13 +768,7 @@ mod tests {
     fn every_encoding_can_be_written() {
         for (level, bits) in [(Level::V3, 64), (Level::V3, 32), (Level::V2, 64)] {
             for encoding in encodings(level, bits) {
-                let around = Surroundings {
-                    ip: 0x1010_0000,
-                    target: 0x1040_1000,
-                    landing: 0x1010_0100,
-                    near: 0x1010_0040,
-                    bits,
-                };
+                let around = around(bits);
                 let found =
                     (0..16).any(|seed| write(encoding, &around, &mut Random(seed)).is_some());
                 assert!(found, "{encoding:?}, {bits} bits");
