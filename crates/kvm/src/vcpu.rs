@@ -39,8 +39,6 @@ pub struct KvmVcpu {
     pub(crate) interrupt_waits: bool,
     /// Somebody said so: it is not only that nobody has looked since a state was set.
     interrupt_signalled: bool,
-    /// An event was queued that the next KVM_RUN delivers.
-    event_queued: bool,
     /// [`Vcpu::step`] wants one instruction.
     step_wanted: bool,
     /// The kernel runs single steps.
@@ -125,7 +123,6 @@ impl KvmVcpu {
             ready: false,
             interrupt_waits: false,
             interrupt_signalled: false,
-            event_queued: false,
             step_wanted: false,
             stepping: false,
             alarm: None,
@@ -149,7 +146,6 @@ impl KvmVcpu {
         signals.take(Signal::Flush);
         if signals.take(Signal::Nmi) {
             self.vcpu.nmi().map_err(call("KVM_NMI"))?;
-            self.event_queued = true;
             if self.activity == Activity::Halted {
                 self.activity = Activity::Running;
             }
@@ -177,7 +173,6 @@ impl KvmVcpu {
                 Some(vector) => {
                     calls::interrupt(&self.vcpu, vector).map_err(named("KVM_INTERRUPT"))?;
                     self.activity = Activity::Running;
-                    self.event_queued = true;
                     // There may be another behind it, from the other interrupt controller.
                     self.ready = false;
                 }
@@ -201,7 +196,6 @@ impl KvmVcpu {
         let window = self.interrupt_waits;
         let step = self.step_wanted || self.must_be_watched()?;
         self.set_stepping(step)?;
-        self.event_queued = false;
         // Nor does such a KVM tell that the task priority fell.
         let alarm = self.machine.overlooks_windows() && priority != 0 && !step;
         if alarm {
@@ -428,11 +422,24 @@ impl KvmVcpu {
     /// only. A guest that opens one for a moment, again and again, could wait for ever.
     fn must_be_watched(&self) -> Result<bool, KvmError> {
         let waits = self.interrupt_signalled && !self.ready;
-        if !self.machine.overlooks_windows() || self.event_queued || !waits {
+        if !self.machine.overlooks_windows() || !waits {
             return Ok(false);
         }
-        // A step over it would not say what it was. Nor would one into an event whose handler begins so.
-        Ok(!self.is_halt(0)?)
+        // A step over it would not say what it was.
+        Ok(!self.is_event_due()? && !self.is_halt(0)?)
+    }
+
+    /// Whether an event comes before the next instruction. A step into it would push the step's TF: a trap
+    /// for the guest, once its handler returns, unless it is stepped then too. It may have waited
+    /// for more than one KVM_RUN, or have come with a state: only the kernel knows.
+    fn is_event_due(&self) -> Result<bool, KvmError> {
+        let events = self
+            .vcpu
+            .get_vcpu_events()
+            .map_err(call("KVM_GET_VCPU_EVENTS"))?;
+        let nmi = events.nmi.injected != 0 || (events.nmi.pending != 0 && events.nmi.masked == 0);
+        let exception = events.exception.injected | events.exception.pending != 0;
+        Ok(nmi || exception || events.interrupt.injected != 0)
     }
 
     /// This thread's alarm.

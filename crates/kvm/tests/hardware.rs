@@ -13,7 +13,7 @@ use trapgate_engine::{Exit, Signal, Vcpu, World};
 use trapgate_memory::{TraceFlags, TraceListener};
 use trapgate_x86::registers::{MXCSR_MASK, cr4, dr, gpr, rflags, sreg};
 use trapgate_x86::state::{Mtrrs, ParavirtualMsrs};
-use trapgate_x86::{Activity, CpuState, Exception, InterruptShadow, Segment};
+use trapgate_x86::{Activity, CpuState, Exception, InterruptShadow, Segment, Vector};
 
 const HLT: u8 = 0xf4;
 
@@ -335,6 +335,42 @@ fn pending_exception_of_a_state_is_delivered_first() {
     let mut code = [0; 8];
     bench.memory.read(state.gpr[gpr::RSP], &mut code).unwrap();
     assert_eq!(u64::from_le_bytes(code), 2);
+}
+
+/// Given an interrupt that waits for a chance, which a KVM without hardware is watched for step by step,
+/// when another event is delivered, then its frame has the guest's flags.
+#[test]
+fn event_is_not_stepped_into() {
+    let given: [(u8, fn(&mut CpuState)); 3] = [
+        (6, |state| {
+            state.pending = Some(Exception::plain(Vector::UD));
+        }),
+        (0x61, |state| state.interrupt = Some(0x61)),
+        (2, |state| state.system.nmi_pending = true),
+    ];
+    for (vector, wait) in given {
+        // NOP; HLT.
+        let Some(mut bench) = bench(&[0x90, HLT]) else {
+            return;
+        };
+        // NOP; HLT.
+        bench.memory.write(CODE + 0x100, &[0x90, HLT]).unwrap();
+        bench.gate(vector, CODE + 0x100);
+        let mut state = long_state();
+        state.rflags |= rflags::IF;
+        wait(&mut state);
+        bench.vcpu.set_state(&state).unwrap();
+        bench.vcpu.signals().raise(Signal::Interrupt);
+
+        let state = bench.run_to_halt();
+
+        assert_eq!(state.rip, CODE + 0x102);
+        let mut flags = [0; 8];
+        let place = state.gpr[gpr::RSP] + 16;
+        bench.memory.read(place, &mut flags).unwrap();
+        let flags = u64::from_le_bytes(flags) & !rflags::RF;
+        assert_eq!(flags, rflags::ONE | rflags::IF, "vector {vector:#x}");
+    }
 }
 
 /// Given an interrupt that waits, when a state is put in whose shadow holds it off, then one instruction is executed first.
