@@ -341,14 +341,13 @@ fn pending_exception_of_a_state_is_delivered_first() {
 /// when another event is delivered, then its frame has the guest's flags.
 #[test]
 fn event_is_not_stepped_into() {
-    let given: [(u8, fn(&mut CpuState)); 3] = [
-        (6, |state| {
-            state.pending = Some(Exception::plain(Vector::UD));
-        }),
-        (0x61, |state| state.interrupt = Some(0x61)),
-        (2, |state| state.system.nmi_pending = true),
-    ];
-    for (vector, wait) in given {
+    let mut on = long_state();
+    on.rflags |= rflags::IF;
+    let [mut fault, mut interrupt, mut nmi] = [on.clone(), on.clone(), on];
+    fault.pending = Some(Exception::plain(Vector::UD));
+    interrupt.interrupt = Some(0x61);
+    nmi.system.nmi_pending = true;
+    for (vector, state) in [(6, fault), (0x61, interrupt), (2, nmi)] {
         // NOP; HLT.
         let Some(mut bench) = bench(&[0x90, HLT]) else {
             return;
@@ -356,9 +355,6 @@ fn event_is_not_stepped_into() {
         // NOP; HLT.
         bench.memory.write(CODE + 0x100, &[0x90, HLT]).unwrap();
         bench.gate(vector, CODE + 0x100);
-        let mut state = long_state();
-        state.rflags |= rflags::IF;
-        wait(&mut state);
         bench.vcpu.set_state(&state).unwrap();
         bench.vcpu.signals().raise(Signal::Interrupt);
 
