@@ -238,6 +238,20 @@ impl GuestMemory {
             .map(|range| range.host.offset(gpa - range.start))
     }
 
+    /// Where the `bytes` at `gpa` lie in this process, if all of them are RAM and lie there one behind the other; and whether any of their
+    /// pages may be traced. On the same terms as [`Self::host`].
+    pub fn run(&self, gpa: u64, bytes: u64) -> Option<(HostAddress, bool)> {
+        let range = self.mapped(gpa)?;
+        let skipped = gpa - range.start;
+        if range.length - skipped < bytes {
+            return None;
+        }
+        let first = (range.file_offset + skipped) / PAGE_SIZE;
+        let count = bytes.div_ceil(PAGE_SIZE);
+        let traced = self.traces.may_have(first as usize, count as usize);
+        Some((range.host.offset(skipped), traced))
+    }
+
     /// The page's index in [`Self::traces`], or `None` where there is no RAM.
     #[inline]
     pub fn page_index(&self, gpa: u64) -> Option<usize> {
