@@ -8,6 +8,7 @@
 mod adapt;
 mod clock;
 mod code_memory;
+mod code_pages;
 mod context;
 mod crossing;
 mod emit;

@@ -747,7 +747,7 @@ impl Context {
             return None;
         }
         let half = (rip >> 63) as usize;
-        let mapping = *self.pages.of(rip);
+        let mapping = self.pages.get(rip);
         // Else the code itself would find that its page may be another by now.
         let in_force =
             self.rust.page_users[half] == mode.is_user() && mapping == targets.mapping[slot];

@@ -57,7 +57,7 @@ impl Context {
         let half = (rip >> 63) as usize;
         if self.rust.page_users[half] != mode.is_user() {
             self.rust.page_users[half] = mode.is_user();
-            self.pages.half(half).fill(0);
+            self.pages.forget_half(half);
         }
         self.set_page(rip, mapping);
         let found = self.rust.found.get(&key(mapping, rip, mode));
@@ -79,9 +79,8 @@ impl Context {
 
     /// The mapping of a code page, just fetched from, is in force.
     pub(super) fn set_page(&mut self, linear: u64, mapping: u32) {
-        let slot = self.pages.of(linear);
-        if *slot != mapping {
-            *slot = mapping;
+        if self.pages.get(linear) != mapping {
+            self.pages.set(linear, mapping);
             if self.rust.local_code.len() < MOST_LOCAL && self.interp.cpu.fetched_locally(linear) {
                 self.rust.local_code.push(linear);
             }
