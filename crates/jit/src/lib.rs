@@ -20,6 +20,7 @@ mod mode;
 mod perf_map;
 mod registers;
 mod returns;
+mod room;
 mod run;
 mod spaces;
 mod statistics;
