@@ -9,7 +9,6 @@ use crate::layout::{self, PAGE, record as at};
 use crate::profile::memory_operand;
 use crate::random::Random;
 use crate::record::{Start, Window, put, quad};
-use crate::undefined;
 
 /// A piece of code with one instruction.
 #[derive(Clone, Debug)]
@@ -391,13 +390,13 @@ impl Making<'_> {
                 0 => self.random.below(0x1000),
                 // What goes over the end of a segment of 4 GiB is the processor's choice.
                 _ if !long => self.random.next() >> 34 & mask,
+                // Over the end of what addresses of 32 bits reach, which parts of operands do not leave.
+                _ if address_bits == 32 && self.random.one_in(3) => {
+                    (self.random.below(size) + 1).wrapping_neg() & mask
+                }
                 1 => (self.random.below(0x1000) + 8).wrapping_neg() & mask,
                 _ => self.random.next() >> 18 & mask,
             };
-            if address_bits == 16 && undefined::order(instruction) {
-                // Whether each part's address is one of 16 bits is the processor's choice.
-                offset &= 0x7fff;
-            }
             if base == Register::None && index == Register::None
                 || base == Register::RIP
                 || base == Register::EIP

@@ -656,6 +656,10 @@ fn memory(
         instruction.set_memory_displacement64(displacement);
         return Some(());
     }
+    if long && other && random.one_in(3) {
+        // 4 GiB, behind which addresses begin at 0 again, lie at no segment's end.
+        instruction.set_segment_prefix(random.pick(&[Register::FS, Register::GS]));
+    }
     let base = first + random.below(registers) as u32;
     let mut any_index = first + random.below(registers) as u32;
     if any_index.number() == 4 {
