@@ -200,7 +200,7 @@ mod tests {
     }
 
     fn physical(linear: u64) -> u64 {
-        linear - FOUR_GIB ^ 1 << 21
+        (linear - FOUR_GIB) ^ (1 << 21)
     }
 
     /// Executes an instruction on FS:[EBX] or FS:[EDI].
@@ -238,8 +238,11 @@ mod tests {
     const MOVDQU: &[u8] = &[0xf3, 0x0f, 0x7f, 0x0b];
 
     /// What stores, what loads it again, bytes of the operand, how many of them lie before 4 GiB, and how many are not
-    /// at the segment's start: all found out from a host CPU (family 6, model 167).
-    const CASES: [(&[u8], &[u8], usize, u64, usize); 27] = [
+    /// at the segment's start.
+    type Case = (&'static [u8], &'static [u8], usize, u64, usize);
+
+    /// As a host CPU (family 6, model 167) does it.
+    const CASES: [Case; 27] = [
         (FSTP, FLD, 10, 1, 8),
         (FSTP, FLD, 10, 8, 8),
         (FSTP, FLD, 10, 9, 10),

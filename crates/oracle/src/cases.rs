@@ -372,7 +372,7 @@ impl Making<'_> {
             instruction.mnemonic(),
             Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
         );
-        if locks && wanted >> 47 == 0 {
+        if locks && (wanted >> 47 == 0 || wanted >> 63 != 0) {
             wanted &= !63;
             if !elements && self.random.one_in(2) {
                 wanted += self.random.below(64 - size.min(63) + 1);
@@ -805,7 +805,13 @@ impl Making<'_> {
         };
         let mut words = vec![destination, selector];
         if iret {
-            words.push(self.random.next() & 0x3f_7fff & !rflags::TF);
+            let mut flags = self.random.next() & 0x3f_7fff & !rflags::TF;
+            if self.is_long() && !pointer.is_multiple_of(width as u64) {
+                // What comes behind them would raise #AC with AC clear. Hosts take that for a split lock, and do the instruction
+                // again without end.
+                flags &= !rflags::AC;
+            }
+            words.push(flags);
             words.push(STACK.0 + 0x400 + self.random.below(0x80) * 8);
             words.push(if self.random.below(4) != 0 {
                 0x2b
