@@ -365,10 +365,10 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
     }
     if let Some(plan) = plan(instruction, mode) {
         let short = mode.is_compatibility() || has_short_address(instruction);
-        // Of ten bytes the last two have an offset of their own, which 64-bit code cuts to the address size.
+        // Of ten bytes the last two have an offset of their own.
         let apart = instruction.memory_size().size() == 10 && !mode.is_compatibility();
         return if (plan.harmless.bit_offset || apart) && short {
-            // The address wraps after the offset's upper bits were added.
+            // The address wraps after the offset's upper bits were added, or those of the last two bytes.
             Kind::Operate
         } else if plan.harmless.bit_offset {
             Kind::BitOfMemory(plan)

@@ -657,7 +657,7 @@ fn memory(
         return Some(());
     }
     if long && other && random.one_in(3) {
-        // 4 GiB, behind which addresses begin at 0 again, lie at no segment's end.
+        // Without a segment no operand that a case can reach lies near the end of what such addresses name.
         instruction.set_segment_prefix(random.pick(&[Register::FS, Register::GS]));
     }
     let base = first + random.below(registers) as u32;
