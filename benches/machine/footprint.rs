@@ -2,8 +2,8 @@
 
 use crate::Failure;
 
-/// Part of the name that mappings of guest RAM have in `smaps`: that of the memory file.
-const GUEST: &str = "guest-memory";
+/// What `smaps` says of guest RAM alone: it was asked to be of large pages, or of small ones.
+const GUEST: [&str; 2] = ["hg", "nh"];
 
 /// Resident memory of this process in KiB.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -28,25 +28,29 @@ impl Footprint {
     /// Reads what `proc_pid_smaps(5)` describes.
     fn of(smaps: &str) -> Self {
         let mut footprint = Self::default();
-        let mut is_guest = false;
+        let (mut rss, mut pss) = (0, 0);
         for line in smaps.lines() {
             let mut words = line.split_whitespace();
-            let (name, value) = (words.next().unwrap_or_default(), words.next());
-            // A field's name ends with a colon; a mapping's line begins with its addresses.
-            if !name.ends_with(':') {
-                is_guest = line.contains(GUEST);
-                continue;
-            }
-            let kib = value.and_then(|value| value.parse().ok()).unwrap_or(0);
+            let (name, mut values) = (words.next().unwrap_or_default(), words);
             match name {
-                "Rss:" if is_guest => footprint.guest += kib,
-                "Rss:" => footprint.vmm += kib,
-                "Pss:" if !is_guest => footprint.vmm_share += kib,
+                "Rss:" => rss = first(values),
+                "Pss:" => pss = first(values),
+                // The last line of a mapping.
+                "VmFlags:" if values.any(|flag| GUEST.contains(&flag)) => footprint.guest += rss,
+                "VmFlags:" => {
+                    footprint.vmm += rss;
+                    footprint.vmm_share += pss;
+                }
                 _ => {}
             }
         }
         footprint
     }
+}
+
+/// The first of a field's values, KiB.
+fn first<'a>(mut values: impl Iterator<Item = &'a str>) -> u64 {
+    values.next().and_then(|kib| kib.parse().ok()).unwrap_or(0)
 }
 
 /// KiB as MiB.

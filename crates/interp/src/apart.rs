@@ -206,6 +206,11 @@ impl Cpu {
         self.tlb.forget();
     }
 
+    /// From now on every page's translation is asked for by itself, as [`Self::forget_write_rights`] needs it.
+    pub fn translate_pages_alone(&mut self) {
+        self.tlb.refuse_large();
+    }
+
     /// Forgets which pages may be written.
     pub fn forget_write_rights(&mut self) {
         self.tlb.forget_writes();

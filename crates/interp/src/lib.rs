@@ -59,7 +59,7 @@ pub use crate::block::Dropped;
 use crate::cpu::Cpu;
 pub use crate::door::Target;
 pub use crate::features::{Reader, is_lacking};
-pub use crate::tlb::{Access, Changes, Layout, View};
+pub use crate::tlb::{Access, Changes, Layout, Level, View};
 
 /// A vCPU that interprets.
 pub struct Interpreter {

@@ -7,7 +7,7 @@ use trapgate_x86::registers::sreg;
 
 use crate::cpu::{Cpu, Stop};
 use crate::op::{AddressForm, NO_REGISTER, Op, RIP_REGISTER};
-use crate::tlb::{Access, Rights, View};
+use crate::tlb::{Access, LARGE_BYTES, Rights, View};
 use crate::width::Width;
 
 /// What a guest-physical page is.
@@ -374,6 +374,17 @@ impl Cpu {
                 },
             });
         }
+        if self.apart.is_none()
+            && let Some(host) = self.tlb.find_large(view, access, linear)
+        {
+            return Ok(Piece {
+                gpa: 0,
+                place: Place::Ram {
+                    host,
+                    traced: false,
+                },
+            });
+        }
         let translation = self.translate(linear, access, view)?;
         if translation.page_bytes > PAGE_SIZE {
             self.tlb.note_large(linear, translation.page_bytes);
@@ -398,6 +409,15 @@ impl Cpu {
             global: translation.global,
         };
         self.tlb.insert(view, linear, page, rights);
+        if translation.page_bytes >= LARGE_BYTES
+            && let Some((start, traced)) = self.memory.run(gpa & !(LARGE_BYTES - 1), LARGE_BYTES)
+        {
+            let rights = Rights {
+                write: translation.write && !traced,
+                ..rights
+            };
+            self.tlb.insert_large(view, linear, start, rights);
+        }
         Ok(Piece {
             gpa,
             place: Place::Ram { host, traced },
@@ -512,6 +532,50 @@ mod tests {
             // mov rcx, [rax]
             let raised = fault(&mut cpu, &[0x48, 0x8b, 0x08]);
             assert_eq!(raised, (vector, Some(0)), "{address:#x}");
+        }
+    }
+
+    /// One large page with a traced page in it: the others may be written without a word, that one not.
+    #[test]
+    fn write_to_a_traced_page_of_a_large_one_is_seen() {
+        use super::{Access, Place, View};
+        use trapgate_memory::TraceFlags;
+        use trapgate_x86::registers::{cr0, cr4};
+
+        let (mut cpu, _) = crate::testing::protected_cpu();
+        // 4 MiB at 4 MiB: present, writable, accessed, dirty.
+        let entries = [0x83u32, 0x0040_00e3].map(u32::to_le_bytes).concat();
+        cpu.memory
+            .write(crate::testing::PAGE_TABLES, &entries)
+            .expect("the table lies in memory");
+        cpu.sys.cr3 = crate::testing::PAGE_TABLES;
+        cpu.sys.cr4 |= cr4::PSE;
+        cpu.sys.cr0 |= cr0::PG;
+        cpu.update_mode();
+        let traced = |cpu: &mut super::Cpu, linear| {
+            let piece = cpu.piece(linear, Access::Write, View::Supervisor).ok();
+            match piece.map(|piece| piece.place) {
+                Some(Place::Ram { traced, .. }) => traced,
+                place => panic!("{place:?}"),
+            }
+        };
+        let page = cpu.memory.page_index(0x40_5000).expect("it is RAM");
+        for trace in [false, true, false] {
+            if trace {
+                cpu.memory.traces().set(page, TraceFlags::CLEAN);
+                let host = cpu.memory.host(0x40_5000).expect("it is RAM");
+                cpu.tlb.revoke_write(host);
+            } else {
+                cpu.memory.traces().clear(page, TraceFlags::CLEAN);
+                cpu.tlb.flush_all();
+            }
+            let before = cpu.walks;
+            assert!(!traced(&mut cpu, 0x40_4000));
+            assert!(!traced(&mut cpu, 0x40_6000));
+            assert_eq!(traced(&mut cpu, 0x40_5000), trace);
+            assert_eq!(traced(&mut cpu, 0x40_5000), trace);
+            // Without a trace the first walk is for all of them.
+            assert_eq!(cpu.walks - before == 1, !trace, "{trace}");
         }
     }
 }

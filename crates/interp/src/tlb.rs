@@ -4,6 +4,9 @@
 //! [`View`]). Entries carry an address-space tag, so a CR3 load only changes the tag; and since processes
 //! like to use the same addresses, the index of those that are not of all address spaces depends on it. An entry's
 //! write tag is there only while the page is dirty in the guest's tables and has no trace flags.
+//!
+//! Behind them four smaller tables have translations of 2 MiB, where the guest has pages that are large and lie in RAM in one piece: a
+//! miss in a program's large memory is then none of the guest's page tables.
 #![allow(unsafe_code)]
 
 use std::mem::offset_of;
@@ -52,7 +55,16 @@ const GROUPS: u64 = 16;
 /// What the index of a translation differs by from group to group.
 const GROUP_STEP: u64 = ENTRIES as u64 / GROUPS;
 
-/// A cached translation of one page.
+/// Entries in each table of large translations: as much as half a GiB of memory.
+const LARGE_ENTRIES: usize = 256;
+/// Bytes of a large translation, as a power of two.
+const LARGE_SHIFT: u32 = 21;
+/// Bytes of a large translation.
+pub(crate) const LARGE_BYTES: u64 = 1 << LARGE_SHIFT;
+/// By how much less their indices differ from group to group, as a power of two.
+const LARGE_TWIST_SHIFT: u32 = (ENTRIES / LARGE_ENTRIES).trailing_zeros();
+
+/// A cached translation of one page, or of a large one.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 struct Entry {
@@ -69,6 +81,26 @@ const EMPTY: Entry = Entry {
     execute: NEVER,
     addend: 0,
 };
+
+impl Entry {
+    fn of(tag: u64, rights: Rights, addend: u64) -> Self {
+        let given = |right: bool| if right { tag } else { NEVER };
+        Self {
+            read: given(rights.read),
+            write: given(rights.write),
+            execute: given(rights.execute),
+            addend,
+        }
+    }
+
+    fn tag(&self, access: Access) -> u64 {
+        match access {
+            Access::Read => self.read,
+            Access::Write => self.write,
+            Access::Execute => self.execute,
+        }
+    }
+}
 
 /// Which cached translations became wrong: for an engine that keeps copies of them.
 #[derive(Debug, Default)]
@@ -99,18 +131,16 @@ impl Changes {
 }
 
 /// Where cached translations lie in this process: for host code that looks them up itself. An entry is good for a
-/// linear address if its tag is the page number with the word at [`Layout::tags`] for its half in the upper bits; its addend makes
+/// linear address if its tag is the upper bits of the address (see [`Level::shift`]) with the word at [`Layout::tags`] for its half above them; its addend makes
 /// the address a host address.
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
-    /// Address of the first view's first entry.
-    pub entries: u64,
+    /// Translations of pages, and large ones.
+    pub levels: [Level; 2],
     /// Address of two words: the current address space's tag, and that of global pages of the upper half.
     pub tags: u64,
-    /// Address of two words, which go with the tags: the index is the lowest bits of the page number XOR this.
+    /// Address of two words, which go with the tags: see [`Level::twist_shift`].
     pub twists: u64,
-    /// Entries of each view, a power of two.
-    pub per_view: u64,
     /// Bytes of an entry.
     pub entry_bytes: u64,
     /// Offset of the tag for loads in an entry.
@@ -121,10 +151,26 @@ pub struct Layout {
     pub addend: i32,
 }
 
+/// Tables of translations of one size.
+#[derive(Clone, Copy, Debug)]
+pub struct Level {
+    /// Address of the first view's first entry.
+    pub entries: u64,
+    /// Entries of each view, a power of two.
+    pub per_view: u64,
+    /// Bits of an address that are not in its tag.
+    pub shift: u8,
+    /// The index is the lowest bits of what is in the tag XOR the word at [`Layout::twists`] shifted right by this.
+    pub twist_shift: u8,
+}
+
 /// The four tables and the address-space tags.
 #[derive(Debug)]
 pub(crate) struct Tlb {
     entries: Box<[Entry; ENTRIES * VIEWS]>,
+    large_entries: Box<[Entry; LARGE_ENTRIES * VIEWS]>,
+    /// Whether there may be large translations.
+    takes_large: bool,
     pub(crate) changes: Changes,
     /// Start of the current view's table.
     table: usize,
@@ -147,6 +193,8 @@ impl Tlb {
                 .into_boxed_slice()
                 .try_into()
                 .unwrap_or_else(|_| unreachable!("the vector has that length")),
+            large_entries: Box::new([EMPTY; LARGE_ENTRIES * VIEWS]),
+            takes_large: true,
             changes: Changes::default(),
             table: 0,
             tags: [1 << SPACE_SHIFT, 2 << SPACE_SHIFT],
@@ -183,11 +231,22 @@ impl Tlb {
 
     /// Where host code finds cached translations.
     pub(crate) fn layout(&self) -> Layout {
-        Layout {
+        let pages = Level {
             entries: self.entries.as_ptr() as u64,
+            per_view: ENTRIES as u64,
+            shift: 12,
+            twist_shift: 0,
+        };
+        let large = Level {
+            entries: self.large_entries.as_ptr() as u64,
+            per_view: LARGE_ENTRIES as u64,
+            shift: LARGE_SHIFT as u8,
+            twist_shift: LARGE_TWIST_SHIFT as u8,
+        };
+        Layout {
+            levels: [pages, large],
             tags: &raw const self.tags as u64,
             twists: &raw const self.twists as u64,
-            per_view: ENTRIES as u64,
             entry_bytes: size_of::<Entry>() as u64,
             read: offset_of!(Entry, read) as i32,
             write: offset_of!(Entry, write) as i32,
@@ -259,12 +318,7 @@ impl Tlb {
         ];
         let entry = places.into_iter().find_map(|(slot, wanted)| {
             let entry = &self.entries[slot];
-            let tag = match access {
-                Access::Read => entry.read,
-                Access::Write => entry.write,
-                Access::Execute => entry.execute,
-            };
-            (tag == wanted).then_some(entry)
+            (entry.tag(access) == wanted).then_some(entry)
         })?;
         (linear & 0xfff <= 0x1000 - size).then(|| host(entry, linear))
     }
@@ -277,13 +331,71 @@ impl Tlb {
         } else {
             (self.local_tag(linear), self.local_slot(table, linear))
         };
-        let given = |right: bool| if right { tag } else { NEVER };
-        self.entries[slot] = Entry {
-            read: given(rights.read),
-            write: given(rights.write),
-            execute: given(rights.execute),
-            addend: (page.as_ptr() as u64).wrapping_sub(linear & !0xfff),
+        let addend = (page.as_ptr() as u64).wrapping_sub(linear & !0xfff);
+        self.entries[slot] = Entry::of(tag, rights, addend);
+    }
+
+    /// There are no large translations from now on: each page is asked for by itself.
+    pub(crate) fn refuse_large(&mut self) {
+        self.takes_large = false;
+        self.large_entries.fill(EMPTY);
+    }
+
+    /// The index of a large translation, and its tag.
+    fn large_slot(&self, view: View, linear: u64, half: usize) -> (usize, u64) {
+        let number = linear >> LARGE_SHIFT;
+        let index = (number ^ self.twists[half] >> LARGE_TWIST_SHIFT) as usize % LARGE_ENTRIES;
+        (
+            view as usize * LARGE_ENTRIES + index,
+            number | self.tags[half],
+        )
+    }
+
+    /// Caches the translation of the [`LARGE_BYTES`] that hold a linear address and begin at the host address `start`.
+    pub(crate) fn insert_large(
+        &mut self,
+        view: View,
+        linear: u64,
+        start: HostAddress,
+        rights: Rights,
+    ) {
+        if !self.takes_large {
+            return;
+        }
+        let half = if rights.global {
+            (linear >> 63) as usize
+        } else {
+            0
         };
+        let (slot, tag) = self.large_slot(view, linear, half);
+        let addend = (start.as_ptr() as u64).wrapping_sub(linear & !(LARGE_BYTES - 1));
+        self.large_entries[slot] = Entry::of(tag, rights, addend);
+    }
+
+    /// Looks for an address among the large translations, and caches what there is for its page.
+    pub(crate) fn find_large(
+        &mut self,
+        view: View,
+        access: Access,
+        linear: u64,
+    ) -> Option<HostAddress> {
+        for half in [(linear >> 63) as usize, 0] {
+            let (slot, tag) = self.large_slot(view, linear, half);
+            let entry = self.large_entries[slot];
+            if entry.tag(access) != tag {
+                continue;
+            }
+            let found = host(&entry, linear);
+            let rights = Rights {
+                read: entry.read == tag,
+                write: entry.write == tag,
+                execute: entry.execute == tag,
+                global: half == 1,
+            };
+            self.insert(view, linear, found.page_start(), rights);
+            return Some(found);
+        }
+        None
     }
 
     /// Notes that the linear address is mapped by a page of `bytes`, larger than the smallest.
@@ -360,6 +472,7 @@ impl Tlb {
     fn new_space(&mut self) -> u64 {
         if self.next_space > LAST_SPACE {
             self.entries.fill(EMPTY);
+            self.large_entries.fill(EMPTY);
             self.spaces.fill(0);
             self.next_space = 1;
             // Tags mean something else from here on.
@@ -380,6 +493,7 @@ impl Tlb {
     /// Forgets everything, whatever its tags.
     pub(crate) fn forget(&mut self) {
         self.entries.fill(EMPTY);
+        self.large_entries.fill(EMPTY);
         self.large = [(u64::MAX, 0); 2];
     }
 
@@ -395,7 +509,8 @@ impl Tlb {
 
     /// Forgets the right to write to any page.
     pub(crate) fn forget_writes(&mut self) {
-        for entry in &mut *self.entries {
+        let all = self.entries.iter_mut();
+        for entry in all.chain(&mut *self.large_entries) {
             entry.write = NEVER;
         }
     }
@@ -412,6 +527,14 @@ impl Tlb {
             // bit 51, which the sign extension restores.
             let linear = ((entry.write << SPACE_TAG_BITS) as i64 >> SPACE_TAG_BITS) as u64;
             if (linear << 12).wrapping_add(entry.addend) == page {
+                entry.write = NEVER;
+            }
+        }
+        let large = self.large_entries.iter_mut();
+        for entry in large.filter(|entry| entry.write != NEVER) {
+            // The shift drops the address-space tag: what is left of the address lies below it.
+            let start = (entry.write << LARGE_SHIFT).wrapping_add(entry.addend);
+            if page.wrapping_sub(start) < LARGE_BYTES {
                 entry.write = NEVER;
             }
         }
@@ -515,6 +638,71 @@ mod tests {
         for pcid in [1, 9] {
             tlb.switch(pcid, true);
             assert_eq!(found(&tlb, UPPER + 0x1000), Some(7));
+        }
+    }
+
+    /// A large translation of the lower half at 4 MiB, from host page 0x1000 on.
+    fn large(rights: Rights) -> Tlb {
+        let mut tlb = Tlb::new();
+        tlb.note_large(2 * LARGE_BYTES, LARGE_BYTES);
+        tlb.insert_large(View::User, 2 * LARGE_BYTES, page(0x1000), rights);
+        tlb
+    }
+
+    fn in_large(tlb: &mut Tlb, access: Access, number: u64) -> Option<u64> {
+        let linear = 2 * LARGE_BYTES + (number << 12) + 5;
+        let found = tlb.find_large(View::User, access, linear);
+        found.map(|host| host.as_ptr() as u64)
+    }
+
+    #[test]
+    fn large_translation_is_one_of_all_its_pages_and_of_no_others() {
+        let mut tlb = large(ALL);
+        for number in [0, 1, 511] {
+            let host = (0x1000 + number) << 12 | 5;
+            assert_eq!(in_large(&mut tlb, Access::Write, number), Some(host));
+            // It is there as one of a page from then on.
+            assert_eq!(
+                found(&tlb, 2 * LARGE_BYTES + (number << 12)),
+                Some(0x1000 + number)
+            );
+        }
+        assert_eq!(in_large(&mut tlb, Access::Read, 512), None);
+        assert_eq!(found(&tlb, 2 * LARGE_BYTES + 0x2000), None);
+        tlb.switch(7, true);
+        assert_eq!(in_large(&mut tlb, Access::Read, 1), None);
+        tlb.switch(0, true);
+        tlb.flush_page(2 * LARGE_BYTES + 0x5000);
+        assert_eq!(in_large(&mut tlb, Access::Read, 1), None);
+    }
+
+    #[test]
+    fn large_translation_of_the_upper_half_is_of_every_address_space_if_it_is_global() {
+        for global in [false, true] {
+            let mut tlb = Tlb::new();
+            let rights = Rights { global, ..ALL };
+            tlb.insert_large(View::User, UPPER, page(0x1000), rights);
+            let find = |tlb: &mut Tlb| tlb.find_large(View::User, Access::Read, UPPER).is_some();
+            assert!(find(&mut tlb));
+            assert_eq!(tlb.is_local(View::User, UPPER), !global);
+            tlb.switch(7, true);
+            assert_eq!(find(&mut tlb), global);
+        }
+    }
+
+    #[test]
+    fn trace_on_one_page_takes_the_right_to_write_from_the_whole_large_translation() {
+        for (number, stays) in [
+            (0x0fff, true),
+            (0x1000, false),
+            (0x11ff, false),
+            (0x1200, true),
+        ] {
+            let mut tlb = large(ALL);
+            tlb.revoke_write(page(number));
+            let write = in_large(&mut tlb, Access::Write, 9).is_some();
+            assert_eq!(write, stays, "{number:#x}");
+            assert!(in_large(&mut tlb, Access::Read, 9).is_some());
         }
     }
 }

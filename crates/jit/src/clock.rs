@@ -52,7 +52,8 @@ pub(crate) struct Rate {
     floor: u64,
 }
 
-fn host_counter() -> u64 {
+/// The host's time-stamp counter.
+pub(crate) fn host_counter() -> u64 {
     // SAFETY: every x86-64 processor has RDTSC.
     #[allow(unsafe_code)]
     unsafe {

@@ -9,6 +9,11 @@ use rustix::mm::{
     mprotect, mremap, munmap,
 };
 
+/// Bytes of a large page.
+const LARGE: usize = 2 << 20;
+/// Of `linux/mman.h`.
+const MADV_COLLAPSE: i32 = 25;
+
 /// Host code of one vCPU, filled from its start.
 #[derive(Debug)]
 pub(crate) struct CodeMemory {
@@ -29,16 +34,35 @@ impl CodeMemory {
         let file = memfd_create("trapgate-code", MemfdFlags::CLOEXEC)?;
         ftruncate(&file, size as u64)?;
         let view = |protection| {
+            // A large page of the host's can hold code only if it lies in the file as it lies in memory.
             // SAFETY: a new mapping at an address of the kernel's choice aliases nothing of Rust's.
-            unsafe {
-                mmap(
+            let reserved = unsafe {
+                mmap_anonymous(
                     core::ptr::null_mut(),
+                    size + LARGE,
+                    ProtFlags::empty(),
+                    MapFlags::PRIVATE | MapFlags::NORESERVE,
+                )
+            }?;
+            let before = reserved.addr().wrapping_neg() % LARGE;
+            let start = reserved.wrapping_byte_add(before);
+            // SAFETY: all three lie in what was just reserved, of which nobody knows yet.
+            unsafe {
+                if before != 0 {
+                    let _ = munmap(reserved, before);
+                }
+                let _ = munmap(start.wrapping_byte_add(size), LARGE - before);
+                mmap(
+                    start,
                     size,
                     protection,
-                    MapFlags::SHARED,
+                    MapFlags::SHARED | MapFlags::FIXED,
                     &file,
                     0,
                 )
+                .inspect_err(|_| {
+                    let _ = munmap(start, size);
+                })
             }
         };
         let writable = view(ProtFlags::READ | ProtFlags::WRITE)?;
@@ -119,7 +143,20 @@ impl CodeMemory {
         unsafe {
             core::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(self.used), code.len());
         }
+        let before = self.used / LARGE;
         self.used = (self.used + code.len()).next_multiple_of(16).min(self.size);
+        for full in before..self.used / LARGE {
+            self.make_large(full * LARGE);
+        }
+    }
+
+    /// Has the host put [`LARGE`] bytes that are full into one page, if it can (madvise(2), `MADV_COLLAPSE`, since Linux 6.1): much code has
+    /// many pages, and a processor's TLB for code few entries.
+    fn make_large(&self, offset: usize) {
+        for view in [self.writable, self.executable] {
+            // SAFETY: the range is inside the view; its contents stay. If the host refuses nothing changes.
+            let _ = unsafe { libc::madvise(view.add(offset).cast(), LARGE, MADV_COLLAPSE) };
+        }
     }
 
     /// Sets the rel32 at address `at` to reach `target`. No host code runs meanwhile: a vCPU's code is

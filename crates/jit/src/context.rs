@@ -5,6 +5,7 @@ use std::mem::offset_of;
 
 use crate::adapt::Lesson;
 use crate::clock::Reading;
+use crate::code_pages::Pages;
 use crate::crossing::Crossing;
 use crate::returns::{Bell, EMPTY, Stack};
 use trapgate_interp::Interpreter;
@@ -27,10 +28,6 @@ pub(crate) const TLB_ENTRIES: [usize; VIEWS] = [TLB, ACCESS_TLB, USER_TLB];
 pub(crate) const MOST_LOCAL: usize = 256;
 /// Views with a table: those of [`trapgate_interp::View`] but the last.
 pub(crate) const VIEWS: usize = 3;
-/// Slots for code pages of the lower half of the address space, which every process has its own of.
-pub(crate) const USER_PAGES: usize = 512;
-/// Slots for code pages of the upper half: as far apart as two pages of a kernel may lie.
-pub(crate) const KERNEL_PAGES: usize = 8192;
 /// Entries of a table of jump targets.
 pub(crate) const TARGETS: usize = 1 << 16;
 /// Tables of jump targets: user, supervisor, supervisor with EFLAGS.AC, user in compatibility mode.
@@ -180,46 +177,6 @@ impl Slots<'_> {
                 slot.write = unmatched;
             }
         }
-    }
-}
-
-/// For each code page the number of the mapping that is known to be in force; 0 is none.
-#[repr(C)]
-pub(crate) struct Pages {
-    pub(crate) user: [u32; USER_PAGES],
-    pub(crate) kernel: [u32; KERNEL_PAGES],
-}
-
-impl Pages {
-    /// Which half of the address space, and which slot in it.
-    fn slot(linear: u64) -> (usize, usize) {
-        let page = (linear >> 12) as usize;
-        if linear >> 63 == 0 {
-            (0, page % USER_PAGES)
-        } else {
-            (1, page % KERNEL_PAGES)
-        }
-    }
-
-    /// The slots of one half.
-    pub(crate) fn half(&mut self, half: usize) -> &mut [u32] {
-        if half == 0 {
-            &mut self.user
-        } else {
-            &mut self.kernel
-        }
-    }
-
-    /// The slot of a page.
-    pub(crate) fn of(&mut self, linear: u64) -> &mut u32 {
-        let (half, slot) = Self::slot(linear);
-        &mut self.half(half)[slot]
-    }
-
-    /// Forgets all.
-    pub(crate) fn clear(&mut self) {
-        self.user.fill(0);
-        self.kernel.fill(0);
     }
 }
 
@@ -424,9 +381,7 @@ impl Addresses {
 
     /// The slot of a code page.
     pub(crate) fn page(self, linear: u64) -> u32 {
-        let (half, slot) = Pages::slot(linear);
-        let half = [offset_of!(Pages, user), offset_of!(Pages, kernel)][half];
-        self.field(offset_of!(Context, pages) + half + slot * 4)
+        self.field(offset_of!(Context, pages) + Pages::offset(linear))
     }
 
     pub(crate) fn targets_linear(self, class: usize) -> u32 {

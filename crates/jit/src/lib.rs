@@ -8,6 +8,7 @@
 mod adapt;
 mod clock;
 mod code_memory;
+mod code_pages;
 mod context;
 mod crossing;
 mod emit;
@@ -19,6 +20,7 @@ mod mode;
 mod perf_map;
 mod registers;
 mod returns;
+mod room;
 mod run;
 mod spaces;
 mod statistics;

@@ -30,6 +30,7 @@ use crate::low::Low;
 use crate::mode::Mode;
 use crate::perf_map::PerfMap;
 use crate::returns::Bell;
+use crate::room::{Limits, Room};
 use crate::spaces::Spaces;
 use crate::statistics::{Cell, Slow, Statistics};
 use crate::stubs::{self, Stubs, answer, exit};
@@ -38,19 +39,6 @@ use crate::x87;
 
 use lockstep::Watch;
 
-/// Bytes of host code before all of it is thrown away.
-const CODE: usize = 32 << 20;
-/// The same if `perf` is to know it: an address has one meaning then.
-const NAMED_CODE: usize = 256 << 20;
-/// Bytes of host code and of the lists that go with it before all of it is thrown away. Code that compilers make has lists
-/// nearly as large as its host code; a guest can make code whose lists are several times as large.
-const CODE_AND_LISTS: usize = 52 << 20;
-/// The same if `perf` is to know the code.
-const NAMED_CODE_AND_LISTS: usize = 2 * NAMED_CODE;
-/// Mappings of code pages, and units, that are remembered before all code is thrown away: what a hash table with 2¹⁷ places
-/// holds.
-const MOST_MAPPINGS: usize = 7 << 14;
-const MOST_UNITS: usize = 7 << 14;
 /// Room that a unit certainly needs no more than.
 const UNIT: usize = 64 << 10;
 
@@ -164,8 +152,7 @@ pub(crate) struct Inner {
     ops: List<Op>,
     pub(crate) exits: List<Exit>,
     pub(crate) blocks: List<Block>,
-    /// Most bytes of code and lists.
-    most: usize,
+    room: Room,
     /// Blocks by key: for flags in the host's, and for flags in memory.
     found: FxHashMap<u64, [Number; 2]>,
     /// By linear page with the privilege below, and page in the host's memory.
@@ -285,20 +272,26 @@ impl Translating {
         // Registers of 256 bits with dirty upper halves make SSE code slow, so only where a guest may use them.
         let level = profile.level;
         let wide = level == Level::V3 && std::is_x86_feature_detected!("avx");
+        let mut room = Room::new(memory.size());
         let mut interp =
             Interpreter::with_signals(memory, world, profile, index, count, Arc::clone(&signals));
         interp.note_changes();
-        let (memory_for_code, most) = match perf {
-            None => (CodeMemory::new(CODE), CODE_AND_LISTS),
-            Some(_) => (CodeMemory::named_by_map(NAMED_CODE), NAMED_CODE_AND_LISTS),
+        let memory_for_code = match perf {
+            None => CodeMemory::new(room.most().code),
+            // To `perf` an address has one meaning, so code is to go as seldom as can be.
+            Some(_) => {
+                room = Room::largest();
+                CodeMemory::named_by_map(room.most().code)
+            }
         };
+        let Limits { bytes, units, .. } = room.most();
         let no_memory = |what| move |source| JitError::Memory { what, source };
         let mut code = memory_for_code.map_err(no_memory("translated code"))?;
-        let sites = room(most).map_err(no_memory("sites of translated code"))?;
-        let ops = room(most).map_err(no_memory("instructions for the interpreter"))?;
-        let exits = room(most).map_err(no_memory("exits of translated code"))?;
-        let blocks = List::new(MOST_UNITS).map_err(no_memory("translated units"))?;
-        let mapped = List::new(MOST_MAPPINGS + 2).map_err(no_memory("mappings of code pages"))?;
+        let sites = list(bytes).map_err(no_memory("sites of translated code"))?;
+        let ops = list(bytes).map_err(no_memory("instructions for the interpreter"))?;
+        let exits = list(bytes).map_err(no_memory("exits of translated code"))?;
+        let blocks = List::new(units).map_err(no_memory("translated units"))?;
+        let mapped = List::new(units + 2).map_err(no_memory("mappings of code pages"))?;
         // SAFETY: every field that is not valid as zeros is written.
         let context = unsafe {
             Low::<Context>::new(|context| {
@@ -326,7 +319,7 @@ impl Translating {
                     ops,
                     exits,
                     blocks,
-                    most,
+                    room,
                     found: FxHashMap::default(),
                     mappings: FxHashMap::default(),
                     mapped,
@@ -493,7 +486,7 @@ impl Translating {
 }
 
 /// A list that alone may take all of `most` bytes, and a unit more.
-fn room<T: Copy>(most: usize) -> std::io::Result<List<T>> {
+fn list<T: Copy>(most: usize) -> std::io::Result<List<T>> {
     List::new((most + UNIT) / size_of::<T>())
 }
 
@@ -747,7 +740,7 @@ impl Context {
             return None;
         }
         let half = (rip >> 63) as usize;
-        let mapping = *self.pages.of(rip);
+        let mapping = self.pages.get(rip);
         // Else the code itself would find that its page may be another by now.
         let in_force =
             self.rust.page_users[half] == mode.is_user() && mapping == targets.mapping[slot];

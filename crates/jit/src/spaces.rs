@@ -2,7 +2,7 @@
 //! left them. Its translations of data are in the processor's TLB, from which host code fetches them as it needs them:
 //! that is cheaper than to copy tables, of which little is used before the next switch.
 
-use crate::context::USER_PAGES;
+use crate::code_pages::{Pages, PutAway};
 
 /// Address spaces that are kept.
 const MOST: usize = 8;
@@ -10,7 +10,7 @@ const MOST: usize = 8;
 struct Space {
     /// The processor's tag for it.
     tag: u64,
-    pages: [u32; USER_PAGES],
+    pages: PutAway,
     /// When it was put here.
     age: u64,
 }
@@ -33,15 +33,14 @@ impl Spaces {
     /// Forgets a code page.
     pub(crate) fn clear_code_page(&mut self, linear: u64) {
         if linear >> 63 == 0 {
-            let slot = (linear >> 12) as usize % USER_PAGES;
             for space in &mut self.kept {
-                space.pages[slot] = 0;
+                space.pages.forget(linear);
             }
         }
     }
 
     /// Puts away the code pages of the space with tag `old`, and replaces them by those of `new`; none if they are not kept.
-    pub(crate) fn exchange(&mut self, old: u64, new: u64, pages: &mut [u32; USER_PAGES]) {
+    pub(crate) fn exchange(&mut self, old: u64, new: u64, pages: &mut Pages) {
         self.age += 1;
         let found = self
             .kept
@@ -54,19 +53,19 @@ impl Spaces {
                 if self.kept.len() < MOST {
                     self.kept.push(Space {
                         tag: 0,
-                        pages: [0; USER_PAGES],
+                        pages: PutAway::new(),
                         age: 0,
                     });
                 }
                 let oldest = (0..self.kept.len()).min_by_key(|&place| self.kept[place].age);
                 let place = oldest.unwrap_or(0);
-                self.kept[place].pages.fill(0);
+                self.kept[place].pages.clear();
                 place
             }
         };
         let space = &mut self.kept[place];
         space.tag = old;
         space.age = self.age;
-        std::mem::swap(&mut space.pages, pages);
+        space.pages.exchange(pages);
     }
 }

@@ -5,6 +5,7 @@
 //! something else is charged once, to the innermost.
 #![allow(unsafe_code)]
 
+use crate::clock::host_counter;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -171,13 +172,13 @@ impl CostTable {
         Self {
             cells: (0..Cell::count()).map(|_| Account::default()).collect(),
             timed,
-            start: (Instant::now(), ticks()),
+            start: (Instant::now(), host_counter()),
         }
     }
 
     fn picoseconds_per_tick(&self) -> u128 {
         let (began, tick) = self.start;
-        let elapsed = u128::from(ticks().saturating_sub(tick).max(1));
+        let elapsed = u128::from(host_counter().saturating_sub(tick).max(1));
         began.elapsed().as_nanos() * 1000 / elapsed
     }
 }
@@ -209,12 +210,6 @@ impl Costs for CostTable {
             })
             .collect()
     }
-}
-
-/// The host's time-stamp counter.
-fn ticks() -> u64 {
-    // SAFETY: every x86-64 CPU has RDTSC, and Linux lets programs use it unless they ask not to.
-    unsafe { core::arch::x86_64::_rdtsc() }
 }
 
 /// A stretch of time that is measured.
@@ -325,7 +320,7 @@ impl Statistics {
     /// Time begins that is charged to what is counted next.
     pub(crate) fn start(&mut self) -> Span {
         Span {
-            began: if self.table.timed { ticks() } else { 0 },
+            began: if self.table.timed { host_counter() } else { 0 },
             charged: self.charged,
             outer: self.current,
         }
@@ -334,7 +329,7 @@ impl Statistics {
     /// It ends.
     pub(crate) fn stop(&mut self, span: Span) {
         if self.table.timed {
-            let whole = ticks().saturating_sub(span.began);
+            let whole = host_counter().saturating_sub(span.began);
             // Both wrap alike.
             let within = self.charged.wrapping_sub(span.charged);
             let own = whole.saturating_sub(within);
@@ -551,17 +546,17 @@ mod tests {
     #[test]
     fn time_of_the_inner_is_not_the_outers() {
         let mut statistics = Statistics::new(true);
-        let whole = ticks();
+        let whole = host_counter();
         let outer = statistics.start();
         statistics.count(Cell::CODE);
         for _ in 0..3 {
             let inner = statistics.start();
             statistics.count(Cell::EVENT);
-            std::hint::black_box(ticks());
+            std::hint::black_box(host_counter());
             statistics.stop(inner);
         }
         statistics.stop(outer);
-        let whole = ticks() - whole;
+        let whole = host_counter() - whole;
 
         let charged = |cell: Cell| {
             let cell = &statistics.table.cells[cell.0 as usize];

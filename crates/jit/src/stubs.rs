@@ -1,6 +1,6 @@
 //! Host code that is there once: the way in, the way out, and calls of Rust functions.
 
-use trapgate_interp::Layout;
+use trapgate_interp::{Layout, Level};
 
 use crate::adapt::Lesson;
 use crate::context::{
@@ -312,7 +312,10 @@ impl Writer<'_> {
         // RDX: the entry of the processor's TLB. RBX: the tag.
         self.asm.mov(RCX, ADDRESS);
         self.asm.shr(RCX, 63);
-        self.tagged(tlb, view, |word| Mem::array(word as u32, RCX));
+        let [pages_level, large] = tlb.levels;
+        let by_half = |word| Mem::array(word as u32, RCX);
+        let of_space = |word| Mem::low(word as u32);
+        self.tagged(tlb, pages_level, view, by_half);
         let (tag, other) = if write {
             (tlb.write, tlb.read)
         } else {
@@ -351,14 +354,10 @@ impl Writer<'_> {
             self.asm.pop(register);
         }
         self.asm.raw(&[0xc3]);
-        // In the upper half it may be there for this address space alone. Then it is listed, to be forgotten with
-        // it; if the list is full all are.
-        self.asm.patch(unknown, self.asm.here());
-        let lower = self.asm.short_if_rcx_zero();
-        self.tagged(tlb, view, |word| Mem::low(word as u32));
-        self.asm.compare_load(RBX, Mem::at(RDX, tag));
-        let elsewhere = self.asm.short_if(condition::NE);
+        // It is there for this address space alone. Then it is listed, to be forgotten with it; if the list is full
+        // all are.
         self.asm.patch(local, self.asm.here());
+        let local = self.asm.here();
         let count = Mem::low(self.at.local_count(view));
         self.asm.load32(RCX, count);
         self.asm.alu_imm(false, Alu::Cmp, RCX, MOST_LOCAL as i32);
@@ -367,8 +366,24 @@ impl Writer<'_> {
             .store(Mem::array(self.at.local_list(view), RCX), ADDRESS);
         self.asm.alu_memory_imm32(Alu::Add, count, 1);
         self.asm.jump(known);
-        self.asm.land(lower);
-        self.asm.land(elsewhere);
+        // In the upper half it may be of all spaces or of this one; and then it may be part of a large one.
+        self.asm.patch(unknown, self.asm.here());
+        for level in [pages_level, large] {
+            if level.shift == large.shift {
+                self.tagged(tlb, level, view, by_half);
+                self.asm.compare_load(RBX, Mem::at(RDX, tag));
+                let elsewhere = self.asm.short_if(condition::NE);
+                self.asm.alu(false, Alu::Or, RCX, RCX);
+                self.asm.jump_if(condition::E, local);
+                self.asm.jump(known);
+                self.asm.land(elsewhere);
+            }
+            let lower = self.asm.short_if_rcx_zero();
+            self.tagged(tlb, level, view, of_space);
+            self.asm.compare_load(RBX, Mem::at(RDX, tag));
+            self.asm.jump_if(condition::E, local);
+            self.asm.land(lower);
+        }
         self.asm.patch(crosses, self.asm.here());
         for register in saved.into_iter().rev() {
             self.asm.pop(register);
@@ -379,16 +394,20 @@ impl Writer<'_> {
 
     /// The entry of the processor's TLB for [`ADDRESS`] to RDX, and its tag to RBX, by the word of tags and twists at
     /// `which`. RAX is lost.
-    fn tagged(&mut self, tlb: Layout, view: usize, which: impl Fn(u64) -> Mem) {
+    fn tagged(&mut self, tlb: Layout, level: Level, view: usize, which: impl Fn(u64) -> Mem) {
         self.asm.mov(RBX, ADDRESS);
-        self.asm.shr(RBX, 12);
+        self.asm.shr(RBX, level.shift);
+        self.asm.load(RAX, which(tlb.twists));
+        if level.twist_shift != 0 {
+            self.asm.shr(RAX, level.twist_shift);
+        }
         self.asm.mov(RDX, RBX);
+        self.asm.alu(true, Alu::Xor, RDX, RAX);
         self.asm.alu_load(Alu::Or, RBX, which(tlb.tags));
-        self.asm.alu_load(Alu::Xor, RDX, which(tlb.twists));
         self.asm
-            .alu_imm(false, Alu::And, RDX, tlb.per_view as i32 - 1);
+            .alu_imm(false, Alu::And, RDX, level.per_view as i32 - 1);
         self.asm.shl32(RDX, tlb.entry_bytes.trailing_zeros() as u8);
-        let entries = tlb.entries + view as u64 * tlb.per_view * tlb.entry_bytes;
+        let entries = level.entries + view as u64 * level.per_view * tlb.entry_bytes;
         self.asm.mov_imm(RAX, entries);
         self.asm.alu(true, Alu::Add, RDX, RAX);
     }

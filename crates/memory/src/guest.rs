@@ -1,17 +1,14 @@
 //! Guest RAM: where it lies in the guest-physical address space and in the host process.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::access::HostAddress;
 use crate::gone::Watch;
+use crate::pages;
 use crate::saved::Restored;
 use crate::trace::{PageTraces, Traces};
 use crate::{PAGE_SIZE, TraceFlags};
@@ -27,7 +24,7 @@ const HOLE_END: u64 = 0x1_0000_0000;
 /// What can go wrong with guest memory.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// The host refused the memory file or its mapping.
+    /// The host refused the mapping.
     #[error("cannot reserve {bytes} bytes of guest memory")]
     Reserve {
         /// Size of the whole guest memory in bytes.
@@ -123,17 +120,17 @@ pub fn pc_ram_ranges(bytes: u64) -> Vec<RamRange> {
 pub(crate) struct Mapped {
     pub(crate) start: u64,
     pub(crate) length: u64,
-    /// Where it starts if all ranges are laid one behind the other, as in the memory file.
+    /// Where it starts if all ranges are laid one behind the other, as in a file that it is saved to.
     pub(crate) file_offset: u64,
     pub(crate) host: HostAddress,
 }
 
-/// Where the bytes come from.
+/// Where the bytes come from. All pages are the process's own.
 #[derive(Debug)]
 pub(crate) enum Backing {
-    /// A memfd, mapped shared.
-    Fresh(File),
-    /// Pages of the process's own, which are copies of a file's where there was something saved.
+    /// Zeros at first.
+    Fresh,
+    /// Copies of a file's pages where there was something saved.
     Restored(Restored),
 }
 
@@ -150,9 +147,16 @@ pub struct GuestMemory {
 impl GuestMemory {
     /// Reserves RAM for `ranges`, which are in ascending order.
     pub fn new(ranges: &[RamRange]) -> Result<Self, MemoryError> {
-        let bytes = total(ranges)?;
-        let file = memory_file(bytes).map_err(|source| MemoryError::Reserve { bytes, source })?;
-        Self::map(ranges, Backing::Fresh(file))
+        let memory = Self::map(ranges, Backing::Fresh)?;
+        for range in &memory.mapped {
+            pages::prefer_huge(range.host, range.length).map_err(|source| {
+                MemoryError::Reserve {
+                    bytes: memory.size(),
+                    source,
+                }
+            })?;
+        }
+        Ok(memory)
     }
 
     /// Maps RAM for `ranges`.
@@ -166,19 +170,9 @@ impl GuestMemory {
         let mut file_offset = 0;
         for range in ranges {
             let page_traces = PageTraces::new(Arc::clone(&traces), range.start, file_offset);
-            let builder = MmapRegionBuilder::new_with_bitmap(range.length as usize, page_traces)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
-            let builder = match &backing {
-                Backing::Fresh(file) => {
-                    let file = file.try_clone().map_err(reserve)?;
-                    builder
-                        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-                        .with_file_offset(FileOffset::new(file, file_offset))
-                }
-                Backing::Restored(_) => builder
-                    .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
-            };
-            let mapping = builder
+            let mapping = MmapRegionBuilder::new_with_bitmap(range.length as usize, page_traces)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
                 .build()
                 .map_err(|error| reserve(io::Error::other(error)))?;
             mapped.push(Mapped {
@@ -244,6 +238,20 @@ impl GuestMemory {
             .map(|range| range.host.offset(gpa - range.start))
     }
 
+    /// Where the `bytes` at `gpa` lie in this process, if all of them are RAM and lie there one behind the other; and whether any of their
+    /// pages may be traced. On the same terms as [`Self::host`].
+    pub fn run(&self, gpa: u64, bytes: u64) -> Option<(HostAddress, bool)> {
+        let range = self.mapped(gpa)?;
+        let skipped = gpa - range.start;
+        if range.length - skipped < bytes {
+            return None;
+        }
+        let first = (range.file_offset + skipped) / PAGE_SIZE;
+        let count = bytes.div_ceil(PAGE_SIZE);
+        let traced = self.traces.may_have(first as usize, count as usize);
+        Some((range.host.offset(skipped), traced))
+    }
+
     /// The page's index in [`Self::traces`], or `None` where there is no RAM.
     #[inline]
     pub fn page_index(&self, gpa: u64) -> Option<usize> {
@@ -261,7 +269,7 @@ impl GuestMemory {
     /// stands still then. Memory that comes from no file has none.
     pub fn watch(&self) -> Option<&Watch> {
         match &self.backing {
-            Backing::Fresh(_) => None,
+            Backing::Fresh => None,
             Backing::Restored(restored) => restored.watch(),
         }
     }
@@ -271,7 +279,7 @@ impl GuestMemory {
     pub fn zero(&self) -> Result<(), MemoryError> {
         for range in &self.mapped {
             let zeroed = match &self.backing {
-                Backing::Fresh(file) => discard(file, range.file_offset, range.length),
+                Backing::Fresh => pages::discard(range.host, range.length),
                 Backing::Restored(restored) => restored.forget(range),
             };
             zeroed.map_err(|source| MemoryError::Reserve {
@@ -336,32 +344,6 @@ fn host_address(mapping: *mut u8) -> HostAddress {
     // SAFETY: the mapping lives as long as the `GuestMemory` that hands addresses into it out, and
     // `vm-memory` makes no references to its bytes either.
     unsafe { HostAddress::new(mapping) }
-}
-
-#[allow(unsafe_code)]
-fn memory_file(bytes: u64) -> io::Result<File> {
-    // SAFETY: the name is a C string literal; the call touches no memory of ours.
-    let descriptor = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC) };
-    if descriptor < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor was just opened and belongs to no one else.
-    let file = unsafe { File::from_raw_fd(descriptor) };
-    file.set_len(bytes)?;
-    Ok(file)
-}
-
-/// Punches a hole into the memory file: its bytes are zeros and take no space.
-#[allow(unsafe_code)]
-fn discard(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    // SAFETY: the descriptor is open as long as `file` is borrowed; the call touches no memory of ours
-    // but guest RAM, to which nothing in the process has references.
-    let result = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as i64, length as i64) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Guest-physical memory, mapped into the process, with trace flags on every page: a sparse memfd, or
+//! Guest-physical memory, mapped into the process, with trace flags on every page: zeros at first, or
 //! what was saved in a file, of which a copy is made page by page as the guest writes.
 //!
 //! Everything that writes guest memory goes through one of two doors, and both honour the traces
@@ -12,6 +12,7 @@
 mod access;
 mod gone;
 mod guest;
+mod pages;
 mod saved;
 mod trace;
 

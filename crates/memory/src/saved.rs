@@ -17,6 +17,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use crate::access::HostAddress;
 use crate::gone::Watch;
 use crate::guest::{Backing, Mapped};
+use crate::pages;
 use crate::{GuestMemory, MemoryError, PAGE_SIZE, RamRange};
 
 /// Bytes of guest memory that are listed, checked and mapped together. Small enough that a guest which
@@ -86,7 +87,7 @@ impl GuestMemory {
         let failed = |source| MemoryError::Save { source };
         let total = self.size();
         file.set_len(total).map_err(failed)?;
-        let touched = self.touched().map_err(failed)?;
+        let touched = self.touched();
         let mut chunks = Vec::new();
         let mut buffer = vec![0; CHUNK as usize];
         let mut touched = touched.into_iter().peekable();
@@ -146,25 +147,21 @@ impl GuestMemory {
     }
 
     /// The parts of memory that may hold something, ascending, as places in the file.
-    fn touched(&self) -> io::Result<Vec<std::ops::Range<u64>>> {
-        match &self.backing {
-            Backing::Fresh(file) => data(file, self.size()),
-            Backing::Restored(restored) => {
-                let mut parts: Vec<_> = restored
-                    .parts()
-                    .into_iter()
-                    .map(|(start, length)| start..start + length)
-                    .collect();
-                for range in &self.mapped {
-                    // Without the list of pages everything is looked at, which costs time only.
-                    let pages = present(range.host, range.length)
-                        .unwrap_or_else(|_| std::iter::once(0..range.length).collect());
-                    let start = range.file_offset;
-                    parts.extend(pages.iter().map(|p| start + p.start..start + p.end));
-                }
-                Ok(united(parts))
-            }
+    fn touched(&self) -> Vec<std::ops::Range<u64>> {
+        let mut parts = match &self.backing {
+            Backing::Fresh => Vec::new(),
+            Backing::Restored(restored) => restored
+                .parts()
+                .into_iter()
+                .map(|(start, length)| start..start + length)
+                .collect(),
+        };
+        for range in &self.mapped {
+            let start = range.file_offset;
+            let touched = pages::touched(range.host, range.length);
+            parts.extend(touched.iter().map(|p| start + p.start..start + p.end));
         }
+        united(parts)
     }
 
     /// RAM for `ranges` as it was saved to `file`. Nothing is read now; what the guest writes does not
@@ -194,8 +191,8 @@ impl GuestMemory {
         let memory = Self::map(ranges, Backing::Restored(restored))?;
         let mut mapped_parts = Vec::new();
         for range in &memory.mapped {
-            // As with a memfd: a page of 2 MiB for one byte would be more than the guest touched.
-            no_huge_pages(range.host, range.length).map_err(failed)?;
+            // It takes no more than the guest touches.
+            pages::avoid_huge(range.host, range.length).map_err(failed)?;
             let end = range.file_offset + range.length;
             for &(start, length) in &parts {
                 let (from, to) = (start.max(range.file_offset), (start + length).min(end));
@@ -309,67 +306,6 @@ fn united(mut parts: Vec<std::ops::Range<u64>>) -> Vec<std::ops::Range<u64>> {
     joined
 }
 
-/// The parts of a file that are not holes.
-#[allow(unsafe_code)]
-fn data(file: &File, length: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
-    let seek = |from: u64, whence| {
-        // SAFETY: the descriptor is open as long as `file` is borrowed; nobody reads or writes at
-        // its position.
-        let found = unsafe { libc::lseek(file.as_raw_fd(), from as i64, whence) };
-        match found {
-            0.. => Ok(Some(found as u64)),
-            _ => match io::Error::last_os_error() {
-                // No data after this place.
-                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-                error => Err(error),
-            },
-        }
-    };
-    let mut parts = Vec::new();
-    let mut at = 0;
-    while at < length {
-        let Some(start) = seek(at, libc::SEEK_DATA)? else {
-            break;
-        };
-        let end = seek(start, libc::SEEK_HOLE)?.unwrap_or(length).min(length);
-        if end <= start {
-            break;
-        }
-        parts.push(start..end);
-        at = end;
-    }
-    Ok(parts)
-}
-
-/// The pages of a mapping of the process's own that were touched, by `/proc/self/pagemap` (Linux,
-/// `Documentation/admin-guide/mm/pagemap.rst`): bit 63 says present, bit 62 swapped out.
-fn present(host: HostAddress, length: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
-    const TOUCHED: u64 = 3 << 62;
-    let file = File::open("/proc/self/pagemap")?;
-    let first = host.as_ptr().addr() as u64 / PAGE_SIZE;
-    let mut parts: Vec<std::ops::Range<u64>> = Vec::new();
-    let mut entries = vec![0; 8 * PAGE];
-    let mut page = 0;
-    let pages = length / PAGE_SIZE;
-    while page < pages {
-        let count = (pages - page).min(entries.len() as u64 / 8);
-        let bytes = &mut entries[..8 * count as usize];
-        file.read_exact_at(bytes, 8 * (first + page))?;
-        for (index, entry) in (page..).zip(bytes.as_chunks::<8>().0) {
-            if u64::from_le_bytes(*entry) & TOUCHED == 0 {
-                continue;
-            }
-            let (start, end) = (index * PAGE_SIZE, (index + 1) * PAGE_SIZE);
-            match parts.last_mut() {
-                Some(last) if last.end == start => last.end = end,
-                _ => parts.push(start..end),
-            }
-        }
-        page += count;
-    }
-    Ok(parts)
-}
-
 /// Replaces a part of a mapping of ours.
 #[allow(unsafe_code)]
 fn replace(host: HostAddress, length: u64, flags: i32, fd: i32, offset: u64) -> io::Result<()> {
@@ -397,22 +333,7 @@ fn map_file(host: HostAddress, length: u64, file: &File, offset: u64) -> io::Res
 
 fn map_nothing(host: HostAddress, length: u64) -> io::Result<()> {
     replace(host, length, libc::MAP_ANONYMOUS, -1, 0)?;
-    no_huge_pages(host, length)
-}
-
-#[allow(unsafe_code)]
-fn no_huge_pages(host: HostAddress, length: u64) -> io::Result<()> {
-    let address = host.as_ptr().cast();
-    // SAFETY: advice changes no contents; the addresses are of a mapping of ours.
-    let result = unsafe { libc::madvise(address, length as usize, libc::MADV_NOHUGEPAGE) };
-    match result {
-        0 => Ok(()),
-        _ => match io::Error::last_os_error() {
-            // A kernel without huge pages makes none.
-            error if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-            error => Err(error),
-        },
-    }
+    pages::avoid_huge(host, length)
 }
 
 #[cfg(test)]
@@ -620,7 +541,7 @@ mod tests {
             .mapped
             .iter()
             .map(|range| {
-                let pages = present(range.host, range.length).unwrap();
+                let pages = pages::touched(range.host, range.length);
                 pages
                     .iter()
                     .map(|part| (part.end - part.start) as usize)
@@ -629,5 +550,22 @@ mod tests {
             .sum();
         // One page that was copied, one that is new, and the host may map neighbours from its cache.
         assert!(own <= 64 << 10, "{own} bytes");
+    }
+
+    #[test]
+    fn what_a_fresh_guest_did_not_touch_is_not_looked_at() {
+        let ranges = [RamRange {
+            start: 0,
+            length: 64 << 20,
+        }];
+        let memory = GuestMemory::new(&ranges).unwrap();
+        memory.write(0x5000, &[2]).unwrap();
+        let touched = memory.touched();
+        assert!(touched[0].contains(&0x5000), "{touched:x?}");
+        let bytes: u64 = touched.iter().map(|part| part.end - part.start).sum();
+        // A page of the host's, which may be a large one.
+        assert!(bytes <= 4 << 20, "{touched:x?}");
+        memory.zero().unwrap();
+        assert_eq!(memory.touched(), []);
     }
 }

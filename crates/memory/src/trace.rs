@@ -1,7 +1,7 @@
 //! Trace flags: who wants to hear of a write to which page.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
@@ -43,10 +43,15 @@ pub trait TraceListener: Send + Sync {
     fn wants(&self, gpa: u64) -> bool;
 }
 
+/// Pages that are counted together: 2 MiB of them.
+const RUN: usize = 512;
+
 /// The trace flags of all pages of a guest's RAM, indexed by the page's place in the RAM file
 /// (so holes in the physical address space cost nothing).
 pub struct Traces {
     pages: Box<[AtomicU8]>,
+    /// How many of each [`RUN`] of pages have flags.
+    runs: Box<[AtomicU32]>,
     epoch: AtomicU64,
     device_writes: AtomicU64,
     listeners: RwLock<Vec<(TraceFlags, Arc<dyn TraceListener>)>>,
@@ -64,6 +69,9 @@ impl Traces {
     pub(crate) fn new(pages: usize) -> Self {
         Self {
             pages: (0..pages).map(|_| AtomicU8::new(0)).collect(),
+            runs: (0..pages.div_ceil(RUN))
+                .map(|_| AtomicU32::new(0))
+                .collect(),
             epoch: AtomicU64::new(0),
             device_writes: AtomicU64::new(0),
             listeners: RwLock::default(),
@@ -88,10 +96,13 @@ impl Traces {
 
     /// Sets `flags` on a page; returns those that it had.
     pub fn set(&self, page: usize, flags: TraceFlags) -> TraceFlags {
-        let Some(page) = self.pages.get(page) else {
+        let Some(stored) = self.pages.get(page) else {
             return TraceFlags::NONE;
         };
-        let before = TraceFlags(page.fetch_or(flags.0, Ordering::AcqRel));
+        let before = TraceFlags(stored.fetch_or(flags.0, Ordering::AcqRel));
+        if before.is_empty() && !flags.is_empty() {
+            self.runs[page / RUN].fetch_add(1, Ordering::AcqRel);
+        }
         if !before.contains(flags) {
             self.epoch.fetch_add(1, Ordering::AcqRel);
         }
@@ -112,9 +123,23 @@ impl Traces {
 
     /// Clears `flags` on a page; returns those that it had.
     pub fn clear(&self, page: usize, flags: TraceFlags) -> TraceFlags {
-        self.pages.get(page).map_or(TraceFlags::NONE, |page| {
-            TraceFlags(page.fetch_and(!flags.0, Ordering::AcqRel))
-        })
+        let Some(stored) = self.pages.get(page) else {
+            return TraceFlags::NONE;
+        };
+        let before = TraceFlags(stored.fetch_and(!flags.0, Ordering::AcqRel));
+        if !before.is_empty() && flags.contains(before) {
+            self.runs[page / RUN].fetch_sub(1, Ordering::AcqRel);
+        }
+        before
+    }
+
+    /// Whether any of `count` pages from `first` may have flags: pages near them may stand for them.
+    pub fn may_have(&self, first: usize, count: usize) -> bool {
+        let runs = first / RUN..(first + count).div_ceil(RUN);
+        // Below zero for a moment, if one thread sets and another clears the last flag: that counts as some.
+        self.runs[runs.start.min(self.runs.len())..runs.end.min(self.runs.len())]
+            .iter()
+            .any(|run| run.load(Ordering::Acquire) != 0)
     }
 
     /// Tells the listeners that `length` bytes from `gpa`, all in RAM page `page`, were written.

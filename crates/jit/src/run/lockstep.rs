@@ -167,7 +167,9 @@ impl Lockstep {
         reference.cpu.stay_apart();
         let mut jit = Translating::new(memory, world, profile, index, count)?;
         jit.be_exact();
-        let rust = &mut jit.whole().rust;
+        let context = jit.whole();
+        context.interp.cpu.translate_pages_alone();
+        let rust = &mut context.rust;
         rust.rate.disable();
         rust.watch = Some(Box::default());
         rust.translator.repeats = true;

@@ -86,7 +86,6 @@ fn units_of_one_jump_stay_within_the_limit() {
     let mut code = [0xeb, 2, 0xcc, 0xcc].repeat(1 << 18);
     code.push(0xf4);
     let mut vcpu = translating(&code, |_| {});
-    let limit = vcpu.whole().rust.most;
     for _ in 0..2 {
         let mut state = vcpu.state();
         state.rip = CODE_AT;
@@ -94,8 +93,9 @@ fn units_of_one_jump_stay_within_the_limit() {
         vcpu.set_state(&state).unwrap();
         assert_eq!(vcpu.run(), RunExit::Halted);
         let rust = &vcpu.whole().rust;
-        assert!(rust.bytes() <= limit + UNIT);
-        assert!(rust.blocks.len() <= MOST_UNITS);
+        let most = rust.room.most();
+        assert!(rust.bytes() <= most.bytes + UNIT);
+        assert!(rust.blocks.len() <= most.units);
         assert!(rust.statistics.flushes > 2, "{}", rust.statistics.flushes);
     }
     let context = vcpu.whole();

@@ -111,7 +111,7 @@ impl Context {
                 }
             }
             for &linear in &changes.pages {
-                *self.pages.of(linear) = 0;
+                self.pages.forget(linear);
                 self.rust.spaces.clear_code_page(linear);
             }
         }
@@ -122,12 +122,12 @@ impl Context {
         } else if space && tag != self.rust.space {
             self.forget_local();
             if self.rust.local_code.len() >= MOST_LOCAL {
-                self.pages.kernel.fill(0);
+                self.pages.forget_half(1);
             }
             for linear in self.rust.local_code.drain(..) {
-                *self.pages.of(linear) = 0;
+                self.pages.forget(linear);
             }
-            let pages = &mut self.pages.user;
+            let pages = &mut self.pages;
             self.rust.spaces.exchange(self.rust.space, tag, pages);
         }
         self.rust.space = tag;

@@ -7,8 +7,9 @@ use trapgate_x86::Exception;
 use trapgate_x86::paging::is_canonical;
 use trapgate_x86::registers::{gpr, rflags};
 
-use super::{Block, MOST_MAPPINGS, Mapping, Number, UNIT, key, mapping_of};
+use super::{Block, Mapping, Number, UNIT, key, mapping_of};
 use crate::adapt::Lesson;
+use crate::clock::host_counter;
 use crate::context::{Context, MOST_LOCAL, NO_TARGET, TARGETS};
 use crate::mode::Mode;
 use crate::perf_map;
@@ -49,15 +50,16 @@ impl Context {
         let Some(host) = cpu.fetch(rip)? else {
             return Ok(None);
         };
-        if self.rust.mapped.len() >= MOST_MAPPINGS || self.rust.blocks.is_full() {
-            // Some mappings are of pages where nothing could be translated, so no other limit bounds them.
-            self.forget_all_code();
+        // Some mappings are of pages where nothing could be translated, so no other limit bounds them.
+        let units = self.rust.room.limits().units;
+        if self.rust.mapped.len() >= units || self.rust.blocks.len() >= units {
+            self.make_room();
         }
         let mapping = self.mapping(rip, host, mode)?;
         let half = (rip >> 63) as usize;
         if self.rust.page_users[half] != mode.is_user() {
             self.rust.page_users[half] = mode.is_user();
-            self.pages.half(half).fill(0);
+            self.pages.forget_half(half);
         }
         self.set_page(rip, mapping);
         let found = self.rust.found.get(&key(mapping, rip, mode));
@@ -68,7 +70,10 @@ impl Context {
         }
         Ok(self.charged(|context| {
             context.rust.statistics.count(Cell::TRANSLATION);
-            context.translate(rip, mode, memory, host, mapping)
+            let begun = host_counter();
+            let block = context.translate(rip, mode, memory, host, mapping);
+            context.rust.room.translated(begun);
+            block
         }))
     }
 
@@ -79,9 +84,8 @@ impl Context {
 
     /// The mapping of a code page, just fetched from, is in force.
     pub(super) fn set_page(&mut self, linear: u64, mapping: u32) {
-        let slot = self.pages.of(linear);
-        if *slot != mapping {
-            *slot = mapping;
+        if self.pages.get(linear) != mapping {
+            self.pages.set(linear, mapping);
             if self.rust.local_code.len() < MOST_LOCAL && self.interp.cpu.fetched_locally(linear) {
                 self.rust.local_code.push(linear);
             }
@@ -134,8 +138,9 @@ impl Context {
         host: HostAddress,
         mapping: u32,
     ) -> Option<u32> {
-        if self.rust.code.left() < UNIT || self.rust.bytes() > self.rust.most {
-            self.forget_all_code();
+        let limits = self.rust.room.limits();
+        if self.rust.code.used() + UNIT > limits.code || self.rust.bytes() > limits.bytes {
+            self.make_room();
             // The mapping's number is gone with the rest; next time.
             return None;
         }
@@ -402,6 +407,12 @@ impl Context {
         if has_landing {
             self.forget_calls();
         }
+    }
+
+    /// Throws everything away because there is too much of it.
+    fn make_room(&mut self) {
+        self.rust.room.is_full();
+        self.forget_all_code();
     }
 
     /// Throws everything away.

@@ -96,10 +96,16 @@ impl Writer<'_> {
         self.exit_here(target, live);
     }
 
-    /// Goes on at `target`; looks for signals first if that is not ahead, since every loop goes back
-    /// somewhere.
+    /// Whether a jump goes ahead on its page: any other looks for signals first. Every loop goes back somewhere, and code
+    /// without loops may be long.
+    fn is_short(instruction: &Instruction, target: u64) -> bool {
+        let from = instruction.ip();
+        target > from && target >> 12 == from >> 12
+    }
+
+    /// Goes on at `target`.
     pub(super) fn jump(&mut self, instruction: &Instruction, target: u64, live: u32) {
-        if target > instruction.ip() {
+        if Self::is_short(instruction, target) {
             self.leave_direct(target, live);
             return;
         }
@@ -120,7 +126,7 @@ impl Writer<'_> {
     pub(super) fn jump_if(&mut self, guest: &Guest, code: u8, target: u64) {
         self.want_flags();
         let live = guest.live_out;
-        if target > guest.instruction.ip() {
+        if Self::is_short(&guest.instruction, target) {
             self.asm.jump_if(code, self.asm.here());
             self.exit_here(target, live);
             return;

@@ -50,13 +50,15 @@ impl Watch {
 /// Proportional set size, in which what is mapped twice counts once, without mappings of a guest's memory.
 fn beyond_guest_ram() -> u64 {
     let maps = read_to_string("/proc/self/smaps").expect("a process can read this of itself");
-    let mut is_guest = false;
-    let mut sum = 0;
+    let (mut sum, mut of_mapping) = (0, 0);
     for line in maps.lines() {
         let mut words = line.split_whitespace();
-        match (words.next(), words.next()) {
-            (Some("Pss:"), Some(kib)) if !is_guest => sum += kib.parse::<u64>().unwrap_or(0),
-            (Some(name), _) if !name.ends_with(':') => is_guest = line.contains("guest-memory"),
+        match words.next() {
+            Some("Pss:") => of_mapping = words.next().map_or(0, |kib| kib.parse().unwrap_or(0)),
+            // The last line of a mapping. Guest RAM alone was asked to be of large pages, or of small ones.
+            Some("VmFlags:") if !words.any(|flag| ["hg", "nh"].contains(&flag)) => {
+                sum += of_mapping;
+            }
             _ => {}
         }
     }
