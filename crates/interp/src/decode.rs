@@ -58,12 +58,14 @@ pub(crate) fn decode(cpu: &mut Cpu, bytes: &[u8], most: usize) -> Result<Decoded
                 // It goes on beyond the bytes there are.
                 break;
             }
-            // The decoder gives up after 15 bytes, which is too long whatever it is.
-            ops.push(if end - length >= MAX_INSTRUCTION {
-                too_long()
-            } else {
-                undefined()
-            });
+            let taken = end - length;
+            ops.push(
+                if taken >= MAX_INSTRUCTION && is_too_long(cpu, bits, &bytes[length..]) {
+                    too_long()
+                } else {
+                    undefined()
+                },
+            );
             length = end;
             break;
         }
@@ -90,6 +92,14 @@ pub(crate) fn decode(cpu: &mut Cpu, bytes: &[u8], most: usize) -> Result<Decoded
     }
     quiet::join(&mut ops, &traits);
     Ok(Decoded { ops, length })
+}
+
+/// Whether what is no instruction, and of which the decoder took 15 bytes, has more: it gives up there. The first byte is a
+/// prefix, as nothing else is so long, and what it takes without that one tells.
+fn is_too_long(cpu: &Cpu, bits: u32, bytes: &[u8]) -> bool {
+    let mut reader = Reader::new(cpu.profile.level, bits, &bytes[1..], 0);
+    reader.read(&mut Instruction::default());
+    reader.is_cut() || reader.position() >= MAX_INSTRUCTION
 }
 
 fn op_undefined(cpu: &mut Cpu, _: &Op) -> Step {
@@ -405,4 +415,20 @@ fn ends_block(instruction: &Instruction) -> bool {
                 | Mnemonic::Outsw
                 | Mnemonic::Outsd
         )
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::testing::{GP0, UD, fault, long_cpu};
+
+    #[test]
+    fn no_instruction_of_15_bytes_is_undefined_and_one_of_16_too_long() {
+        // LOCK and REX before VEX, and as many prefixes as give it 15 bytes.
+        let vex = [0xc4, 0x63, 0x59, 0x4c, 0xa4, 0x97, 0, 0, 0, 0x15, 5];
+        let (mut cpu, _) = long_cpu();
+        let code = [&[0x66, 0x66, 0xf0, 0x43], &vex[..]].concat();
+        assert_eq!(fault(&mut cpu, &code), UD);
+        let nop = [&[0x3e; 15], &[0x90][..]].concat();
+        assert_eq!(fault(&mut cpu, &nop), GP0);
+    }
 }

@@ -480,7 +480,7 @@ fn op_into(cpu: &mut Cpu, _: &Op) -> Step {
 fn op_bound(cpu: &mut Cpu, op: &Op) -> Step {
     let size = op.operand_size();
     let linear = cpu.operand_address(op, size * 2, false)?;
-    let second = cpu.advance(linear, size);
+    let second = cpu.part_address(op, size);
     let index = if size == 2 {
         i32::from(cpu.reg::<u16>(op.dst) as i16)
     } else {

@@ -7,6 +7,7 @@ use trapgate_x86::registers::{cr0, gpr};
 
 use crate::cpu::{Cpu, Step};
 use crate::op::{AddressForm, Handler, Op};
+use crate::parts::Parts;
 use crate::tlb::Access;
 
 /// Bits of a gather's `op.extra`: the index register and log2 of its scale, then these.
@@ -101,6 +102,8 @@ fn op_gather(cpu: &mut Cpu, op: &Op) -> Step {
 fn masked_store(instruction: &Instruction, op: &mut Op, handler: Handler) -> Option<Handler> {
     op.dst = instruction.op1_register().number() as u8;
     op.src = instruction.op2_register().number() as u8;
+    op.base = gpr::RDI as u8;
+    op.form = AddressForm::General;
     Some(handler)
 }
 
@@ -133,19 +136,22 @@ fn op_maskmovq(cpu: &mut Cpu, op: &Op) -> Step {
 
 /// Stores the bytes whose mask has its highest bit set: all of them, or on a fault none.
 fn store_selected(cpu: &mut Cpu, op: &Op, data: &[u8], mask: &[u8]) -> Step {
-    let offset = cpu.regs.gpr[gpr::RDI] & Cpu::address_mask(op);
-    let segment = usize::from(op.segment);
-    let linear = cpu.segment_address(segment, offset, data.len() as u64, true)?;
+    let length = data.len();
+    let linear = cpu.operand_address(op, length as u64, true)?;
     // Bytes that are not selected may fault as well (SDM vol. 2B, MASKMOVDQU), and do on the host CPU.
-    let length = data.len() as u64;
-    cpu.check_access(linear, op.segment, length, 8, Access::Write)?;
-    cpu.probe_elements(linear, length, Access::Write, op.segment)?;
+    let extent = cpu.extent(op, linear, length, Parts::Eights, Access::Write)?;
+    cpu.each_run(&extent, 0..length, |cpu, at, run| {
+        let length = run.len() as u64;
+        cpu.check_access(at, op.segment, length, 8, Access::Write)?;
+        cpu.probe_elements(at, length, Access::Write, op.segment)
+    })?;
     let mut start = 0;
     for run in mask.chunk_by(|one, next| one & 0x80 == next & 0x80) {
         let end = start + run.len();
         if run[0] & 0x80 != 0 {
-            let at = cpu.advance(linear, start as u64);
-            cpu.write_elements(at, &data[start..end], op.segment)?;
+            cpu.each_run(&extent, start..end, |cpu, at, run| {
+                cpu.write_elements(at, &data[run], op.segment)
+            })?;
         }
         start = end;
     }

@@ -3,8 +3,8 @@
 use iced_x86::{Code, Instruction};
 use trapgate_x86::descriptor::{access, system};
 use trapgate_x86::paging::is_canonical;
-use trapgate_x86::registers::{cr4, rflags, sreg};
-use trapgate_x86::{Descriptor, Segment, Vector};
+use trapgate_x86::registers::{cr0, cr4, rflags, sreg};
+use trapgate_x86::{Descriptor, Exception, Segment, Vector};
 
 use crate::cpu::{Cpu, Step, Stop};
 use crate::frame::{Stack, null_stack_segment};
@@ -141,6 +141,9 @@ impl Cpu {
             return self.return_to_vm86(&stack);
         }
         let to = self.return_target(selector as u16)?;
+        if long && size > 2 && flags & rflags::AC != 0 {
+            self.check_pops_behind_flags(&stack, size)?;
+        }
         let outward = to.level > self.cpl;
         if outward && !long {
             self.peek_return(&stack, size, 3 * size, &mut frame[3..])?;
@@ -168,6 +171,16 @@ impl Cpu {
         } else {
             self.drop_from_stack(3 * size);
             self.update_mode();
+        }
+        Ok(())
+    }
+
+    /// #AC of the stack pointer and selector, if the flags that were popped before them ask for it. A host CPU (family 6,
+    /// model 167) has these in force by then, and the old ones in the exception's frame.
+    fn check_pops_behind_flags(&mut self, stack: &Stack, size: u64) -> Step {
+        let checked = self.cpl == 3 && self.sys.cr0 & cr0::AM != 0;
+        if checked && !stack.pointer.is_multiple_of(size) {
+            return Err(self.raise(Exception::with_code(Vector::AC, 0)));
         }
         Ok(())
     }

@@ -32,6 +32,7 @@ mod moves;
 mod msr;
 pub mod op;
 mod paging;
+mod parts;
 mod port;
 mod quiet;
 mod run;

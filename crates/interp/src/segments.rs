@@ -350,7 +350,8 @@ pub(crate) fn load_far_pointer(cpu: &mut Cpu, op: &Op) -> Result<(u64, u16), Sto
         4 => u64::from(cpu.read::<u32>(linear, op.segment)?),
         _ => cpu.read::<u64>(linear, op.segment)?,
     };
-    let selector = cpu.read::<u16>(cpu.advance(linear, size), op.segment)?;
+    let behind = cpu.part_address(op, size);
+    let selector = cpu.read::<u16>(behind, op.segment)?;
     Ok((offset, selector))
 }
 

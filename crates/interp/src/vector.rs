@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use iced_x86::{Instruction, Mnemonic};
@@ -15,6 +16,7 @@ use trapgate_x86::{Exception, Vector};
 
 use crate::cpu::{Cpu, Step, Stop};
 use crate::op::Op;
+use crate::parts::{Extent, Parts};
 use crate::tlb::Access;
 
 /// A thunk with what its op needs to know.
@@ -197,8 +199,13 @@ impl Cpu {
         } else {
             self.operand_address(op, size, write)
         };
-        let linear = match address {
-            Ok(linear) => linear,
+        let class = self.thunks.entries[number].thunk.class;
+        let parts = Parts::of_thunk(class, operand.size);
+        let access = if write { Access::Write } else { Access::Read };
+        let extent =
+            address.and_then(|linear| self.extent(op, linear, operand.size, parts, access));
+        let extent = match extent {
+            Ok(extent) => extent,
             Err(stop) if self.raises_before_storing(number, operand) => {
                 let outcome = self.run_before_store(op, number, operand, Err(stop))?;
                 if outcome == Outcome::Done {
@@ -208,10 +215,13 @@ impl Cpu {
             }
             Err(stop) => return Err(stop),
         };
+        let linear = extent.linear;
         if !linear.is_multiple_of(operand.alignment as u64) {
             return self.gp0();
         }
-        let direct = if write {
+        let direct = if !extent.is_contiguous(operand.size) {
+            None
+        } else if write {
             self.tlb.write(linear, size)
         } else {
             self.tlb.read(linear, size)
@@ -227,7 +237,7 @@ impl Cpu {
                         .run(&mut self.regs, host.as_ptr())
                 }
             }
-            _ => self.run_bounced(op, number, operand, linear)?,
+            _ => self.run_bounced(op, number, operand, extent)?,
         };
         if outcome == Outcome::Done {
             self.record_x87(op, number);
@@ -250,10 +260,10 @@ impl Cpu {
         op: &Op,
         number: usize,
         operand: MemoryOperand,
-        linear: u64,
+        extent: Extent,
     ) -> Result<Outcome, Stop> {
         if self.raises_before_storing(number, operand) {
-            return self.run_before_store(op, number, operand, Ok(linear));
+            return self.run_before_store(op, number, operand, Ok(extent));
         }
         let mut bounce = Bounce([0; 128]);
         let selected = self.selected_elements(operand);
@@ -261,18 +271,21 @@ impl Cpu {
             .locked
             .then(|| BUS_LOCK.lock().unwrap_or_else(PoisonError::into_inner));
         for (start, length) in selected.iter() {
-            let at = self.advance(linear, start as u64);
-            self.check_operand(op, operand, at, length)?;
-            // Stores must not read: there may be a device.
-            if operand.access != ThunkAccess::Write {
-                self.read_elements(at, &mut bounce.0[start..start + length], op.segment)?;
-            }
+            self.each_run(&extent, start..start + length, |cpu, at, run| {
+                cpu.check_operand(op, operand, at, &run)?;
+                // Stores must not read: there may be a device.
+                if operand.access != ThunkAccess::Write {
+                    cpu.read_elements(at, &mut bounce.0[run], op.segment)?;
+                }
+                Ok(())
+            })?;
         }
         let outcome = self.run_on(number, &mut bounce);
         if operand.access != ThunkAccess::Read && outcome == Outcome::Done {
             for (start, length) in selected.iter() {
-                let at = self.advance(linear, start as u64);
-                self.write_elements(at, &bounce.0[start..start + length], op.segment)?;
+                self.each_run(&extent, start..start + length, |cpu, at, run| {
+                    cpu.write_elements(at, &bounce.0[run], op.segment)
+                })?;
             }
         }
         drop(lock);
@@ -280,13 +293,13 @@ impl Cpu {
     }
 
     /// A store whose own exceptions come before those of memory: one that is unmasked leaves memory alone, so that
-    /// it cannot fault either. `address` may be a fault already.
+    /// it cannot fault either. `extent` may be a fault already.
     fn run_before_store(
         &mut self,
         op: &Op,
         number: usize,
         operand: MemoryOperand,
-        address: Result<u64, Stop>,
+        extent: Result<Extent, Stop>,
     ) -> Result<Outcome, Stop> {
         let before = self.regs.clone();
         let mut bounce = Bounce([0; 128]);
@@ -305,9 +318,13 @@ impl Cpu {
                 return Ok(outcome);
             }
         }
-        let stored = address.and_then(|linear| {
-            self.check_operand(op, operand, linear, size)?;
-            self.write_elements(linear, &bounce.0[..size], op.segment)
+        let stored = extent.and_then(|extent| {
+            self.each_run(&extent, 0..size, |cpu, at, run| {
+                cpu.check_operand(op, operand, at, &run)
+            })?;
+            self.each_run(&extent, 0..size, |cpu, at, run| {
+                cpu.write_elements(at, &bounce.0[run], op.segment)
+            })
         });
         if let Err(stop) = stored {
             self.regs = before;
@@ -326,8 +343,20 @@ impl Cpu {
     }
 
     /// Faults as an access to part of a memory operand would.
-    fn check_operand(&mut self, op: &Op, operand: MemoryOperand, at: u64, length: usize) -> Step {
-        let (length, alignment) = (length as u64, operand.checked_alignment as u64);
+    fn check_operand(
+        &mut self,
+        op: &Op,
+        operand: MemoryOperand,
+        at: u64,
+        bytes: &Range<usize>,
+    ) -> Step {
+        let length = bytes.len() as u64;
+        let alignment = if bytes.start == 0 || operand.mask.is_some() {
+            operand.checked_alignment as u64
+        } else {
+            // It is the operand that is to be aligned.
+            1
+        };
         if operand.access == ThunkAccess::Read {
             return self.check_access(at, op.segment, length, alignment, Access::Read);
         }

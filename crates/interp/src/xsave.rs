@@ -13,6 +13,7 @@ use trapgate_x86::{Exception, XsaveImage};
 
 use crate::cpu::{Cpu, Step, Stop};
 use crate::op::{Handler, Op};
+use crate::parts::{Extent, Parts};
 use crate::tlb::Access;
 
 /// Bytes that FXSAVE names.
@@ -298,30 +299,50 @@ impl Cpu {
         self.sys.xcr0 & (rdx << 32 | rax & 0xffff_ffff)
     }
 
-    /// The linear address of an operand that must be aligned, or #GP(0).
-    fn aligned_operand(
+    /// Where an area lies that must be aligned, or #GP(0).
+    fn aligned_area(
         &mut self,
         op: &Op,
         size: usize,
         alignment: u64,
-        write: bool,
-    ) -> Result<u64, Stop> {
-        let linear = self.operand_address(op, size as u64, write)?;
+        access: Access,
+    ) -> Result<Extent, Stop> {
+        let linear = self.operand_address(op, size as u64, access == Access::Write)?;
         if !linear.is_multiple_of(alignment) {
             return self.gp0();
         }
-        Ok(linear)
+        self.extent(op, linear, size, Parts::Area, access)
+    }
+
+    /// Faults if some bytes of an area cannot be written.
+    fn probe_area(&mut self, area: &Extent, segment: u8, bytes: Range<usize>) -> Step {
+        self.each_run(area, bytes, |cpu, at, run| {
+            cpu.probe(at, run.len() as u64, Access::Write, segment)
+        })
+    }
+
+    /// Reads some bytes of an area to the same place in `data`.
+    fn read_area(
+        &mut self,
+        area: &Extent,
+        segment: u8,
+        bytes: Range<usize>,
+        data: &mut [u8],
+    ) -> Step {
+        self.each_run(area, bytes, |cpu, at, run| {
+            cpu.read_bytes(at, &mut data[run], segment)
+        })
     }
 
     /// Writes some runs of an area: all of them or, on a fault, nothing.
-    fn write_runs(&mut self, linear: u64, segment: u8, area: &Area, runs: &Runs) -> Step {
+    fn write_runs(&mut self, area: &Extent, segment: u8, data: &Area, runs: &Runs) -> Step {
         for (start, end) in runs.iter() {
-            let at = self.advance(linear, start as u64);
-            self.probe(at, (end - start) as u64, Access::Write, segment)?;
+            self.probe_area(area, segment, start..end)?;
         }
         for (start, end) in runs.iter() {
-            let at = self.advance(linear, start as u64);
-            self.write_bytes(at, &area[start..end], segment)?;
+            self.each_run(area, start..end, |cpu, at, run| {
+                cpu.write_bytes(at, &data[run], segment)
+            })?;
         }
         Ok(())
     }
@@ -329,24 +350,24 @@ impl Cpu {
 
 fn op_fxsave(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.check_fxsave()?;
-    let linear = cpu.aligned_operand(op, LEGACY_BYTES, 16, true)?;
+    let place = cpu.aligned_area(op, LEGACY_BYTES, 16, Access::Write)?;
     let count = cpu.vector_count();
     let mut area = [0; XSAVE_BYTES];
     store_x87(&cpu.regs, &mut area, op.code != 0);
     store_mxcsr(&cpu.regs, &mut area);
     store_xmm(&cpu.regs, &mut area, count);
     // What follows the registers is software's, or reserved and not written: but it must be there.
-    cpu.probe(linear, LEGACY_BYTES as u64, Access::Write, op.segment)?;
+    cpu.probe_area(&place, op.segment, 0..LEGACY_BYTES)?;
     let mut runs = Runs::default();
     runs.push(0, XMM_AT + 16 * count);
-    cpu.write_runs(linear, op.segment, &area, &runs)
+    cpu.write_runs(&place, op.segment, &area, &runs)
 }
 
 fn op_fxrstor(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.check_fxsave()?;
-    let linear = cpu.aligned_operand(op, LEGACY_BYTES, 16, false)?;
+    let place = cpu.aligned_area(op, LEGACY_BYTES, 16, Access::Read)?;
     let mut area = [0; LEGACY_BYTES];
-    cpu.read_bytes(linear, &mut area, op.segment)?;
+    cpu.read_area(&place, op.segment, 0..LEGACY_BYTES, &mut area)?;
     let mxcsr = mxcsr_of(&area);
     if mxcsr & !MXCSR_MASK != 0 {
         return cpu.gp0();
@@ -362,20 +383,17 @@ fn op_fxrstor(cpu: &mut Cpu, op: &Op) -> Step {
 fn op_xsave<const OPT: bool>(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.check_xsave()?;
     let requested = cpu.requested_components();
-    let linear = cpu.aligned_operand(op, area_bytes(requested), 64, true)?;
+    let place = cpu.aligned_area(op, area_bytes(requested), 64, Access::Write)?;
     let used = in_use(&cpu.regs);
     let saved = if OPT { requested & used } else { requested };
     let count = cpu.vector_count();
 
-    let header = cpu.advance(linear, HEADER_AT as u64);
     // The host CPU wants to write all of it, also what it leaves as it is.
-    let accessed = accessed(requested);
-    let first = cpu.advance(linear, accessed.start as u64);
-    cpu.probe(first, accessed.len() as u64, Access::Write, op.segment)?;
-    let old: u64 = cpu.read(header, op.segment)?;
-    let bits = old & !requested | used & requested;
-
+    cpu.probe_area(&place, op.segment, accessed(requested))?;
     let mut area = [0; XSAVE_BYTES];
+    cpu.read_area(&place, op.segment, HEADER_AT..HEADER_AT + 8, &mut area)?;
+    let bits = state_bits(&area) & !requested | used & requested;
+
     let mut runs = Runs::default();
     if saved & xcr0::X87 != 0 {
         store_x87(&cpu.regs, &mut area, op.code != 0);
@@ -398,19 +416,17 @@ fn op_xsave<const OPT: bool>(cpu: &mut Cpu, op: &Op) -> Step {
         store_ymm(&cpu.regs, &mut area, count);
         runs.push(YMM_AT, YMM_AT + 16 * count);
     }
-    cpu.write_runs(linear, op.segment, &area, &runs)
+    cpu.write_runs(&place, op.segment, &area, &runs)
 }
 
 fn op_xrstor(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.check_xsave()?;
     let requested = cpu.requested_components();
     let bytes = area_bytes(requested);
-    let linear = cpu.aligned_operand(op, bytes, 64, false)?;
+    let place = cpu.aligned_area(op, bytes, 64, Access::Read)?;
     let mut area = [0; XSAVE_BYTES];
     // What XSTATE_BV says is not there is read as well, by the host CPU.
-    let accessed = accessed(requested);
-    let first = cpu.advance(linear, accessed.start as u64);
-    cpu.read_bytes(first, &mut area[accessed], op.segment)?;
+    cpu.read_area(&place, op.segment, accessed(requested), &mut area)?;
     if !is_restorable(&area, cpu.sys.xcr0, requested) {
         return cpu.gp0();
     }
@@ -419,9 +435,13 @@ fn op_xrstor(cpu: &mut Cpu, op: &Op) -> Step {
     Ok(())
 }
 
-/// Where an area is accessed for these components: with none only in its header.
+/// Where an area is accessed for these components: without the x87 from MXCSR on, with none only in its header.
 fn accessed(components: u64) -> Range<usize> {
-    let start = if components == 0 { HEADER_AT } else { 0 };
+    let start = match components {
+        0 => HEADER_AT,
+        components if components & xcr0::X87 == 0 => MXCSR_AT,
+        _ => 0,
+    };
     start..area_bytes(components)
 }
 

@@ -365,8 +365,10 @@ pub(crate) fn classify(instruction: &Instruction, mode: Mode) -> Kind {
     }
     if let Some(plan) = plan(instruction, mode) {
         let short = mode.is_compatibility() || has_short_address(instruction);
-        return if plan.harmless.bit_offset && short {
-            // The address wraps after the offset's upper bits were added.
+        // Of ten bytes the last two have an offset of their own.
+        let apart = instruction.memory_size().size() == 10 && !mode.is_compatibility();
+        return if (plan.harmless.bit_offset || apart) && short {
+            // The address wraps after the offset's upper bits were added, or those of the last two bytes.
             Kind::Operate
         } else if plan.harmless.bit_offset {
             Kind::BitOfMemory(plan)
@@ -735,5 +737,21 @@ mod tests {
             assert!(plan.writes_memory || !writes, "{instruction:?}");
         }
         assert!(seen > 3000, "{seen}");
+    }
+
+    /// Of ten bytes with an offset of 32 bits the last two may lie elsewhere; those of other sizes go on.
+    #[test]
+    fn ten_bytes_with_short_addresses_are_the_interpreters() {
+        let everything = Mode::for_test_of_everything();
+        // fld tbyte gs:[rbx], gs:[ebx]; fld qword gs:[ebx]
+        for (code, in_place) in [
+            (&[0x65, 0xdb, 0x2b][..], true),
+            (&[0x65, 0x67, 0xdb, 0x2b], false),
+            (&[0x65, 0x67, 0xdd, 0x03], true),
+        ] {
+            let instruction = Decoder::new(64, code, DecoderOptions::NONE).decode();
+            let kind = classify(&instruction, everything);
+            assert_eq!(matches!(kind, Kind::Same(_)), in_place, "{code:02x?}");
+        }
     }
 }

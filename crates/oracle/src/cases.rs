@@ -9,7 +9,6 @@ use crate::layout::{self, PAGE, record as at};
 use crate::profile::memory_operand;
 use crate::random::Random;
 use crate::record::{Start, Window, put, quad};
-use crate::undefined;
 
 /// A piece of code with one instruction.
 #[derive(Clone, Debug)]
@@ -373,7 +372,7 @@ impl Making<'_> {
             instruction.mnemonic(),
             Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
         );
-        if locks && wanted >> 47 == 0 {
+        if locks && (wanted >> 47 == 0 || wanted >> 63 != 0) {
             wanted &= !63;
             if !elements && self.random.one_in(2) {
                 wanted += self.random.below(64 - size.min(63) + 1);
@@ -391,13 +390,13 @@ impl Making<'_> {
                 0 => self.random.below(0x1000),
                 // What goes over the end of a segment of 4 GiB is the processor's choice.
                 _ if !long => self.random.next() >> 34 & mask,
+                // Over the end of what addresses of 32 bits reach, which parts of operands do not leave.
+                _ if address_bits == 32 && self.random.one_in(3) => {
+                    (self.random.below(size) + 1).wrapping_neg() & mask
+                }
                 1 => (self.random.below(0x1000) + 8).wrapping_neg() & mask,
                 _ => self.random.next() >> 18 & mask,
             };
-            if address_bits == 16 && undefined::order(instruction) {
-                // Whether each part's address is one of 16 bits is the processor's choice.
-                offset &= 0x7fff;
-            }
             if base == Register::None && index == Register::None
                 || base == Register::RIP
                 || base == Register::EIP
@@ -806,7 +805,13 @@ impl Making<'_> {
         };
         let mut words = vec![destination, selector];
         if iret {
-            words.push(self.random.next() & 0x3f_7fff & !rflags::TF);
+            let mut flags = self.random.next() & 0x3f_7fff & !rflags::TF;
+            if self.is_long() && !pointer.is_multiple_of(width as u64) {
+                // What comes behind them would raise #AC with AC clear. Hosts take that for a split lock, and do the instruction
+                // again without end.
+                flags &= !rflags::AC;
+            }
+            words.push(flags);
             words.push(STACK.0 + 0x400 + self.random.below(0x80) * 8);
             words.push(if self.random.below(4) != 0 {
                 0x2b

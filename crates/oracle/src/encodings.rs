@@ -656,6 +656,10 @@ fn memory(
         instruction.set_memory_displacement64(displacement);
         return Some(());
     }
+    if long && other && random.one_in(3) {
+        // Without a segment no operand that a case can reach lies near the end of what such addresses name.
+        instruction.set_segment_prefix(random.pick(&[Register::FS, Register::GS]));
+    }
     let base = first + random.below(registers) as u32;
     let mut any_index = first + random.below(registers) as u32;
     if any_index.number() == 4 {

@@ -67,6 +67,9 @@ pub enum Waiver {
     NullSelector,
     /// Whether a page of the upper half was present, which Linux does not tell programs.
     UpperHalfPresent,
+    /// Whether XSAVE takes a component with initial values to be in use: the host's kernel may have restored it with these
+    /// meanwhile (SDM vol. 1, 13.6).
+    InUse,
     /// FDP and FOP of a host that writes them where the profile does not (SDM vol. 1, 8.1.8 and 8.1.9).
     LastOperand,
 }
@@ -85,6 +88,7 @@ impl fmt::Display for Waiver {
             Self::UpperHalves => "an upper half differed after a change of mode",
             Self::NullSelector => "a null selector's RPL differed",
             Self::UpperHalfPresent => "Linux did not tell whether a page was present",
+            Self::InUse => "XSAVE took a component with initial values to be in use",
             Self::LastOperand => "the host wrote FDP or FOP where the profile does not",
         })
     }
@@ -171,6 +175,12 @@ impl Scope {
             }
             .map(|(at, bytes)| (at, bytes, Waiver::Residue));
         }
+        if !fault
+            && let Some((area, bytes)) = operand
+            && took_more_to_be_in_use(instruction, start, area, [native, engine])
+        {
+            scope.memory = Some((area, bytes, Waiver::InUse));
+        }
         scope.x87 = instruction.cpuid_features().iter().any(|feature| {
             matches!(
                 feature,
@@ -183,10 +193,13 @@ impl Scope {
             .all(|record| matches!(quad(record, at::VECTOR), 12 | 13 | 14 | 17))
         {
             let bytes = operand.map_or(0, |(_, bytes)| bytes).max(PUSHED);
+            let pushes_over_end = instruction.is_stack_instruction()
+                && u64::from((stack as u32).wrapping_add(PUSHED as u32)) < 2 * PUSHED;
             let at_end = start.compatibility
-                && records
-                    .iter()
-                    .any(|record| quad(record, at::ADDRESS) >> 4 == 0xfff_ffff);
+                && (pushes_over_end
+                    || records
+                        .iter()
+                        .any(|record| quad(record, at::ADDRESS) >> 4 == 0xfff_ffff));
             scope.parts = if wraps(instruction, start) || at_end {
                 Some((bytes, Waiver::SegmentEnd))
             } else {
@@ -207,6 +220,24 @@ impl Scope {
             self.registers[register.full_register().number() & 15] = mask;
         }
     }
+}
+
+/// Whether XSAVE or XSAVEOPT wrote an XSTATE_BV with more components natively.
+fn took_more_to_be_in_use(
+    instruction: &Instruction,
+    start: &Start,
+    area: u64,
+    records: [&[u8]; 2],
+) -> bool {
+    let saves = matches!(
+        instruction.mnemonic(),
+        Mnemonic::Xsave | Mnemonic::Xsave64 | Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64
+    );
+    let Some(header) = start.windows[0].position(area.wrapping_add(512)) else {
+        return false;
+    };
+    let [native, engine] = records.map(|record| record[at::MEMORY + header]);
+    saves && native != engine && native & engine == engine
 }
 
 /// Bytes that the largest instruction pops or pushes: IRET.

@@ -437,13 +437,15 @@ fn give_up(code: i32) -> ! {
 /// # Safety
 /// To be called in a new process, with memory that is [`SHARED_BYTES`] long and backed by `file`.
 unsafe fn live(shared: *mut u8, file: i32, regions: &[Region], parent: libc::pid_t) -> ! {
-    // SAFETY: this process has one thread, this one. Mappings replace nothing that it goes on to use: what lies below
-    // 2 GiB is the translator's, and the rest are addresses that the layout chose.
+    // SAFETY: this process has one thread, this one. Mappings and what is unmapped are nothing that it goes on to use: what
+    // lies below 4 GiB is the translator's, and the rest are addresses that the layout chose.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         if libc::getppid() != parent {
             give_up(90);
         }
+        // Cases would find the translator's code, by a segment's base or any address made up.
+        libc::munmap(layout::EXIT as *mut _, (1 << 32) - layout::EXIT as usize);
         for region in regions {
             let mut protection = libc::PROT_READ;
             if region.writable {

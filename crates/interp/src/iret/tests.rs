@@ -1,6 +1,6 @@
 use trapgate_x86::descriptor::access;
-use trapgate_x86::registers::{cr4, rflags, sreg};
-use trapgate_x86::{Exception, Segment};
+use trapgate_x86::registers::{cr0, cr4, gpr, rflags, sreg};
+use trapgate_x86::{Exception, Segment, Vector};
 
 use crate::cpu::CodeSize;
 use crate::frame::null_stack_segment;
@@ -206,6 +206,28 @@ fn long_mode_pops_the_stack_at_the_same_level_too() {
     assert_eq!((bench.cpu.cpl, bench.sp()), (0, 0x7008));
     assert_eq!(bench.cpu.rip, 0xffff_8000_0000_1000);
     assert_eq!(bench.cpu.sys.segments[sreg::SS], null_stack_segment(0));
+}
+
+#[test]
+fn stack_pointer_and_selector_are_popped_under_the_flags_before_them() {
+    for (alignment_mask, flags, expected) in [
+        (0, rflags::AC, None),
+        (cr0::AM, 0, None),
+        (
+            cr0::AM,
+            rflags::AC,
+            Some(Exception::with_code(Vector::AC, 0)),
+        ),
+    ] {
+        let mut bench = Bench::long().user();
+        bench.cpu.sys.cr0 |= alignment_mask;
+        bench.cpu.regs.gpr[gpr::RSP] = STACK - 4;
+        long_frame(&mut bench, DATA3, 0x7008, flags | 2, CODE3_64, 0x1234);
+        match expected {
+            None => bench.runs(IRETQ),
+            Some(exception) => assert_eq!(bench.faults(IRETQ), exception),
+        }
+    }
 }
 
 #[test]

@@ -2,8 +2,10 @@
 
 use std::fmt::Write;
 
-use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction};
+use iced_x86::{FastFormatter, Instruction};
+use trapgate_interp::Reader;
 use trapgate_interp::cpu::Cpu;
+use trapgate_x86::profile::Level;
 
 use super::{End, Lockstep, guide_ip, same_system, same_x87};
 use crate::unit::MOST;
@@ -36,8 +38,9 @@ impl Lockstep {
                 let ip = step.map_or(guide.rip, |step| step.ip);
                 let code = &guide.code[(ip - guide.rip) as usize..];
                 let mut line = String::new();
-                let bits = self.jit.whole().bits_of(block);
-                disassemble(&mut line, bits, code, ip, 1);
+                let context = self.jit.whole();
+                let (level, bits) = (context.interp.cpu.profile.level, context.bits_of(block));
+                disassemble(&mut line, (level, bits), code, ip, 1);
                 return format!("the instruction at fault:\n{line}");
             }
         }
@@ -146,12 +149,14 @@ impl Lockstep {
             return String::new();
         };
         let mut text = "guest code:\n".to_owned();
-        let bits = self.jit.whole().bits_of(block);
-        disassemble(&mut text, bits, &guide.code, guide.rip, usize::MAX);
+        let context = self.jit.whole();
+        let (level, bits) = (context.interp.cpu.profile.level, context.bits_of(block));
+        disassemble(&mut text, (level, bits), &guide.code, guide.rip, usize::MAX);
         text.push_str("host code:\n");
         let (from, to) = guide.host;
         let code = &self.jit.whole().rust.code;
-        disassemble(&mut text, 64, code.bytes(from, to), from, usize::MAX);
+        let host = (Level::V3, 64);
+        disassemble(&mut text, host, code.bytes(from, to), from, usize::MAX);
         text
     }
 }
@@ -166,15 +171,21 @@ fn how(end: End, cpu: &Cpu) -> String {
 }
 
 /// Appends at most `most` lines.
-fn disassemble(text: &mut String, bits: u32, code: &[u8], start: u64, most: usize) {
+fn disassemble(
+    text: &mut String,
+    (level, bits): (Level, u32),
+    code: &[u8],
+    start: u64,
+    most: usize,
+) {
     let mut formatter = FastFormatter::new();
-    let mut decoder = Decoder::with_ip(bits, code, start, DecoderOptions::NO_WBNOINVD);
+    let mut reader = Reader::new(level, bits, code, start);
     let mut instruction = Instruction::default();
     let mut lines = 0;
-    while decoder.can_decode() && lines < most {
-        let at = decoder.position();
-        decoder.decode_out(&mut instruction);
-        let bytes: String = code[at..decoder.position()]
+    while reader.can_read() && lines < most {
+        let at = reader.position();
+        reader.read(&mut instruction);
+        let bytes: String = code[at..reader.position()]
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();

@@ -128,6 +128,19 @@ fn wrong_flag_is_found() {
 }
 
 #[test]
+fn guest_code_is_named_as_its_level_reads_it() {
+    // rep bsf eax, ebx; hlt: TZCNT is of v3.
+    let mut vcpu = lockstep(&[0xf3, 0x0f, 0xbc, 0xc3, 0xf4]);
+    vcpu.translate_wrongly(|instruction| {
+        if instruction.code() == Code::Bsf_r32_rm32 {
+            instruction.set_code(Code::Bsr_r32_rm32);
+        }
+    });
+    let report = report(&mut vcpu);
+    assert!(culprit(&report).contains("bsf eax,ebx"), "{report}");
+}
+
+#[test]
 fn store_of_the_wrong_value_is_found() {
     // nop; mov [rdi], rbx; hlt
     let mut vcpu = lockstep(&[0x90, 0x48, 0x89, 0x1f, 0xf4]);
