@@ -128,6 +128,8 @@ pub trait Vcpu: Send {
     fn counters(&self) -> Vec<Counter> {
         Vec::new()
     }
+    /// Gives back what memory it keeps code in that it has decoded or translated: the machine starts anew.
+    fn forget_code(&mut self) {}
     /// After [`Exit::Failed`]: what there is to say beyond one line, given once.
     fn explain(&mut self) -> Option<String> {
         None

@@ -135,6 +135,10 @@ impl Interpreter {
 }
 
 impl Vcpu for Interpreter {
+    fn forget_code(&mut self) {
+        self.clear();
+    }
+
     fn run(&mut self) -> Exit {
         self.notice_traces();
         let exit = self.run_until_exit();

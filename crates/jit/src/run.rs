@@ -825,6 +825,10 @@ fn mapping_of(key: u64) -> u32 {
 }
 
 impl Vcpu for Translating {
+    fn forget_code(&mut self) {
+        self.whole().forget_all_code();
+    }
+
     fn run(&mut self) -> RunExit {
         let context = self.whole();
         // The machine's clock may have stood still.

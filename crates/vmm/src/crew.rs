@@ -28,6 +28,8 @@ pub(crate) enum Message {
     StartUp(u8),
     /// The machine starts: take this state and forget what was signalled before.
     Start(Box<CpuState>),
+    /// Give back the memory that holds code, and say when it is done.
+    ForgetCode(Sender<()>),
     /// Give your state.
     Report(Sender<(usize, CpuState)>),
 }

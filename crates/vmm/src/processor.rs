@@ -165,6 +165,11 @@ impl Processor {
                 }
                 self.change(&state);
             }
+            Message::ForgetCode(done) => {
+                self.vcpu.forget_code();
+                // Whoever asked may have gone.
+                let _ = done.send(());
+            }
             Message::Report(answer) => {
                 let mut state = self.vcpu.state();
                 // Signalled, and not yet noticed.

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -302,6 +303,7 @@ impl Supervisor {
         self.agenda.clear();
         self.bus.reset();
         self.memory.zero()?;
+        self.forget_code();
         let epoch = time_of_day();
         self.board.reset(pc::chipset(&self.config, epoch)?, epoch);
         let entry = pc::load_kernel(&self.config, &self.memory)?;
@@ -310,6 +312,17 @@ impl Supervisor {
         self.crew.release();
         self.brake.release();
         Ok(())
+    }
+
+    /// Has the processors give back the memory of code that is gone: the kernel takes as much while it is unpacked.
+    fn forget_code(&self) {
+        let (done, all_done) = mpsc::channel();
+        for cpu in 0..self.config.cpus as usize {
+            self.crew.post(cpu, Message::ForgetCode(done.clone()));
+        }
+        drop(done);
+        // It ends when each has said so, or ended.
+        all_done.iter().count();
     }
 
     /// Stops the processors and lets the guest's last words out.
