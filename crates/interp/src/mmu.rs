@@ -365,18 +365,11 @@ impl Cpu {
     /// Translates one address, through the TLB, and says what lies there.
     pub(crate) fn piece(&mut self, linear: u64, access: Access, view: View) -> Result<Piece, Stop> {
         // A cached right to write means that the page has no traces; for loads they don't matter.
-        if let Some(host) = self.tlb.find(view, access, linear, 1) {
-            return Ok(Piece {
-                gpa: 0,
-                place: Place::Ram {
-                    host,
-                    traced: false,
-                },
-            });
+        let mut cached = self.tlb.find(view, access, linear, 1);
+        if cached.is_none() && self.apart.is_none() {
+            cached = self.tlb.find_large(view, access, linear);
         }
-        if self.apart.is_none()
-            && let Some(host) = self.tlb.find_large(view, access, linear)
-        {
+        if let Some(host) = cached {
             return Ok(Piece {
                 gpa: 0,
                 place: Place::Ram {
