@@ -23,24 +23,23 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let plan = plan(&request, &memory, &Platform::default())
         .map_err(|error| format!("{error}\n  fix: {}", error.fix()))?;
     let planned = start.elapsed();
-    plan.apply(&memory)?;
-    println!(
-        "planned in {planned:?}, written in {:?}",
-        start.elapsed() - planned
-    );
-    println!(
-        "{} through {}",
-        plan.entry.version.as_deref().unwrap_or("unnamed"),
-        plan.entry.protocol
-    );
     for write in &plan.writes {
         let end = write.address + write.data.len() as u64;
         println!("{:#012x} to {end:#012x}", write.address);
     }
-    println!("{:#x?}", plan.entry.cpu.system.segments);
+    for part in plan.unpacking.iter().flat_map(|kernel| &kernel.parts) {
+        let end = part.address + (part.file.end - part.file.start);
+        println!("{:#012x} to {end:#012x}, unpacked", part.address);
+    }
+    let start = Instant::now();
+    let entry = plan.apply(&memory)?;
+    println!("planned in {planned:?}, written in {:?}", start.elapsed());
     println!(
-        "rip {:#x}, gpr {:x?}",
-        plan.entry.cpu.rip, plan.entry.cpu.gpr
+        "{} through {}",
+        entry.version.as_deref().unwrap_or("unnamed"),
+        entry.protocol
     );
+    println!("{:#x?}", entry.cpu.system.segments);
+    println!("rip {:#x}, gpr {:x?}", entry.cpu.rip, entry.cpu.gpr);
     Ok(())
 }

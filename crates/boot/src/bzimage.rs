@@ -1,10 +1,8 @@
 //! The Linux/x86 boot image (Documentation/arch/x86/boot.rst).
 
-use std::borrow::Cow;
-
 use crate::error::BootError;
 use crate::le::{text_at, u16_at, u32_at, u64_at};
-use crate::payload::{Compression, unpack};
+use crate::payload::{Compression, Packed};
 
 /// Offsets of header fields, in the file and in the zero page alike.
 pub(crate) mod field {
@@ -47,6 +45,15 @@ pub struct BzImage<'a> {
     file: &'a [u8],
     /// Offset of the protected-mode code in the file.
     code_offset: usize,
+}
+
+/// What a boot image is there for: by custom an ELF executable.
+#[derive(Debug)]
+pub(crate) enum KernelProper<'a> {
+    /// As it is.
+    Plain(&'a [u8]),
+    /// To be unpacked.
+    Packed(Packed<'a>),
 }
 
 impl<'a> BzImage<'a> {
@@ -129,20 +136,14 @@ impl<'a> BzImage<'a> {
         self.file.get(start..end).unwrap_or(&[])
     }
 
-    /// The kernel proper, an ELF file of at most `limit` bytes (guest RAM is a good limit), unpacked
-    /// on the host. `None` if only the kernel's own decompressor can do it.
-    ///
-    /// This is most of the time that loading takes: a caller that boots the same kernel often can
-    /// keep the result and pass it in [`crate::Request::vmlinux`].
-    pub fn vmlinux(&self, limit: u64) -> Result<Option<Cow<'a, [u8]>>, BootError> {
+    /// The kernel inside, if it can be had without the kernel's own decompressor and says that it
+    /// is at most `limit` bytes long (guest RAM is a good limit).
+    pub(crate) fn kernel_proper(&self, limit: u64) -> Result<Option<KernelProper<'a>>, BootError> {
         let payload = self.payload();
         if payload.starts_with(b"\x7fELF") {
-            return Ok(Some(Cow::Borrowed(payload)));
+            return Ok(Some(KernelProper::Plain(payload)));
         }
-        match Compression::detect(payload) {
-            Some(format) => Ok(unpack(format, payload, limit)?.map(Cow::Owned)),
-            None => Ok(None),
-        }
+        Ok(Packed::new(payload, limit)?.map(KernelProper::Packed))
     }
 
     /// The protected-mode code: the decompressor with its payload.
@@ -199,16 +200,18 @@ mod tests {
         assert!(parsed.has_64_bit_entry());
         assert_eq!(parsed.load_range(), (0x100_0000, 0x40_0000));
         assert_eq!(parsed.header().len(), 0x6a + 0x202 - 0x1f1);
-        let vmlinux = parsed.vmlinux(1 << 20).unwrap().unwrap();
-        assert_eq!(&vmlinux[..], b"\x7fELF and so on");
+        let Ok(Some(KernelProper::Packed(mut packed))) = parsed.kernel_proper(1 << 20) else {
+            panic!("not packed");
+        };
+        assert_eq!(packed.head(4096).unwrap(), b"\x7fELF and so on");
     }
 
     #[test]
     fn payload_that_is_not_packed_is_borrowed() {
         let file = image(b"\x7fELF, plain");
         let parsed = BzImage::parse(&file).unwrap();
-        let vmlinux = parsed.vmlinux(0).unwrap().unwrap();
-        assert!(matches!(vmlinux, Cow::Borrowed(b"\x7fELF, plain")));
+        let kernel = parsed.kernel_proper(0).unwrap().unwrap();
+        assert!(matches!(kernel, KernelProper::Plain(b"\x7fELF, plain")));
     }
 
     #[test]

@@ -8,8 +8,8 @@
 //! that lies gives a [`BootError`], never a panic or an allocation larger than the guest's RAM.
 //!
 //! Ways into a kernel, see [`Protocol`]:
-//! - a Linux bzImage is unpacked on the host and entered at its 64-bit entry with a zero page, so
-//!   that the guest need not spend its first seconds unpacking itself; a payload in a format that the
+//! - a Linux bzImage is unpacked by the host, straight into guest memory, and entered at its 64-bit
+//!   entry with a zero page, so that the guest need not spend its first seconds unpacking itself; a payload in a format that the
 //!   host cannot unpack is left to the kernel's own decompressor;
 //! - an ELF executable with a PVH note, such as `vmlinux` from a build, is entered there;
 //! - a multiboot 1 kernel gets its information structure and modules.
@@ -47,5 +47,7 @@ pub use entry::application_processor;
 pub use error::BootError;
 pub use memory_map::{MapEntry, MapKind, memory_map};
 pub use payload::Compression;
-pub use plan::{Data, Entry, LoadPlan, Module, Protocol, Request, Write, load, plan};
+pub use plan::{
+    Data, Entry, LoadPlan, Module, Part, Protocol, Request, Unpacking, Write, load, plan,
+};
 pub use platform::{Ecam, Hpet, IoApic, Platform, Serial, Window};

@@ -44,7 +44,7 @@ const DEFAULT_CMDLINE_SIZE: usize = 2047;
 pub(crate) fn plan_vmlinux<'a>(
     builder: &mut Builder<'a>,
     request: &Request<'a>,
-    elf: &Elf<'_>,
+    elf: &Elf,
     image: Option<&BzImage<'_>>,
     version: Option<String>,
 ) -> Result<Entry, BootError> {

@@ -102,7 +102,7 @@ impl Flat {
 pub(crate) fn plan<'a>(
     builder: &mut Builder<'a>,
     request: &Request<'a>,
-    elf: Option<&Elf<'a>>,
+    elf: Option<&Elf>,
 ) -> Result<Entry, BootError> {
     let file = request.kernel;
     let at = find_header(file).ok_or(BootError::NoEntry)?;
@@ -113,10 +113,7 @@ pub(crate) fn plan<'a>(
     }
     let (entry, end) = match elf {
         Some(elf) if flags & HAS_ADDRESSES == 0 => {
-            builder.claim_segments(elf)?;
-            for segment in &elf.segments {
-                builder.write(segment.physical, segment.data);
-            }
+            builder.write_segments(elf, file)?;
             (elf.physical_entry(), elf.end())
         }
         None if flags & HAS_ADDRESSES == 0 => return Err(BootError::NoEntry),

@@ -2,18 +2,18 @@
 
 use std::fmt;
 use std::ops::{Deref, Range};
-use std::sync::Arc;
 
 use trapgate_memory::{GuestMemory, MemoryError, PAGE_SIZE};
 use trapgate_x86::CpuState;
 
-use crate::bzimage::BzImage;
+use crate::bzimage::{BzImage, KernelProper};
 use crate::detect::{Kind, bootable};
-use crate::elf::{Elf, linux_version};
+use crate::elf::{Elf, Segment, linux_version};
 use crate::entry::Mode;
 use crate::error::BootError;
 use crate::layout::{Layout, PAGE};
 use crate::memory_map::{MapEntry, memory_map};
+use crate::payload::Packed;
 use crate::platform::Platform;
 use crate::{acpi, bios_data, linux, multiboot, pvh, smbios};
 
@@ -34,8 +34,6 @@ pub struct Module<'a> {
 pub struct Request<'a> {
     /// The kernel's file.
     pub kernel: &'a [u8],
-    /// The kernel proper, if [`BzImage::vmlinux`] unpacked it earlier.
-    pub vmlinux: Option<&'a [u8]>,
     /// Initial RAM disks, which are put one behind the other, each at a multiple of 4 bytes.
     /// A multiboot kernel gets them as its first modules.
     pub initrds: &'a [&'a [u8]],
@@ -105,7 +103,6 @@ pub struct Data<'a>(Source<'a>);
 enum Source<'a> {
     Borrowed(&'a [u8]),
     Owned(Vec<u8>),
-    Part(Arc<Vec<u8>>, Range<usize>),
 }
 
 impl Deref for Data<'_> {
@@ -115,7 +112,6 @@ impl Deref for Data<'_> {
         match &self.0 {
             Source::Borrowed(bytes) => bytes,
             Source::Owned(bytes) => bytes,
-            Source::Part(whole, range) => &whole[range.clone()],
         }
     }
 }
@@ -147,23 +143,64 @@ pub struct Write<'a> {
     pub data: Data<'a>,
 }
 
-/// What lies where, and how the boot processor starts.
+/// A kernel that is unpacked straight into guest memory, and where the parts of it go.
+#[derive(Debug)]
+pub struct Unpacking<'a> {
+    packed: Packed<'a>,
+    /// None overlaps another in memory.
+    pub parts: Vec<Part>,
+}
+
+/// A part of a file and where in guest memory it goes.
 #[derive(Clone, Debug)]
+pub struct Part {
+    /// Which bytes of the unpacked file.
+    pub file: Range<u64>,
+    /// Guest-physical.
+    pub address: u64,
+}
+
+impl Unpacking<'_> {
+    fn apply(self, memory: &GuestMemory) -> Result<(), BootError> {
+        self.packed.unpack(|offset, piece| {
+            for part in &self.parts {
+                let start = part.file.start.max(offset);
+                let end = part.file.end.min(offset + piece.len() as u64);
+                if start < end {
+                    let address = part.address + (start - part.file.start);
+                    let data = &piece[(start - offset) as usize..(end - offset) as usize];
+                    write_where_not_zero(memory, address, data)?;
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+/// What lies where, and how the boot processor starts.
+#[derive(Debug)]
 pub struct LoadPlan<'a> {
-    /// In no particular order; a later one wins where two overlap.
+    /// In no particular order; no two overlap.
     pub writes: Vec<Write<'a>>,
+    /// The kernel, where it is not among the writes. They do not overlap.
+    pub unpacking: Option<Unpacking<'a>>,
     /// How the boot processor starts.
     pub entry: Entry,
 }
 
 impl LoadPlan<'_> {
-    /// Writes everything into `memory`, which is all zeros. Pages that would stay zero are not
+    /// Writes everything into `memory`, which is all zeros, and says how to go on. Pages that would stay zero are not
     /// touched.
-    pub fn apply(&self, memory: &GuestMemory) -> Result<(), MemoryError> {
+    ///
+    /// A kernel that is packed may turn out here to be damaged; part of it is in memory then.
+    pub fn apply(self, memory: &GuestMemory) -> Result<Entry, BootError> {
+        if let Some(unpacking) = self.unpacking {
+            unpacking.apply(memory)?;
+        }
         for write in &self.writes {
             write_where_not_zero(memory, write.address, &write.data)?;
         }
-        Ok(())
+        Ok(self.entry)
     }
 }
 
@@ -201,6 +238,7 @@ pub(crate) struct Builder<'a> {
     /// Guest-physical address of the ACPI RSDP.
     pub(crate) rsdp: u64,
     writes: Vec<Write<'a>>,
+    unpacking: Option<Unpacking<'a>>,
 }
 
 impl<'a> Builder<'a> {
@@ -233,7 +271,7 @@ impl<'a> Builder<'a> {
     }
 
     /// Claims the places of an executable's segments.
-    pub(crate) fn claim_segments(&mut self, elf: &Elf<'_>) -> Result<(), BootError> {
+    fn claim_segments(&mut self, elf: &Elf) -> Result<(), BootError> {
         // The highest first: should memory be too little, the error names what all need.
         let mut segments: Vec<_> = elf.segments.iter().collect();
         segments.sort_by_key(|segment| std::cmp::Reverse(segment.end()));
@@ -241,6 +279,31 @@ impl<'a> Builder<'a> {
             self.layout
                 .claim("the kernel", segment.physical, segment.memory_size)?;
         }
+        Ok(())
+    }
+
+    /// Adds the segments of an executable that is there as a whole.
+    pub(crate) fn write_segments(&mut self, elf: &Elf, file: &'a [u8]) -> Result<(), BootError> {
+        self.claim_segments(elf)?;
+        for segment in &elf.segments {
+            // In the file, as `Elf::parse` saw to.
+            let data = &file[segment.file.start as usize..segment.file.end as usize];
+            self.write(segment.physical, data);
+        }
+        Ok(())
+    }
+
+    /// Adds the segments of an executable that is packed.
+    fn unpack_segments(&mut self, elf: &Elf, packed: Packed<'a>) -> Result<(), BootError> {
+        self.claim_segments(elf)?;
+        let part = |segment: &Segment| Part {
+            file: segment.file.clone(),
+            address: segment.physical,
+        };
+        self.unpacking = Some(Unpacking {
+            packed,
+            parts: elf.segments.iter().map(part).collect(),
+        });
         Ok(())
     }
 
@@ -299,6 +362,7 @@ pub fn plan<'a>(
         map,
         rsdp: acpi::RSDP_ADDRESS,
         writes: Vec::new(),
+        unpacking: None,
     };
     let tables = acpi::tables(platform)?
         .into_iter()
@@ -314,6 +378,7 @@ pub fn plan<'a>(
     };
     Ok(LoadPlan {
         writes: builder.writes,
+        unpacking: builder.unpacking,
         entry,
     })
 }
@@ -324,9 +389,7 @@ pub fn load(
     memory: &GuestMemory,
     platform: &Platform,
 ) -> Result<Entry, BootError> {
-    let plan = plan(request, memory, platform)?;
-    plan.apply(memory)?;
-    Ok(plan.entry)
+    plan(request, memory, platform)?.apply(memory)
 }
 
 fn plan_bzimage<'a>(
@@ -335,68 +398,41 @@ fn plan_bzimage<'a>(
     memory_size: u64,
 ) -> Result<Entry, BootError> {
     let image = BzImage::parse(request.kernel)?;
-    let unpacked = match request.vmlinux {
-        Some(vmlinux) => Some(Unpacked::Borrowed(vmlinux)),
-        None => image.vmlinux(memory_size)?.map(Unpacked::from),
+    let elf = match image.kernel_proper(memory_size)? {
+        Some(KernelProper::Plain(file)) => {
+            let elf = Elf::parse(file, file.len() as u64)?;
+            builder.write_segments(&elf, file)?;
+            Some(elf)
+        }
+        Some(KernelProper::Packed(mut packed)) => {
+            let elf = packed_elf(&mut packed)?;
+            if let Some(elf) = &elf {
+                builder.unpack_segments(elf, packed)?;
+            }
+            elf
+        }
+        None => None,
     };
     // Kernels before 2.6.26 carry a flat image, which only their decompressor knows where to put.
-    match unpacked.filter(|vmlinux| vmlinux.starts_with(b"\x7fELF")) {
-        Some(vmlinux) => {
-            let elf = Elf::parse(&vmlinux)?;
-            builder.claim_segments(&elf)?;
-            for segment in &elf.segments {
-                let data = vmlinux.part(segment.data);
-                builder.writes.push(Write {
-                    address: segment.physical,
-                    data,
-                });
-            }
-            linux::plan_vmlinux(builder, request, &elf, Some(&image), image.version())
-        }
+    match elf {
+        Some(elf) => linux::plan_vmlinux(builder, request, &elf, Some(&image), image.version()),
         None => linux::plan_decompressor(builder, request, &image),
     }
 }
 
-/// A kernel proper that outlives the making of the plan.
-enum Unpacked<'a> {
-    Borrowed(&'a [u8]),
-    Owned(Arc<Vec<u8>>),
-}
-
-impl<'a> From<std::borrow::Cow<'a, [u8]>> for Unpacked<'a> {
-    fn from(bytes: std::borrow::Cow<'a, [u8]>) -> Self {
-        match bytes {
-            std::borrow::Cow::Borrowed(bytes) => Self::Borrowed(bytes),
-            std::borrow::Cow::Owned(bytes) => Self::Owned(Arc::new(bytes)),
-        }
+/// What the first bytes of a packed executable say; `None` if it is something else.
+fn packed_elf(packed: &mut Packed<'_>) -> Result<Option<Elf>, BootError> {
+    let size = packed.size();
+    let head = packed.head(PAGE)?;
+    if !head.starts_with(b"\x7fELF") {
+        return Ok(None);
     }
-}
-
-impl Deref for Unpacked<'_> {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Borrowed(bytes) => bytes,
-            Self::Owned(bytes) => bytes,
-        }
-    }
-}
-
-impl<'a> Unpacked<'a> {
-    /// `part`, which lies in `self`, as data that may outlive the borrow.
-    fn part(&self, part: &[u8]) -> Data<'a> {
-        let start = part.as_ptr() as usize - self.as_ptr() as usize;
-        let range = start..start + part.len();
-        Data(match self {
-            Self::Borrowed(bytes) => Source::Borrowed(&bytes[range]),
-            Self::Owned(bytes) => Source::Part(Arc::clone(bytes), range),
-        })
-    }
+    let needs = Elf::head_bytes(head)?;
+    Elf::parse(packed.head(needs)?, size).map(Some)
 }
 
 fn plan_elf<'a>(builder: &mut Builder<'a>, request: &Request<'a>) -> Result<Entry, BootError> {
-    let elf = Elf::parse(request.kernel)?;
+    let elf = Elf::parse(request.kernel, request.kernel.len() as u64)?;
     if elf.pvh_entry.is_none() && multiboot::find_header(request.kernel).is_some() {
         return multiboot::plan(builder, request, Some(&elf));
     }
@@ -404,10 +440,7 @@ fn plan_elf<'a>(builder: &mut Builder<'a>, request: &Request<'a>) -> Result<Entr
     if elf.pvh_entry.is_none() && version.is_none() {
         return Err(BootError::NoEntry);
     }
-    builder.claim_segments(&elf)?;
-    for segment in &elf.segments {
-        builder.write(segment.physical, segment.data);
-    }
+    builder.write_segments(&elf, request.kernel)?;
     match elf.pvh_entry {
         Some(entry) => pvh::plan(builder, request, entry, version),
         None => linux::plan_vmlinux(builder, request, &elf, None, version),

@@ -109,7 +109,6 @@ pub(crate) fn load_kernel<'a>(
     let modules = modules.collect::<Result<Vec<_>, _>>()?;
     let request = Request {
         kernel: config.kernel.bytes()?,
-        vmlinux: None,
         initrds: &initrds,
         command_line: &config.command_line,
         modules: &modules,

@@ -45,20 +45,27 @@ fn request<'a>(kernel: &'a [u8]) -> Request<'a> {
     }
 }
 
+/// First address of each part of a plan, and the one after its last.
+fn places(plan: &LoadPlan<'_>) -> Vec<(u64, u64)> {
+    let written = plan.writes.iter();
+    let written = written.map(|write| (write.address, write.data.len() as u64));
+    let unpacked = plan.unpacking.iter().flat_map(|kernel| &kernel.parts);
+    let unpacked = unpacked.map(|part| (part.address, part.file.end - part.file.start));
+    written
+        .chain(unpacked)
+        .map(|(start, length)| (start, start + length))
+        .collect()
+}
+
 /// Loads, having checked that the parts of the plan neither overlap nor leave RAM.
 fn loaded(request: &Request<'_>, memory: &GuestMemory) -> Entry {
     let plan = plan(request, memory, &Platform::default()).unwrap();
-    let mut places: Vec<_> = plan
-        .writes
-        .iter()
-        .map(|write| (write.address, write.address + write.data.len() as u64))
-        .collect();
+    let mut places = places(&plan);
     places.sort_unstable();
     for pair in places.windows(2) {
         assert!(pair[0].1 <= pair[1].0, "{places:x?}");
     }
-    plan.apply(memory).unwrap();
-    plan.entry
+    plan.apply(memory).unwrap()
 }
 
 fn linux_elf() -> Vec<u8> {
@@ -135,16 +142,62 @@ fn bzimage_is_unpacked_and_entered_in_64_bit_mode_with_a_zero_page() {
 }
 
 #[test]
-fn kernel_unpacked_earlier_is_used_as_it_is() {
-    let kernel = image(&gzip(b"never looked at"));
-    let vmlinux = linux_elf();
+fn kernel_is_unpacked_in_pieces_into_its_place() {
+    // Some MiB, so that the pieces are many, with pages of zeros among them.
+    let content: Vec<u8> = (0..3 * MIB + 777)
+        .map(|at| {
+            if at >> 14 & 3 == 3 {
+                0
+            } else {
+                ((at * at) >> 9) as u8
+            }
+        })
+        .collect();
+    let mut kernel = linux_elf();
+    let start = 0x1000;
+    kernel.truncate(start);
+    kernel.extend(&content);
+    // The segment's bytes in the file and in memory.
+    for at in [64 + 32, 64 + 40] {
+        kernel[at..at + 8].copy_from_slice(&(content.len() as u64).to_le_bytes());
+    }
+    // The note is gone.
+    kernel[64 + 56..][..4].fill(0);
     let memory = memory(64 * MIB);
-    let request = Request {
-        vmlinux: Some(&vmlinux),
-        ..request(&kernel)
-    };
-    assert_eq!(loaded(&request, &memory).protocol, Protocol::Linux64);
+    let entry = loaded(&request(&image(&gzip(&kernel))), &memory);
+    assert_eq!(entry.cpu.rip, ELF_START);
+    assert!(read(&memory, ELF_START, content.len()) == content);
+}
+
+#[test]
+fn program_headers_far_into_a_packed_kernel_are_found() {
+    let mut kernel = linux_elf();
+    let headers = kernel[64..64 + 2 * 56].to_vec();
+    kernel[64..64 + 2 * 56].fill(0);
+    let far = kernel.len() as u64;
+    kernel.extend(headers);
+    kernel[32..40].copy_from_slice(&far.to_le_bytes());
+    let memory = memory(64 * MIB);
+    let entry = loaded(&request(&image(&gzip(&kernel))), &memory);
+    assert_eq!(entry.protocol, Protocol::Linux64);
     assert_eq!(read(&memory, ELF_START, BANNER.len()), BANNER);
+
+    kernel.truncate(far as usize + 50);
+    let kernel = image(&gzip(&kernel));
+    let error = plan(&request(&kernel), &memory, &Platform::default()).unwrap_err();
+    assert!(matches!(error, BootError::Truncated { .. }), "{error}");
+}
+
+#[test]
+fn damage_behind_a_packed_kernels_headers_is_found_while_it_is_written() {
+    let mut packed = gzip(&linux_elf());
+    let end = packed.len();
+    packed[end - 8] ^= 1; // the check sum
+    let memory = memory(64 * MIB);
+    let kernel = image(&packed);
+    let plan = plan(&request(&kernel), &memory, &Platform::default()).unwrap();
+    let error = plan.apply(&memory).unwrap_err();
+    assert!(matches!(error, BootError::Payload { .. }), "{error}");
 }
 
 #[test]
@@ -476,9 +529,11 @@ fn damaged_kernels_give_errors_or_plans_within_ram_and_never_panic() {
             match plan(&request, &memory, &platform) {
                 Ok(plan) => {
                     planned += 1;
-                    for write in &plan.writes {
-                        let end = write.address + write.data.len() as u64;
+                    for (_, end) in places(&plan) {
                         assert!(end <= 32 * MIB, "sample {number}, seed {seed}");
+                    }
+                    if let Err(error) = plan.apply(&memory) {
+                        assert!(matches!(error, BootError::Payload { .. }), "{error}");
                     }
                 }
                 Err(error) => {
@@ -512,12 +567,16 @@ fn stock_kernel_loads_as_its_headers_say() {
     // The banner that the unpacked kernel holds names the same release as the boot header.
     let release = version.split(' ').next().unwrap();
     let image = BzImage::parse(&kernel).unwrap();
-    let vmlinux = image.vmlinux(512 * MIB).unwrap().unwrap();
-    assert!(linux_version(&vmlinux).unwrap().starts_with(release));
-    let elf = Elf::parse(&vmlinux).unwrap();
+    let Ok(Some(KernelProper::Packed(mut packed))) = image.kernel_proper(512 * MIB) else {
+        panic!("not a kernel that the host unpacks");
+    };
+    let vmlinux = packed.head(u64::MAX).unwrap();
+    assert!(linux_version(vmlinux).unwrap().starts_with(release));
+    let elf = Elf::parse(vmlinux, vmlinux.len() as u64).unwrap();
     assert_eq!(entry.cpu.rip, elf.physical_entry());
     for segment in &elf.segments {
-        let loaded = read(&memory, segment.physical, segment.data.len());
-        assert!(loaded == segment.data, "{:#x}", segment.physical);
+        let data = &vmlinux[segment.file.start as usize..segment.file.end as usize];
+        let loaded = read(&memory, segment.physical, data.len());
+        assert!(loaded == data, "{:#x}", segment.physical);
     }
 }
