@@ -1,5 +1,5 @@
 //! How fast guests are: the same static programs natively, under trapgate, and under QEMU's TCG with the same kernel
-//! and initramfs, interleaved in one run.
+//! and initramfs, interleaved in one run: program by program.
 //!
 //! `cargo run --release -p trapgate-compare`, with options behind `--`; `-- --help` lists them.
 //!
@@ -17,6 +17,7 @@ mod memory;
 mod monitor;
 mod protocol;
 mod report;
+mod session;
 mod statistics;
 mod subject;
 mod table;

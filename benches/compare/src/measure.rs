@@ -1,23 +1,18 @@
-//! The rounds: everything natively, then under trapgate, then under TCG, and again.
+//! The rounds: each workload natively, under trapgate and under TCG, then the next one, and all again.
+//!
+//! The speed of a machine that others use as well changes from one minute to the next. What is compared is therefore
+//! run within seconds, and the guests stay up for a whole round, each idle while another one works.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::Failure;
-use crate::arguments::{Arguments, BOOT};
+use crate::arguments::Arguments;
 use crate::host;
 use crate::image::Image;
-use crate::memory::Watch;
-use crate::protocol::Event;
 use crate::report::{Lost, Report};
-use crate::subject::{RAM_MIB, Running, Silence, Subject, qemu_version};
-
-/// How much longer than a workload may take its process may be silent, before it counts as hanging.
-const GRACE: Duration = Duration::from_secs(10);
-/// From here on the clock of a guest is not believed any more, as a part of what the host's clock says.
-const CLOCK_ERROR: f64 = 0.01;
-/// Stretches that are too short to compare clocks by, in seconds.
-const SHORT: f64 = 3.0;
+use crate::session::Session;
+use crate::subject::{RAM_MIB, Subject, qemu_version};
 
 /// All that one subject did, in all rounds.
 #[derive(Default)]
@@ -69,23 +64,15 @@ pub(crate) fn measure(arguments: &Arguments, image: &Image) -> Result<Report, Fa
         }
     }
     let load = host::load();
-    let mut results: BTreeMap<Subject, Results> = BTreeMap::new();
+    let mut results: BTreeMap<Subject, Results> = subjects
+        .into_iter()
+        .map(|subject| (subject, Results::default()))
+        .collect();
     for round in 1..=arguments.rounds() {
-        for &subject in &subjects {
-            eprint!(
-                "round {round} of {}, {}:",
-                arguments.rounds(),
-                subject.name()
-            );
-            let begun = Instant::now();
-            one_round(
-                subject,
-                results.entry(subject).or_default(),
-                arguments,
-                image,
-            )?;
-            eprintln!(" ({:.0} s)", begun.elapsed().as_secs_f64());
-        }
+        eprint!("round {round} of {}:", arguments.rounds());
+        let begun = Instant::now();
+        one_round(&mut results, arguments, image)?;
+        eprintln!(" ({:.0} s)", begun.elapsed().as_secs_f64());
     }
     check_results(&mut results);
     // Before it began all load is of others; at the end this program has made some itself.
@@ -104,136 +91,29 @@ pub(crate) fn measure(arguments: &Arguments, image: &Image) -> Result<Report, Fa
     Ok(Report::new(about, notes, arguments, &results))
 }
 
-/// Runs all workloads once more; boots again after one that took its machine with it.
+/// Runs all workloads once more, each on one subject after the other.
 fn one_round(
-    subject: Subject,
-    results: &mut Results,
+    results: &mut BTreeMap<Subject, Results>,
     arguments: &Arguments,
     image: &Image,
 ) -> Result<(), Failure> {
-    let mut left: Vec<&str> = arguments
-        .workloads()
-        .map(|entry| entry.name)
-        .filter(|name| !results.failed.contains_key(*name) && !results.skipped.contains_key(*name))
+    let mut sessions: Vec<Session<'_>> = results
+        .iter_mut()
+        .map(|(&subject, results)| Session::new(subject, results, arguments, image))
         .collect();
-    if subject == Subject::Native && left.is_empty() {
-        return Ok(());
+    for session in &mut sessions {
+        session.start()?;
     }
-    if results.failed.contains_key(BOOT) {
-        return Ok(());
+    for entry in arguments.workloads() {
+        eprint!(" {}", entry.name);
+        for session in &mut sessions {
+            session.run(entry.name)?;
+        }
     }
-    let mut first = true;
-    while first || !left.is_empty() {
-        first = false;
-        let running = subject.start(&left, arguments, image)?;
-        let followed = follow(subject, &running, results, arguments.limit());
-        let last_words = running.end();
-        let Err(stop) = followed else {
-            return Ok(());
-        };
-        let mut reason = match stop.silence {
-            Silence::Late => format!(
-                "nothing came for {} s",
-                (arguments.limit() + GRACE).as_secs()
-            ),
-            Silence::Ended => "its process ended".to_owned(),
-        };
-        if !last_words.is_empty() {
-            reason += &format!(": {last_words}");
-        }
-        let lost = stop.during.unwrap_or(BOOT.to_owned());
-        eprint!(" [{lost}: {reason}]");
-        // What stands before it in the list has run.
-        match left.iter().position(|name| *name == lost) {
-            Some(index) => left = left.split_off(index + 1),
-            None => left.clear(),
-        }
-        results.failed.insert(lost, reason);
+    for session in sessions {
+        session.end();
     }
     Ok(())
-}
-
-/// Where a process fell silent.
-struct Stop {
-    silence: Silence,
-    /// The workload that ran; none while it booted.
-    during: Option<String>,
-}
-
-/// Takes what a process says until it has run everything.
-fn follow(
-    subject: Subject,
-    running: &Running,
-    results: &mut Results,
-    limit: Duration,
-) -> Result<(), Stop> {
-    let watch =
-        (subject != Subject::Native).then(|| Watch::start(running.process(), RAM_MIB << 10));
-    let mut during = None;
-    let mut clocks: Vec<(Instant, u64)> = Vec::new();
-    let mut seconds: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    loop {
-        let (at, event) = match running.next(limit + GRACE) {
-            Ok(event) => event,
-            Err(silence) => {
-                take(results, seconds, &clocks);
-                return Err(Stop { silence, during });
-            }
-        };
-        match event {
-            Event::Engine(engine) => results.engine = Some(engine),
-            Event::Init => {
-                let taken = at - running.begun;
-                eprint!(" init {:.2} s,", taken.as_secs_f64());
-                results.boots.push(taken.as_secs_f64());
-            }
-            Event::Clock(nanoseconds) => clocks.push((at, nanoseconds)),
-            Event::Start(name) => {
-                eprint!(" {name}");
-                during = Some(name);
-            }
-            Event::Done { name, check, runs } => {
-                let expected = *results.checks.entry(name.clone()).or_insert(check);
-                if check == expected {
-                    let runs = runs.into_iter().map(|nanoseconds| nanoseconds as f64 / 1e9);
-                    seconds.entry(name).or_default().extend(runs);
-                } else {
-                    let reason = format!("computed {check:x}, and in another round {expected:x}");
-                    results.failed.insert(name, reason);
-                }
-            }
-            Event::Skip { name, reason } => {
-                results.skipped.insert(name, reason);
-            }
-            Event::Fail { name, reason } => {
-                eprint!(" [{reason}]");
-                results.failed.insert(name, reason);
-            }
-            Event::End => {
-                let kib = watch.and_then(Watch::most_kib);
-                results.memory.extend(kib.map(|kib| kib as f64 / 1024.0));
-                take(results, seconds, &clocks);
-                return Ok(());
-            }
-        }
-    }
-}
-
-/// Adds what was measured to the results, in the host's seconds.
-fn take(results: &mut Results, seconds: BTreeMap<String, Vec<f64>>, clocks: &[(Instant, u64)]) {
-    let mut factor = 1.0;
-    if let [first, .., last] = clocks {
-        let host = (last.0 - first.0).as_secs_f64();
-        let guest = last.1.saturating_sub(first.1) as f64 / 1e9;
-        if host > SHORT && (guest / host - 1.0).abs() > CLOCK_ERROR {
-            factor = host / guest;
-            results.clock.push(guest / host);
-        }
-    }
-    for (name, runs) in seconds {
-        let all = results.seconds.entry(name).or_default();
-        all.extend(runs.iter().map(|run| run * factor));
-    }
 }
 
 /// Fails what a guest computed otherwise than the host.

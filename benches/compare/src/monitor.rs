@@ -3,7 +3,7 @@
 //! Both end when this program does, whatever ends it: nothing is left running that nobody watches.
 
 use std::ffi::OsString;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
@@ -64,6 +64,16 @@ pub(crate) fn main(words: Vec<OsString>) -> Result<ExitCode, Failure> {
     let engine = choose(config.engine, config.level, &host)?;
     println!("@engine {}", engine.kind.name());
     let machine = Machine::start(config, hooks)?;
+    let serial = machine.serial();
+    // Not joined: it may wait for input for as long as this process lives.
+    std::thread::spawn(move || {
+        let mut bytes = [0; 64];
+        while let Ok(count @ 1..) = std::io::stdin().read(&mut bytes) {
+            if !serial.input_all(&bytes[..count]) {
+                break;
+            }
+        }
+    });
     match machine.wait() {
         Outcome::PoweredOff => Ok(ExitCode::SUCCESS),
         other => Err(format!("the machine ended: {other:?}").into()),

@@ -11,8 +11,6 @@ pub(crate) enum Event {
     Init,
     /// The clock of whoever says so, in nanoseconds.
     Clock(u64),
-    /// A workload begins.
-    Start(String),
     /// A workload has run.
     Done {
         name: String,
@@ -27,6 +25,18 @@ pub(crate) enum Event {
     Fail { name: String, reason: String },
     /// That is all.
     End,
+}
+
+impl Event {
+    /// The workload that is over by it, however it ended.
+    pub(crate) fn over(&self) -> Option<&str> {
+        match self {
+            Self::Done { name, .. } | Self::Skip { name, .. } | Self::Fail { name, .. } => {
+                Some(name)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// Reads a line. The kernel's messages go to the same port: those are none, and what stands before ours, because the
@@ -47,7 +57,6 @@ pub(crate) fn parse(line: &str) -> Option<Event> {
     Some(match word {
         "clock" => Event::Clock(rest.parse().ok()?),
         "engine" => Event::Engine(rest.to_owned()),
-        "start" => Event::Start(rest.to_owned()),
         "done" => {
             let mut words = rest.split(' ');
             let (name, check, runs) = (words.next()?, words.next()?, words.next()?);
@@ -84,7 +93,6 @@ mod tests {
         };
         for (line, event) in [
             ("@clock 12\r", Event::Clock(12)),
-            ("@start crc", Event::Start(name())),
             (
                 "@fail crc it ended with signal: 9",
                 fails("it ended with signal: 9"),

@@ -1,9 +1,10 @@
-//! What is compared: the host, trapgate and TCG, as processes whose standard output is read.
+//! What is compared: the host, trapgate and TCG, as processes that are told by their standard input when to
+//! go on, and whose standard output is read.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -109,6 +110,8 @@ pub(crate) fn qemu_version(program: &Path) -> Option<String> {
 /// A process that runs workloads. Dropped, it is ended.
 pub(crate) struct Running {
     child: Child,
+    /// Its standard input: the guest's serial port.
+    input: Option<ChildStdin>,
     pub(crate) begun: Instant,
     events: Receiver<(Instant, Event)>,
     last_words: Arc<Mutex<VecDeque<String>>>,
@@ -129,7 +132,7 @@ impl Running {
         let mut child = Command::new(std::env::current_exe()?)
             .arg(monitor::OPTION)
             .args(words)
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()?;
@@ -160,6 +163,7 @@ impl Running {
             })
         });
         Ok(Self {
+            input: child.stdin.take(),
             child,
             begun,
             events,
@@ -170,6 +174,14 @@ impl Running {
 
     pub(crate) fn process(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Has it run its next workload.
+    pub(crate) fn go(&mut self) {
+        if let Some(input) = &mut self.input {
+            // It may have ended: what comes of it, or does not, says so.
+            let _ = input.write_all(b"\n");
+        }
     }
 
     /// Waits for the next event; gives it with the time at which it came.

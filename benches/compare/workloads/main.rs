@@ -1,8 +1,9 @@
 //! The workloads that trapgate and TCG are compared by: one static program that runs natively and in a guest.
 //!
 //! `workloads all NAME[,NAME…] WORK BUSYBOX SCALE SECONDS` runs each in a process of its own and prints, line by
-//! line: `@clock N` (nanoseconds), `@start NAME`, then one of `@done NAME CHECK NS[,NS…]`, `@skip NAME REASON`,
-//! `@fail NAME REASON`; in the end `@clock N`, `@end`. Sizes are divided by SCALE; SECONDS are what one may take.
+//! line: `@clock N` (nanoseconds), then for each line that it reads one of `@done NAME CHECK NS[,NS…]`,
+//! `@skip NAME REASON`, `@fail NAME REASON`; for one more line `@clock N`, `@end`. Sizes are divided by SCALE; SECONDS
+//! are what one may take.
 
 mod avx2;
 mod bytecode;

@@ -22,9 +22,10 @@ pub(crate) fn main() {
             let rest = [work, busybox, scale, seconds];
             say(format_args!("@clock {}", now()));
             for name in names.split(',').filter(|name| !name.is_empty()) {
-                say(format_args!("@start {name}"));
+                wait();
                 say(one_apart(program, name, &rest));
             }
+            wait();
             say(format_args!("@clock {}", now()));
             say("@end");
         }
@@ -54,6 +55,12 @@ fn say(line: impl Display) {
     if writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
         exit(1);
     }
+}
+
+/// Waits for a line, whatever is in it, if standard input has one.
+fn wait() {
+    // At its end there is nobody who would tell.
+    let _ = std::io::stdin().read_line(&mut String::new());
 }
 
 /// Runs a workload in a process of its own; gives the line with what came of it.
