@@ -1,6 +1,6 @@
 //! A bounded share of the oracle: each encoding in a few cases, the same cases each time. A difference that nobody has met
 //! yet is for a longer run to find, not for a change that has nothing to do with it. `TRAPGATE_ORACLE_SEED` gives other
-//! cases, `TRAPGATE_ORACLE_SECONDS` runs for so long, with more cases of each encoding.
+//! cases, `TRAPGATE_ORACLE_SECONDS` runs for so long, with more cases of each encoding: `.ci/run` does so for a minute.
 
 use std::io::Write;
 use std::time::Duration;
