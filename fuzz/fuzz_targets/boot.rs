@@ -222,17 +222,10 @@ fuzz_target!(|input: Input| {
             return;
         }
     };
-    let written = plan.writes.iter();
-    let written = written.map(|write| (write.address, write.data.len() as u64));
-    let unpacked = plan.unpacking.iter().flat_map(|kernel| &kernel.parts);
-    let unpacked = unpacked.map(|part| (part.address, part.file.end - part.file.start));
-    let mut places: Vec<_> = written
-        .chain(unpacked)
-        .map(|(start, length)| (start, start + length))
-        .collect();
-    places.sort_unstable();
+    let mut places: Vec<_> = plan.places().collect();
+    places.sort_unstable_by_key(|place| (place.start, place.end));
     assert!(
-        places.windows(2).all(|pair| pair[0].1 <= pair[1].0),
+        places.windows(2).all(|pair| pair[0].end <= pair[1].start),
         "{places:x?}"
     );
     match plan.apply(&memory) {

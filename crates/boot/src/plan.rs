@@ -189,6 +189,17 @@ pub struct LoadPlan<'a> {
 }
 
 impl LoadPlan<'_> {
+    /// Where in guest memory the parts lie, in no particular order. No two overlap.
+    pub fn places(&self) -> impl Iterator<Item = Range<u64>> {
+        let written = self.writes.iter();
+        let written = written.map(|write| (write.address, write.data.len() as u64));
+        let unpacked = self.unpacking.iter().flat_map(|kernel| &kernel.parts);
+        let unpacked = unpacked.map(|part| (part.address, part.file.end - part.file.start));
+        written
+            .chain(unpacked)
+            .map(|(start, length)| start..start + length)
+    }
+
     /// Writes everything into `memory`, which is all zeros, and says how to go on. Pages that would stay zero are not
     /// touched.
     ///

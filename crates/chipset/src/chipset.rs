@@ -525,6 +525,12 @@ impl Chipset {
         (self.deadline != u64::MAX).then_some(self.deadline)
     }
 
+    /// When the local APIC timer of vCPU `cpu` is due; `None` while it is not armed. It is one of those of
+    /// [`Self::next_deadline`].
+    pub fn own_deadline(&self, cpu: usize) -> Option<u64> {
+        self.apics.get(cpu)?.timer_deadline()
+    }
+
     fn find_deadline(&self) -> u64 {
         let never = u64::MAX;
         let mut deadline = self

@@ -199,11 +199,13 @@ impl Cpu {
     /// Forgets what was cached of the page of a linear address.
     pub fn forget_page(&mut self, linear: u64) {
         self.tlb.forget_page(linear);
+        self.fetch_epoch = self.fetch_epoch.wrapping_add(1);
     }
 
     /// Forgets all cached translations.
     pub fn forget_translations(&mut self) {
         self.tlb.forget();
+        self.fetch_epoch = self.fetch_epoch.wrapping_add(1);
     }
 
     /// From now on every page's translation is asked for by itself, as [`Self::forget_write_rights`] needs it.

@@ -135,8 +135,8 @@ impl Interpreter {
     #[inline]
     pub(crate) fn execute_block(&mut self) -> Result<(), Stop> {
         let cpu = &mut self.cpu;
-        let place = self.blocks.lookup(cpu)?;
-        let ops = self.blocks.ops(place);
+        self.blocks.find(cpu)?;
+        let ops = self.blocks.ops();
         cpu.end_block = false;
         // Kept here, not in memory: only a block's last instruction goes anywhere else.
         let mut rip = cpu.rip;
@@ -190,8 +190,7 @@ impl Interpreter {
         }
         let single_step = cpu.system_flags & rflags::TF != 0;
         let start = cpu.rip;
-        let place = self.blocks.single(cpu)?;
-        let op = self.blocks.ops(place)[0];
+        let op = self.blocks.single(cpu)?;
         cpu.system_flags &= !rflags::RF;
         // A repeated string instruction that goes on is not to look up after each element for RF's sake.
         cpu.update_attention();

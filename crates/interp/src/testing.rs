@@ -167,6 +167,20 @@ pub(crate) fn long_cpu() -> (Cpu, TestWorld) {
     (cpu, world)
 }
 
+/// An address whose page tables [`map_window`] changes.
+pub(crate) const WINDOW: u64 = 0x4000_0000;
+
+/// Maps the 2 MiB at [`WINDOW`] to those at `frame`, in the tables of [`long_cpu`].
+pub(crate) fn map_window(cpu: &Cpu, frame: u64) {
+    let put = |gpa: u64, value: u64| {
+        cpu.memory
+            .write(gpa, &value.to_le_bytes())
+            .expect("the tables lie in memory");
+    };
+    put(PAGE_TABLES + 0x1000 + 8, (PAGE_TABLES + 0x3000) | 7);
+    put(PAGE_TABLES + 0x3000, frame | 0xe7);
+}
+
 /// Where [`unmap_page`] leaves nothing mapped; what lies before it is.
 pub(crate) const UNMAPPED: u64 = 6 << 21;
 

@@ -19,7 +19,7 @@ use crate::supervisor::{Agenda, Event};
 
 /// Bytes of serial input that wait for the guest.
 const SERIAL_BUFFER: usize = 64 << 10;
-/// The shortest sleep of the timer thread: what a deadline that has passed and yet stays costs.
+/// The shortest sleep until a timer: what a deadline that has passed and yet stays costs.
 const SHORTEST_SLEEP: Duration = Duration::from_micros(20);
 
 struct Cell {
@@ -228,17 +228,39 @@ impl Board {
                 cell = self.wait_timer(cell, None);
                 continue;
             }
-            let now = self.clock.now();
-            cell.chipset.advance(now);
-            self.settle(&mut cell, now);
+            self.fire(&mut cell);
             let deadline = cell.chipset.next_deadline();
             cell.armed = deadline.unwrap_or(u64::MAX);
-            let limit = deadline.map(|deadline| {
-                let left = deadline.saturating_sub(self.clock.now());
-                Duration::from_nanos(left).max(SHORTEST_SLEEP)
-            });
+            let limit = deadline.map(|deadline| self.until(deadline));
             cell = self.wait_timer(cell, limit);
         }
+    }
+
+    /// How long it is until the local APIC timer of a processor is due; `None` if it is not armed, or time stands still.
+    /// A processor that waits for nothing else may sleep so long and then call [`Self::fire_timers`].
+    pub(crate) fn until_own_timer(&self, cpu: usize) -> Option<Duration> {
+        let cell = lock(&self.cell);
+        let deadline = cell.chipset.own_deadline(cpu).filter(|_| cell.running)?;
+        Some(self.until(deadline))
+    }
+
+    /// Fires what is due, as the timer thread would in a moment.
+    pub(crate) fn fire_timers(&self) {
+        let mut cell = lock(&self.cell);
+        if cell.running {
+            self.fire(&mut cell);
+        }
+    }
+
+    fn fire(&self, cell: &mut Cell) {
+        let now = self.clock.now();
+        cell.chipset.advance(now);
+        self.settle(cell, now);
+    }
+
+    fn until(&self, deadline: u64) -> Duration {
+        let left = deadline.saturating_sub(self.clock.now());
+        Duration::from_nanos(left).max(SHORTEST_SLEEP)
     }
 
     fn wait_timer<'a>(

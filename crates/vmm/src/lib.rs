@@ -19,6 +19,7 @@
 //! is held while the host writes output.
 #![forbid(unsafe_code)]
 
+mod alarm;
 mod board;
 mod clock;
 mod config;

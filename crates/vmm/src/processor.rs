@@ -1,11 +1,13 @@
 //! The thread of a processor.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use trapgate_engine::{Costs, Counter, Exit, Signal, Signals, Vcpu};
 use trapgate_x86::{Activity, CpuState};
 
+use crate::alarm::Alarm;
 use crate::board::Board;
 use crate::crew::{Crew, Message, Next};
 use crate::outcome::{ProcessorCounters, ResetCause, TripleFault};
@@ -78,6 +80,8 @@ pub(crate) struct Processor {
     /// Where several processors may not run at once.
     pub(crate) turns: Option<Arc<Turns>>,
     pub(crate) tally: Arc<Tally>,
+    /// For its local APIC's timer, while it is halted.
+    pub(crate) alarm: Alarm,
 }
 
 impl Processor {
@@ -88,6 +92,8 @@ impl Processor {
             crew: Arc::clone(&self.crew),
             index: self.index,
         };
+        // As the timer thread: this one wakes for timers as well.
+        let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1));
         self.work();
     }
 
@@ -121,7 +127,16 @@ impl Processor {
         match exit {
             Exit::Halted => {
                 halts.fetch_add(1, Ordering::Relaxed);
-                self.signals.sleep(None);
+                match self.board.until_own_timer(self.index) {
+                    None => self.signals.sleep(None),
+                    // Left to the timer thread it would take two of the host's wake-ups, one after the other.
+                    Some(limit) => {
+                        self.alarm.sleep(&self.signals, limit);
+                        if !self.signals.any() {
+                            self.board.fire_timers();
+                        }
+                    }
+                }
             }
             Exit::Kicked | Exit::Debug => {
                 kicks.fetch_add(1, Ordering::Relaxed);

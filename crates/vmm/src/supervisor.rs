@@ -314,7 +314,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Has the processors give back the memory of code that is gone: the kernel takes as much while it is unpacked.
+    /// Has the processors give back the memory of code that is gone: what unpacks the kernel needs some now.
     fn forget_code(&self) {
         let (done, all_done) = mpsc::channel();
         for cpu in 0..self.config.cpus as usize {

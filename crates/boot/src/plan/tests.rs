@@ -45,25 +45,13 @@ fn request<'a>(kernel: &'a [u8]) -> Request<'a> {
     }
 }
 
-/// First address of each part of a plan, and the one after its last.
-fn places(plan: &LoadPlan<'_>) -> Vec<(u64, u64)> {
-    let written = plan.writes.iter();
-    let written = written.map(|write| (write.address, write.data.len() as u64));
-    let unpacked = plan.unpacking.iter().flat_map(|kernel| &kernel.parts);
-    let unpacked = unpacked.map(|part| (part.address, part.file.end - part.file.start));
-    written
-        .chain(unpacked)
-        .map(|(start, length)| (start, start + length))
-        .collect()
-}
-
 /// Loads, having checked that the parts of the plan neither overlap nor leave RAM.
 fn loaded(request: &Request<'_>, memory: &GuestMemory) -> Entry {
     let plan = plan(request, memory, &Platform::default()).unwrap();
-    let mut places = places(&plan);
-    places.sort_unstable();
+    let mut places: Vec<_> = plan.places().collect();
+    places.sort_unstable_by_key(|place| (place.start, place.end));
     for pair in places.windows(2) {
-        assert!(pair[0].1 <= pair[1].0, "{places:x?}");
+        assert!(pair[0].end <= pair[1].start, "{places:x?}");
     }
     plan.apply(memory).unwrap()
 }
@@ -529,8 +517,8 @@ fn damaged_kernels_give_errors_or_plans_within_ram_and_never_panic() {
             match plan(&request, &memory, &platform) {
                 Ok(plan) => {
                     planned += 1;
-                    for (_, end) in places(&plan) {
-                        assert!(end <= 32 * MIB, "sample {number}, seed {seed}");
+                    for place in plan.places() {
+                        assert!(place.end <= 32 * MIB, "sample {number}, seed {seed}");
                     }
                     if let Err(error) = plan.apply(&memory) {
                         assert!(matches!(error, BootError::Payload { .. }), "{error}");

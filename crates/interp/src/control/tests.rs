@@ -5,7 +5,8 @@ use trapgate_x86::registers::xcr0;
 
 use super::*;
 use crate::testing::{
-    GP0, PAGE_TABLES, UD, execute, fault, long_cpu, protected_cpu, reset_cpu, set_cpl,
+    GP0, PAGE_TABLES, UD, WINDOW, execute, fault, long_cpu, map_window, protected_cpu, reset_cpu,
+    set_cpl,
 };
 
 const MOV_CR0_EAX: &[u8] = &[0x0f, 0x22, 0xc0];
@@ -23,16 +24,6 @@ const XSETBV: &[u8] = &[0x0f, 0x01, 0xd1];
 const SMSW_EAX: &[u8] = &[0x0f, 0x01, 0xe0];
 const LMSW_AX: &[u8] = &[0x0f, 0x01, 0xf0];
 
-/// An address whose page tables [`remap`] changes.
-const WINDOW: u64 = 0x4000_0000;
-
-/// Maps the 2 MiB at [`WINDOW`] to those at `frame`, in the tables of [`long_cpu`].
-fn remap(cpu: &Cpu, frame: u64) {
-    let put = |gpa: u64, value: u64| cpu.memory.write(gpa, &value.to_le_bytes()).unwrap();
-    put(PAGE_TABLES + 0x1000 + 8, (PAGE_TABLES + 0x3000) | 7);
-    put(PAGE_TABLES + 0x3000, frame | 0xe7);
-}
-
 /// What the CPU loads from [`WINDOW`].
 fn look(cpu: &mut Cpu) -> u64 {
     cpu.regs.gpr[gpr::RSI] = WINDOW;
@@ -46,9 +37,9 @@ fn stale_cpu() -> Cpu {
     let (mut cpu, _) = long_cpu();
     cpu.memory.write(0x20_0000, &1u64.to_le_bytes()).unwrap();
     cpu.memory.write(0x40_0000, &2u64.to_le_bytes()).unwrap();
-    remap(&cpu, 0x20_0000);
+    map_window(&cpu, 0x20_0000);
     assert_eq!(look(&mut cpu), 1);
-    remap(&cpu, 0x40_0000);
+    map_window(&cpu, 0x40_0000);
     assert_eq!(look(&mut cpu), 1, "the translation is cached");
     cpu
 }
@@ -198,7 +189,7 @@ fn cr3_load_drops_translations_unless_told_to_keep_them() {
     };
     go(&mut cpu, 1, false);
     assert_eq!(look(&mut cpu), 2);
-    remap(&cpu, 0x20_0000);
+    map_window(&cpu, 0x20_0000);
     // PCID 2 must not look: the TLB has one place for the address.
     go(&mut cpu, 2, false);
     go(&mut cpu, 1, true);
@@ -263,7 +254,7 @@ fn invpcid_checks_its_type_and_descriptor() {
 #[test]
 fn write_protection_takes_effect_on_cached_rights() {
     let (mut cpu, _) = long_cpu();
-    remap(&cpu, 0x20_0000);
+    map_window(&cpu, 0x20_0000);
     let read_only = 0x20_0000u64 | 0xe5;
     let at = PAGE_TABLES + 0x3000;
     cpu.memory.write(at, &read_only.to_le_bytes()).unwrap();

@@ -17,6 +17,7 @@ use trapgate_virtio::block::SECTOR;
 use trapgate_virtio::{ConsoleHandle, Disk, PortOutput};
 use trapgate_x86::{CpuProfile, CpuState};
 
+use crate::alarm::Alarm;
 use crate::board::Board;
 use crate::clock::{Clock, time_of_day};
 use crate::crew::{Crew, Message};
@@ -356,6 +357,7 @@ impl Machine {
                 crew: Arc::clone(&crew),
                 turns: turns.clone(),
                 tally: Arc::clone(&tallies[index]),
+                alarm: Alarm::default(),
             };
             threads.start("a processor", format!("processor {index}"), || {
                 processor.run()

@@ -278,9 +278,14 @@ fn never_goes_back(guest: &mut InGuest, what: &str) {
 
 /// Timers of a millisecond, on the host and in the guest in turns.
 fn timers(guest: &mut InGuest, host: &mut OnHost, engine: EngineKind) {
-    for kind in ["sleeps", "ticks"] {
+    let kinds = [
+        ("sleeps", "sleeps"),
+        ("prompt", "sleeps without slack"),
+        ("ticks", "ticks"),
+    ];
+    for (word, kind) in kinds {
         for _ in 0..2 {
-            let question = format!("{kind} {TIMERS}");
+            let question = format!("{word} {TIMERS}");
             let there = guest.ask(&question);
             let here = host.ask(&question);
             let us = |ns: i128| ns as f64 / 1e3;
