@@ -12,7 +12,8 @@ use crate::campaign::{Campaign, Course};
 use crate::cases::{Climate, Maker, Piece, landing, target};
 use crate::encodings::{Encoding, Form, Surroundings, encodings, is_prefix, write};
 use crate::engine::Kind;
-use crate::judge::{self, Host, Waiver};
+use crate::host::Host;
+use crate::judge::{self, Waiver};
 use crate::layout::record as at;
 use crate::layout::{CASES, CODE_AT, IN_AT, PAGE, SLOTS, code, data_offset, vector};
 use crate::profile::{Judge, admits, judge as judge_of};
@@ -478,7 +479,7 @@ impl Worker {
             let input = of(&batch.arena[IN_AT..], case);
             for (engine, outcome) in outcomes.enumerate() {
                 let judgement = judge::differences(self.host, Some(piece), input, native, outcome);
-                if judgement.waived.contains(&Waiver::SegmentEnd) {
+                if judgement.open {
                     open.insert(case);
                 }
                 waived.extend(judgement.waived);

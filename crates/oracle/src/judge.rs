@@ -7,34 +7,13 @@ use std::ops::Range;
 use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind, Register};
 use trapgate_x86::registers::{gpr, rflags};
 
+use crate::amd::{self, Way};
 use crate::cases::{Piece, operand_size};
+use crate::host::Host;
 use crate::layout::{record as at, vector};
 use crate::profile::memory_operand;
 use crate::record::{Start, Window, XSAVE_BYTES, quad};
 use crate::undefined::{self, Left, Residue, processor_results};
-
-/// In what hosts are not alike.
-#[derive(Clone, Copy, Debug)]
-pub struct Host {
-    /// FDP and FOP are written when an unmasked exception is raised only, as in the profiles (CPUID.7.0:EBX bit 6).
-    pub fdp_on_exceptions: bool,
-}
-
-impl Host {
-    /// This host.
-    pub fn new() -> Self {
-        let features = std::arch::x86_64::__cpuid_count(7, 0);
-        Self {
-            fdp_on_exceptions: features.ebx >> 6 & 1 != 0,
-        }
-    }
-}
-
-impl Default for Host {
-    fn default() -> Self {
-        Self::new()
-    }
-}
 
 /// First address that is not a program's under Linux with four levels of tables.
 const PROGRAMS_END: u64 = (1 << 47) - 4096;
@@ -72,11 +51,14 @@ pub enum Waiver {
     InUse,
     /// FDP and FOP of a host that writes them where the profile does not (SDM vol. 1, 8.1.8 and 8.1.9).
     LastOperand,
+    /// A host of AMD, which does it otherwise.
+    Amd(Way),
 }
 
 impl fmt::Display for Waiver {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
+            Self::Amd(way) => return write!(formatter, "the host is AMD's: {way}"),
             Self::Flags => "a flag that is undefined differed",
             Self::Result => "a result that is undefined differed",
             Self::Random => "a random number differed",
@@ -101,6 +83,19 @@ pub struct Judgement {
     pub differences: Vec<String>,
     /// Why other differences do not count.
     pub waived: BTreeSet<Waiver>,
+    /// What it wrote to memory is the processor's choice, also where no window shows it.
+    pub open: bool,
+}
+
+impl Judgement {
+    /// Nothing of a case is compared.
+    fn waive(waiver: Waiver) -> Self {
+        Self {
+            waived: BTreeSet::from([waiver]),
+            open: true,
+            ..Self::default()
+        }
+    }
 }
 
 /// What of an outcome counts.
@@ -174,6 +169,9 @@ impl Scope {
                 Left::Stack => Some((stack.wrapping_sub(16), 16)),
             }
             .map(|(at, bytes)| (at, bytes, Waiver::Residue));
+            if wraps(instruction, start) {
+                scope.memory = operand.map(|(at, bytes)| (at, bytes, Waiver::SegmentEnd));
+            }
         }
         if !fault
             && let Some((area, bytes)) = operand
@@ -244,7 +242,7 @@ fn took_more_to_be_in_use(
 const PUSHED: u64 = 40;
 
 /// Where an instruction's memory operand lies, and how many bytes it has.
-fn operand_range(instruction: &Instruction, start: &Start) -> Option<(u64, u64)> {
+pub(crate) fn operand_range(instruction: &Instruction, start: &Start) -> Option<(u64, u64)> {
     let operand = memory_operand(instruction)?;
     let address = instruction.virtual_address(operand, 0, |register, _, _| {
         Some(match register {
@@ -376,21 +374,57 @@ pub fn differences(
     let memory = at::MEMORY + (start.windows[0].length() + start.windows[1].length()) as usize;
     let same = |part: Range<usize>| native[part.clone()] == engine[part];
     if same(0..at::MEMORY) && same(at::MEMORY..memory) {
-        return Judgement::default();
+        return Judgement {
+            open: piece.is_some_and(|piece| stops_at_end(piece, &start, native)),
+            ..Judgement::default()
+        };
     }
-    let scope = Scope::of(piece, &start, native, engine);
+    if !host.is_amd() {
+        return compare(host, piece, &start, native, engine);
+    }
+    let mut settled = native.to_vec();
+    let ways = amd::settle(piece, &start, &mut settled, engine);
+    let mut judgement = compare(host, piece, &start, &settled, engine);
+    judgement.waived.extend(ways.into_iter().map(Waiver::Amd));
+    if let Some(piece) = piece {
+        let other = amd::other_case(piece, &start, native, engine);
+        judgement.open |= other.is_some() || amd::saves_elsewhere(piece, &start);
+        if let Some(way) = other
+            && !judgement.differences.is_empty()
+        {
+            return Judgement::waive(Waiver::Amd(way));
+        }
+    }
+    judgement
+}
+
+/// Whether a case went over the end of a segment of 4 GiB and faulted, perhaps after some of its parts.
+fn stops_at_end(piece: &Piece, start: &Start, native: &[u8]) -> bool {
+    quad(native, at::VECTOR) != vector::NONE && wraps(&piece.instruction, start)
+}
+
+fn compare(
+    host: Host,
+    piece: Option<&Piece>,
+    start: &Start,
+    native: &[u8],
+    engine: &[u8],
+) -> Judgement {
+    let scope = Scope::of(piece, start, native, engine);
     let mut comparison = Comparison {
         native,
         engine,
         found: Judgement::default(),
     };
-    if piece.is_some_and(|piece| wraps(&piece.instruction, &start)) {
+    if let Some(piece) = piece
+        && wraps(&piece.instruction, start)
+    {
         // Some fault, and some go on at the segment's start.
         let refused = |record| matches!(quad(record, at::VECTOR), 12 | 13);
         if refused(native) != refused(engine) {
-            comparison.found.waived.insert(Waiver::SegmentEnd);
-            return comparison.found;
+            return Judgement::waive(Waiver::SegmentEnd);
         }
+        comparison.found.open = stops_at_end(piece, start, native);
     }
     let length_first = quad(native, at::VECTOR) == 13
         && quad(native, at::ERROR) == 0
@@ -453,7 +487,7 @@ pub const REGISTERS: [&str; 16] = [
 ];
 
 /// x87, SSE and AVX state with initial values where a component is not in use.
-fn expanded(record: &[u8]) -> [u8; XSAVE_BYTES] {
+pub(crate) fn expanded(record: &[u8]) -> [u8; XSAVE_BYTES] {
     let mut image = [0; XSAVE_BYTES];
     image.copy_from_slice(&record[at::XSAVE..][..XSAVE_BYTES]);
     let components = image[512];
@@ -587,3 +621,6 @@ pub fn describe(input: &[u8]) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,11 +4,13 @@
 //! machine: the same bytes run natively in a confined child process and in a guest, from the same registers and
 //! memory at the same addresses, and what they leave is compared.
 
+pub mod amd;
 pub mod bench;
 pub mod campaign;
 pub mod cases;
 pub mod encodings;
 pub mod engine;
+pub mod host;
 pub mod images;
 pub mod instructions;
 pub mod judge;

@@ -1,6 +1,6 @@
 //! Runs of instructions that just compute, of all that a profile admits: what programs are filled with.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, Register};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, Register, RflagsBits};
 use trapgate_x86::profile::Level;
 
 use crate::encodings::{Encoding, Form, Surroundings, encodings, write};
@@ -22,6 +22,7 @@ fn is_harmless(instruction: &Instruction) -> bool {
         && !instruction.is_privileged()
         && !instruction.is_string_instruction()
         && !instruction.is_stack_instruction()
+        && !crate::amd::is_prefetch_of_register(instruction.code())
         && !matches!(
             name,
             // Random, or of the kernel.
@@ -195,6 +196,10 @@ impl Computing for Straight {
                     | instruction.rflags_set()
             };
             undefined = undefined & !defined | instruction.rflags_undefined();
+            // The decoder takes a rotation by all bits to leave it alone; the manual does not say so.
+            if matches!(instruction.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) {
+                undefined |= RflagsBits::OF;
+            }
             code.raw(&bytes);
         }
         if undefined != 0 {

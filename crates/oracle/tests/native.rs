@@ -2,7 +2,8 @@
 
 use trapgate_oracle::bench::{Bench, Times, arena};
 use trapgate_oracle::engine::Kind;
-use trapgate_oracle::judge::{Host, differences};
+use trapgate_oracle::host::Host;
+use trapgate_oracle::judge::differences;
 use trapgate_oracle::layout::{self, CODE_AT, IN_AT, PAGE, record as at, vector};
 use trapgate_oracle::native;
 use trapgate_oracle::record::{Start, Window, of_mut, put, quad};
