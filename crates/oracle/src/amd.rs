@@ -19,7 +19,8 @@ use crate::record::{Start, XSAVE_BYTES, quad};
 /// Something that AMD's processors do otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Way {
-    /// FIP, FDP and FOP are saved as 0 while no unmasked exception is pending (vol. 5, "FXSAVE"; vol. 4, "XSAVE").
+    /// FIP, FDP and FOP are saved as 0 while no unmasked exception is pending, and so lost when the host's kernel saves them
+    /// (vol. 5, "FXSAVE"; vol. 4, "XSAVE").
     ErrorPointers,
     /// MXCSR has MM, bit 17, which no Intel processor has (vol. 1, 4.2.2).
     MisalignedMask,
@@ -27,7 +28,7 @@ pub enum Way {
     /// each instruction, "#AC").
     Alignment,
     /// In what order faults of one instruction are found: #AC comes last (vol. 2, "Exception and Interrupt Priorities"), and CMPS
-    /// reads [rSI] first.
+    /// reads what rSI points at first.
     Order,
     /// A near branch with operand size prefix has 16 bits in 64-bit mode too (vol. 3, "JMP (Near)").
     ShortBranch,
@@ -66,6 +67,8 @@ pub enum Way {
     Insert,
     /// XSAVE and XRSTOR ask for the whole area, whatever they save or restore.
     Area,
+    /// VPERMQ and VPERMPD need no VEX.W.
+    Permutation,
     /// LOOPE and LOOPNE take F2 or F3 before them for what says which of the two they are.
     LoopPrefix,
     /// RIP of the #DB that INT1 raises, under a hypervisor that intercepts it.
@@ -104,6 +107,7 @@ impl fmt::Display for Way {
             Self::SystemReturn => "SYSRET is known in compatibility mode",
             Self::Insert => "VPINSRD with VEX.W is no instruction in 32-bit code",
             Self::Area => "XSAVE and XRSTOR ask for more than they access",
+            Self::Permutation => "VPERMQ and VPERMPD need no VEX.W",
             Self::LoopPrefix => "LOOPE and LOOPNE take F2 and F3 for theirs",
             Self::Breakpoint => "INT1 has another RIP",
             Self::Decoding => "what is no instruction is not too long for one",
@@ -165,6 +169,7 @@ fn other_instruction(piece: &Piece) -> Option<Way> {
         (Way::Prefetch, is_prefetch_of_register(code)),
         (Way::SignExtension, code == Code::Movsxd_r16_rm16),
         (Way::Breakpoint, mnemonic == M::Int1),
+        (Way::Permutation, piece.undefined && is_permutation(piece)),
         (Way::PushSelector, pushes_selector),
         (
             Way::LoopPrefix,
@@ -246,6 +251,14 @@ fn other_outcome(piece: &Piece, start: &Start, native: &[u8], engine: &[u8]) -> 
             both_of_memory && (ours == 17 && host != 17 || compares_strings(instruction)),
         ),
     ])
+}
+
+/// Whether bytes are VPERMQ or VPERMPD with VEX.W or without.
+fn is_permutation(piece: &Piece) -> bool {
+    let mut bytes = piece.bytes.iter().skip_while(|byte| is_prefix(**byte));
+    let vex: [u8; 4] = std::array::from_fn(|_| bytes.next().copied().unwrap_or(0));
+    // VEX.256.66.0F3A 00 and 01.
+    vex[0] == 0xc4 && vex[1] & 0x1f == 3 && vex[2] & 7 == 5 && vex[3] <= 1
 }
 
 fn is_near_branch(instruction: &Instruction) -> bool {
@@ -347,7 +360,8 @@ pub fn settle(
     native[at::XSAVE..][..XSAVE_BYTES].copy_from_slice(&image);
     native[at::XSAVE + 512] |= 7;
     let pending = image[2] & 0x80 != 0;
-    if !pending {
+    let lost = image[6..24].iter().all(|byte| *byte == 0);
+    if !pending || lost {
         take(native, at::XSAVE + 6, 18, Way::ErrorPointers);
     }
     let mut masks = vec![at::XSAVE + MM_AT];

@@ -108,7 +108,11 @@ fn x87_pointers_count_on_amd_while_an_exception_is_pending() {
     for record in [&mut outcomes.native, &mut outcomes.engine] {
         record[at::XSAVE + 2] = 0x80;
     }
+    // Those of another instruction, and those that are lost.
+    outcomes.native[at::XSAVE + 8] = 0x13;
     assert_eq!(outcomes.judge(AMD).differences.len(), 1);
+    outcomes.native[at::XSAVE + 8] = 0;
+    assert_eq!(outcomes.judge(AMD).differences.len(), 0);
 }
 
 #[test]
