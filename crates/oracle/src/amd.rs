@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 
-use iced_x86::{Code, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use trapgate_x86::registers::{gpr, rflags};
 
 use crate::cases::Piece;
@@ -67,6 +67,10 @@ pub enum Way {
     Insert,
     /// XSAVE and XRSTOR ask for the whole area, whatever they save or restore.
     Area,
+    /// With FS or GS, an offset that is not canonical faults, whatever the linear address is.
+    Offset,
+    /// A jump led to an instruction that is of these.
+    Elsewhere,
     /// VPERMQ and VPERMPD need no VEX.W.
     Permutation,
     /// LOOPE and LOOPNE take F2 or F3 before them for what says which of the two they are.
@@ -107,6 +111,8 @@ impl fmt::Display for Way {
             Self::SystemReturn => "SYSRET is known in compatibility mode",
             Self::Insert => "VPINSRD with VEX.W is no instruction in 32-bit code",
             Self::Area => "XSAVE and XRSTOR ask for more than they access",
+            Self::Offset => "an offset that is not canonical faults, whatever the base",
+            Self::Elsewhere => "a jump led to an access that faults in another order",
             Self::Permutation => "VPERMQ and VPERMPD need no VEX.W",
             Self::LoopPrefix => "LOOPE and LOOPNE take F2 and F3 for theirs",
             Self::Breakpoint => "INT1 has another RIP",
@@ -243,6 +249,14 @@ fn other_outcome(piece: &Piece, start: &Start, native: &[u8], engine: &[u8]) -> 
             host == 17 && start.flags & rflags::AC != 0 && ours != 17,
         ),
         (
+            Way::Offset,
+            long && matches!(host, 12 | 13) && has_wild_offset(instruction, start),
+        ),
+        (
+            Way::Elsewhere,
+            both_of_memory && !itself(native) && instruction.flow_control() != FlowControl::Next,
+        ),
+        (
             Way::Gather,
             both_of_memory && host != ours && instruction.memory_index().is_vector_register(),
         ),
@@ -251,6 +265,26 @@ fn other_outcome(piece: &Piece, start: &Start, native: &[u8], engine: &[u8]) -> 
             both_of_memory && (ours == 17 && host != 17 || compares_strings(instruction)),
         ),
     ])
+}
+
+/// Whether a segment base leads an offset that is not canonical to an address that may be.
+fn has_wild_offset(instruction: &Instruction, start: &Start) -> bool {
+    let based = matches!(instruction.memory_segment(), Register::FS | Register::GS);
+    let flat = Start {
+        bases: [0; 2],
+        ..start.clone()
+    };
+    let operand = if instruction.is_string_instruction() {
+        Some((start.gpr[gpr::RSI], 8))
+    } else {
+        operand_range(instruction, &flat)
+    };
+    let is_canonical = |address: u64| (address as i64) << 16 >> 16 == address as i64;
+    based
+        && operand.is_some_and(|(offset, bytes)| {
+            let last = offset.wrapping_add(bytes.saturating_sub(1));
+            !is_canonical(offset) || !is_canonical(last)
+        })
 }
 
 /// Whether bytes are VPERMQ or VPERMPD with VEX.W or without.

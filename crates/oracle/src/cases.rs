@@ -840,6 +840,13 @@ impl Making<'_> {
             let components = self.random.next() & self.components;
             self.put_memory(address.wrapping_add(512), &components.to_le_bytes());
             self.put_memory(address.wrapping_add(520), &[0; 56]);
+        } else {
+            // A component that only the host has would be refused in the guest alone; bit 62 has none.
+            let header = address.wrapping_add(512);
+            let components = self.memory(header);
+            if components & !self.components != 0 {
+                self.put_memory(header, &(components | 1 << 62).to_le_bytes());
+            }
         }
     }
 }

@@ -179,6 +179,14 @@ impl Lines {
         String::from_utf8_lossy(&rest).into_owned()
     }
 
+    /// All that has come, for whoever reads why a test failed.
+    pub(crate) fn so_far(&mut self) -> String {
+        while let Ok(piece) = self.pieces.recv_timeout(Duration::from_millis(100)) {
+            self.seen += &String::from_utf8_lossy(&piece);
+        }
+        self.seen.clone()
+    }
+
     /// Whether `text` comes before the end.
     pub(crate) fn comes(&mut self, text: &str) -> bool {
         while !self.seen[self.at..].contains(text) {

@@ -334,7 +334,7 @@ fn shell_on_a_terminal_is_there_again() {
     second.press("while ! stty size | grep -q '^20 90'; do sleep 0.1; done; echo re''sized\r");
     second.screen.expect("resized");
     second.press("exit 5\r");
-    assert_eq!(second.end(), Some(5));
+    assert_eq!(second.end(), Some(5), "{}", second.screen.so_far());
 
     let mut third = place.on_terminal(&format!("restore {}", saved.name()));
     third.screen.expect("Ctrl-] leaves");
