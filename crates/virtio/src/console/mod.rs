@@ -126,7 +126,7 @@ impl Drop for Console {
             input.gone = true;
         });
         for output in &self.outputs {
-            output.visit(Output::reset);
+            output.visit(Output::forget);
         }
         self.room.notify_all();
     }
@@ -183,6 +183,7 @@ impl Device for Console {
         self.input.visit(Input::reset);
         for output in &self.outputs {
             output.visit(Output::reset);
+            output.kick();
         }
     }
 

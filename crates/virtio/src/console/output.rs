@@ -16,6 +16,9 @@ use crate::{Chain, Notifier, PortOutput, ProtocolError, QueuePosition, Virtqueue
 const BATCH: usize = 64 << 10;
 /// Buffers looked at in a step, since a guest may queue empty ones.
 const BUFFERS: usize = 256;
+/// Bytes that are kept of what a queue holds when the guest resets the device: more than Linux queues for a port (128
+/// buffers of 32 KiB).
+const KEPT: usize = 4 << 20;
 
 pub(super) struct Active {
     pub(super) queue: Virtqueue,
@@ -30,6 +33,8 @@ pub(super) struct Output {
     chain: Chain,
     /// How far the buffer in `chain` has been taken, if one is in hand.
     taken: Option<u64>,
+    /// Bytes of a queue that is gone, which the host has yet to get.
+    kept: VecDeque<u8>,
     /// That the guest opened or closed the port, which the host has yet to hear: two at most.
     opened: VecDeque<bool>,
 }
@@ -71,6 +76,8 @@ impl Output {
             active,
             chain,
             taken,
+            // This host's, as the queue that they were in is gone.
+            kept: _,
             // Said again to whoever is there after a restore.
             opened: _,
         } = self;
@@ -118,16 +125,32 @@ impl Output {
         }
     }
 
-    /// Forgets the queue.
+    /// The guest resets the device. What it had queued before was written: a guest that powers off resets its devices
+    /// right after its last words, and does not wait until somebody has read them.
     pub(super) fn reset(&mut self) {
+        let mut batch = Vec::new();
+        for _ in 0..KEPT / BATCH {
+            batch.clear();
+            let gathered = self.gather(&mut batch);
+            let room = KEPT - self.kept.len();
+            self.kept.extend(batch.iter().take(room));
+            if !gathered.is_ok_and(|gathered| gathered.more) {
+                break;
+            }
+        }
+        self.forget();
+    }
+
+    /// Forgets the queue.
+    pub(super) fn forget(&mut self) {
         self.active = None;
         self.taken = None;
     }
 
-    /// Fills `batch`; whether the queue has more.
-    fn gather(&mut self, batch: &mut Vec<u8>) -> Result<bool, ProtocolError> {
+    /// Fills `batch` from the queue.
+    fn gather(&mut self, batch: &mut Vec<u8>) -> Result<Gathered, ProtocolError> {
         let Some(Active { queue, memory, .. }) = &mut self.active else {
-            return Ok(false);
+            return Ok(Gathered::default());
         };
         let mut pushed = false;
         let mut more = true;
@@ -153,11 +176,33 @@ impl Output {
             queue.push(self.chain.head, 0)?;
             pushed = true;
         }
-        if pushed {
-            queue.signal()?;
+        Ok(Gathered { more, pushed })
+    }
+
+    /// Fills `batch`, and tells the guest; whether there is more.
+    fn advance(&mut self, batch: &mut Vec<u8>) -> Result<bool, ProtocolError> {
+        if !self.kept.is_empty() {
+            let bytes = self.kept.len().min(BATCH);
+            batch.extend(self.kept.drain(..bytes));
+            return Ok(true);
+        }
+        let Gathered { more, pushed } = self.gather(batch)?;
+        if let Some(active) = &mut self.active
+            && pushed
+        {
+            active.queue.signal()?;
         }
         Ok(more)
     }
+}
+
+/// What a look at the queue gave.
+#[derive(Default)]
+struct Gathered {
+    /// The queue may have more.
+    more: bool,
+    /// Buffers went back to the guest.
+    pushed: bool,
 }
 
 impl Job for Output {
@@ -165,7 +210,7 @@ impl Job for Output {
 
     fn step(&mut self, host: &mut Host) -> bool {
         host.batch.clear();
-        let more = self.gather(&mut host.batch).unwrap_or_else(|error| {
+        let more = self.advance(&mut host.batch).unwrap_or_else(|error| {
             if let Some(active) = self.active.take() {
                 active.notifier.fail(error);
             }

@@ -414,6 +414,54 @@ fn output_larger_than_a_batch_arrives_whole() {
 }
 
 #[test]
+fn what_was_queued_before_a_reset_is_written() {
+    let ((reached, arrivals), (let_go, go_on)) = (channel(), channel());
+    let console = Console::new(vec![port("", true, Gate { reached, go_on })]).unwrap();
+    let handle = console.handle();
+    let mut driver = Driver::new(console);
+    driver.start(0);
+    driver.memory.write(BUFFERS, b"first last words").unwrap();
+    driver.send(1, 0, &[(BUFFERS, 6, false)]);
+    assert_eq!(arrivals.recv().unwrap(), b"first ");
+    // The thread is in the middle of a write, as one that has no processor.
+    driver.send(1, 1, &[(BUFFERS + 6, 5, false)]);
+    driver.send(1, 2, &[(BUFFERS + 11, 5, false)]);
+    driver.bus.reset();
+    // What the guest makes of its memory then is nothing to it.
+    driver.memory.write(BUFFERS, &[b'?'; 16]).unwrap();
+    let_go.send(()).unwrap();
+    assert_eq!(arrivals.recv().unwrap(), b"last words");
+    let_go.send(()).unwrap();
+    assert!(handle.drain(PATIENCE));
+}
+
+#[test]
+fn reset_keeps_so_much_and_no_more() {
+    let ((reached, arrivals), (let_go, go_on)) = (channel(), channel());
+    let console = Console::new(vec![port("", true, Gate { reached, go_on })]).unwrap();
+    let handle = console.handle();
+    let mut driver = Driver::new(console);
+    driver.start(0);
+    driver.send(1, 0, &[(BUFFERS, 1, false)]);
+    assert_eq!(arrivals.recv().unwrap().len(), 1);
+    // A buffer is as large as a guest says; here each of three is more than half of what is kept.
+    const LARGE: u32 = 3 << 20;
+    for index in 1..4 {
+        driver.send(1, index, &[(0, LARGE, false)]);
+    }
+    driver.bus.reset();
+    let mut kept = 0;
+    while kept < 4 << 20 {
+        let_go.send(()).unwrap();
+        kept += arrivals.recv_timeout(PATIENCE).unwrap().len();
+    }
+    assert_eq!(kept, 4 << 20);
+    let_go.send(()).unwrap();
+    assert!(handle.drain(PATIENCE));
+    assert!(arrivals.try_recv().is_err());
+}
+
+#[test]
 fn reboot_starts_over_and_keeps_unread_input() {
     let mut guest = Guest::new();
     guest.bring_up(1, 2);
