@@ -14,7 +14,7 @@ use crate::cases::Piece;
 use crate::encodings::is_prefix;
 use crate::judge::{expanded, operand_range};
 use crate::layout::{record as at, vector};
-use crate::record::{Start, XSAVE_BYTES, quad};
+use crate::record::{Start, XSAVE_BYTES, put, quad};
 
 /// Something that AMD's processors do otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -415,6 +415,27 @@ pub fn settle(
     }
     // No processor of a profile would have taken it.
     native[at::XSAVE + MM_AT - 4] &= !MM;
+    ways
+}
+
+/// Gives the outcome of a program that ended by a fault of a comparison of strings what is otherwise on AMD's processors.
+pub fn settle_comparison(native: &[u8], engine: &mut [u8]) -> Vec<Way> {
+    let both_of_memory =
+        is_of_memory(quad(native, at::VECTOR)) && is_of_memory(quad(engine, at::VECTOR));
+    let mut ways = Vec::new();
+    let mut take = |at: usize, bits: u64, way: Way| {
+        let (host, ours) = (quad(native, at), quad(engine, at));
+        if (host ^ ours) & bits != 0 {
+            put(engine, at, ours & !bits | host & bits);
+            ways.push(way);
+        }
+    };
+    take(at::FLAGS, rflags::ARITHMETIC, Way::StringFlags);
+    if both_of_memory {
+        for part in [at::VECTOR, at::ADDRESS, at::ERROR] {
+            take(part, u64::MAX, Way::Order);
+        }
+    }
     ways
 }
 

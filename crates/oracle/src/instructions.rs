@@ -438,6 +438,9 @@ fn work(shared: &Shared<'_>) -> Result<(), OracleError> {
     Ok(())
 }
 
+/// A difference: on which engine, in which case, and what.
+type Found = (usize, usize, Vec<String>);
+
 impl Worker {
     fn judge(
         &mut self,
@@ -450,7 +453,7 @@ impl Worker {
         self.bench.stand_ins.clone_from(&batch.stand_ins);
         self.bench.run(&mut batch.arena, cases, 0, cases, times)?;
         let begun = Instant::now();
-        let mut found: Vec<(usize, usize, Vec<String>)> = Vec::new();
+        let mut found = Vec::new();
         let (mut faults, mut unjudged) = (0, 0);
         let mut covered = Vec::new();
         let mut waived = Vec::new();
@@ -489,7 +492,11 @@ impl Worker {
             }
         }
         covered.dedup();
-        self.compare_data(batch, &open, &mut found, times)?;
+        let suspects = self.differing_data()?;
+        if !open.is_empty() {
+            found = self.again(batch, &found, times)?;
+        }
+        self.compare_data(batch, suspects, &open, &mut found, times)?;
         times.comparing += begun.elapsed();
         let Ok(mut guard) = shared.report.lock() else {
             return Ok(());
@@ -570,16 +577,44 @@ impl Worker {
         Ok(())
     }
 
-    /// Compares memory that no window showed, finds the case that made it different, and clears it.
+    /// What of differences remains if each case begins with memory that no other has written: what an open one did to it
+    /// is not compared, and another may read it.
+    fn again(
+        &mut self,
+        batch: &mut Batch,
+        found: &[Found],
+        times: &mut Times,
+    ) -> Result<Vec<Found>, OracleError> {
+        let cases = batch.cases.len();
+        let mut remaining = Vec::new();
+        for &(engine, case, _) in found {
+            self.bench.run(&mut batch.arena, cases, case, 1, times)?;
+            let (piece, _) = &batch.pieces[batch.cases[case]];
+            let input = of(&batch.arena[IN_AT..], case);
+            let (native, mut outcomes) = self.bench.outcome(case);
+            let Some(outcome) = outcomes.nth(engine) else {
+                continue;
+            };
+            let lines = judge::differences(self.host, Some(piece), input, native, outcome);
+            drop(outcomes);
+            if !lines.differences.is_empty() {
+                remaining.push((engine, case, lines.differences));
+            }
+            self.differing_data()?;
+        }
+        Ok(remaining)
+    }
+
+    /// Finds the case that made memory different that no window shows, and clears it.
     fn compare_data(
         &mut self,
         batch: &mut Batch,
+        mut suspects: Vec<(usize, String)>,
         open: &BTreeSet<usize>,
-        found: &mut Vec<(usize, usize, Vec<String>)>,
+        found: &mut Vec<Found>,
         times: &mut Times,
     ) -> Result<(), OracleError> {
         let cases = batch.cases.len();
-        let mut suspects = self.differing_data()?;
         if !suspects.is_empty() && found.is_empty() {
             // Each case alone shows which.
             for case in 0..cases {
@@ -607,6 +642,7 @@ impl Worker {
         Ok(())
     }
 
+    /// Compares memory that no window shows, and clears it.
     fn differing_data(&mut self) -> Result<Vec<(usize, String)>, OracleError> {
         let mut lines = Vec::new();
         for page in [0, 1, 3] {
