@@ -242,7 +242,10 @@ fn other_outcome(piece: &Piece, start: &Start, native: &[u8], engine: &[u8]) -> 
         ),
         (
             Way::Area,
-            (is_save(instruction) || restores) && is_of_memory(host) && ours == vector::NONE,
+            (is_save(instruction) || restores)
+                && is_of_memory(host)
+                && itself(native)
+                && !itself(engine),
         ),
         (
             Way::Alignment,

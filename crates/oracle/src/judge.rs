@@ -109,10 +109,30 @@ struct Scope {
     memory: Option<(u64, u64, Waiver)>,
     /// It may be an x87 instruction's address that the x87 pointers hold.
     x87: bool,
-    /// It faults, and which of several faults it is is the processor's choice, of a part that is at most so far away.
-    parts: Option<(u64, Waiver)>,
+    /// It faults, and which of several faults it is is the processor's choice.
+    parts: Option<Parts>,
     /// What a fault leaves.
     residue: Residue,
+}
+
+/// An access of several parts, each of which may fault.
+#[derive(Clone, Copy)]
+struct Parts {
+    /// So many lie from the first to the last.
+    bytes: u64,
+    /// Offsets have 16 bits: parts over their end lie at the segment's start.
+    short: bool,
+    waiver: Waiver,
+}
+
+impl Parts {
+    /// Whether two addresses may be of one access.
+    fn reach(self, addresses: [u64; 2]) -> bool {
+        let distance = addresses[0].wrapping_sub(addresses[1]);
+        let within = |distance: u64| distance < self.bytes;
+        within((distance as i32).unsigned_abs().into())
+            || self.short && within((distance as i16).unsigned_abs().into())
+    }
 }
 
 impl Scope {
@@ -198,11 +218,16 @@ impl Scope {
                     || records
                         .iter()
                         .any(|record| quad(record, at::ADDRESS) >> 4 == 0xfff_ffff));
-            scope.parts = if wraps(instruction, start) || at_end {
-                Some((bytes, Waiver::SegmentEnd))
+            let waiver = if wraps(instruction, start) || at_end {
+                Some(Waiver::SegmentEnd)
             } else {
-                undefined::order(instruction).then_some((bytes, Waiver::Parts))
+                undefined::order(instruction).then_some(Waiver::Parts)
             };
+            scope.parts = waiver.map(|waiver| Parts {
+                bytes,
+                short: has_short_address(instruction),
+                waiver,
+            });
         }
         scope
     }
@@ -268,6 +293,13 @@ pub(crate) fn operand_range(instruction: &Instruction, start: &Start) -> Option<
     Some((address, operand_size(instruction)))
 }
 
+/// Whether the offset of an instruction's memory operand has 16 bits.
+fn has_short_address(instruction: &Instruction) -> bool {
+    let parts = [instruction.memory_base(), instruction.memory_index()];
+    parts.iter().any(|register| register.size() == 2)
+        || parts == [Register::None; 2] && instruction.memory_displ_size() == 2
+}
+
 /// Two outcomes side by side.
 struct Comparison<'a> {
     native: &'a [u8],
@@ -329,26 +361,25 @@ impl Comparison<'_> {
     }
 
     /// Vector, error code and address.
-    fn fault(&mut self, parts: Option<(u64, Waiver)>) {
+    fn fault(&mut self, parts: Option<Parts>) {
         let kinds = [self.native, self.engine].map(|record| quad(record, at::VECTOR));
         let addresses = [self.native, self.engine].map(|record| quad(record, at::ADDRESS));
-        if let Some((_, waiver)) = parts
+        if let Some(parts) = parts
             && kinds[0] != kinds[1]
         {
-            self.found.waived.insert(waiver);
+            self.found.waived.insert(parts.waiver);
             return;
         }
         self.word("vector", at::VECTOR);
         let page_fault = kinds[0] == 14;
-        let distance = addresses[0].wrapping_sub(addresses[1]) as i32;
-        if let Some((bytes, waiver)) = parts
+        if let Some(parts) = parts
             && page_fault
             && addresses[0] != addresses[1]
-            && u64::from(distance.unsigned_abs()) < bytes
+            && parts.reach(addresses)
         {
             // Parts on two pages, of which one may be there and not be writable.
-            self.masked("error code", at::ERROR, 1, waiver);
-            self.found.waived.insert(waiver);
+            self.masked("error code", at::ERROR, 1, parts.waiver);
+            self.found.waived.insert(parts.waiver);
             return;
         }
         self.word("address", at::ADDRESS);

@@ -159,3 +159,41 @@ fn flags_of_a_comparison_of_strings_count_unless_it_faults_on_amd() {
         assert_eq!(outcomes.judge(INTEL).differences.len(), 1);
     }
 }
+
+#[test]
+fn parts_beyond_the_end_of_short_addresses_are_of_one_access() {
+    let start = Start {
+        compatibility: true,
+        bases: [layout::data(0), 0],
+        ..Start::default()
+    };
+    // xsave fs:[di], and with an offset of 32 bits.
+    let short = [0x64, 0x67, 0x0f, 0xae, 0x25];
+    let long = [0x64, 0x0f, 0xae, 0x27];
+    for (bytes, beyond, differences) in [
+        (&short[..], 0x100, 0),
+        (&short, 0x1000, 1),
+        (&long, 0x100, 1),
+    ] {
+        let mut outcomes = Outcomes::new(piece(bytes, 32), &start, [14; 2]);
+        put(&mut outcomes.native, at::ADDRESS, layout::data(0) + 0xff00);
+        put(&mut outcomes.engine, at::ADDRESS, layout::data(0) + beyond);
+        let judgement = outcomes.judge(INTEL);
+        assert_eq!(judgement.differences.len(), differences, "{bytes:02x?}");
+    }
+}
+
+#[test]
+fn restore_that_asks_for_more_on_amd_may_be_followed_by_a_fault() {
+    let start = Start::default();
+    // xrstor [rdi]
+    let restore = piece(&[0x0f, 0xae, 0x2f], 64);
+    let end = restore.ip + 3;
+    let mut outcomes = Outcomes::new(restore, &start, [14; 2]);
+    put(&mut outcomes.engine, at::RIP, end);
+    put(&mut outcomes.engine, at::ADDRESS, end);
+    put(&mut outcomes.native, at::ADDRESS, layout::data(0));
+    let waiver = Waiver::Amd(Way::Area);
+    assert_eq!(outcomes.judge(AMD).waived, BTreeSet::from([waiver]));
+    assert_ne!(outcomes.judge(INTEL).differences.len(), 0);
+}
