@@ -450,8 +450,9 @@ fn compare(
     if let Some(piece) = piece
         && wraps(&piece.instruction, start)
     {
-        // Some fault, and some go on at the segment's start.
-        let refused = |record| matches!(quad(record, at::VECTOR), 12 | 13);
+        // Some fault, and some go on at the segment's start. What they find there may be a selector that is refused.
+        let refused =
+            |record| matches!(quad(record, at::VECTOR), 12 | 13) && quad(record, at::ERROR) == 0;
         if refused(native) != refused(engine) {
             return Judgement::waive(Waiver::SegmentEnd);
         }

@@ -197,3 +197,23 @@ fn restore_that_asks_for_more_on_amd_may_be_followed_by_a_fault() {
     assert_eq!(outcomes.judge(AMD).waived, BTreeSet::from([waiver]));
     assert_ne!(outcomes.judge(INTEL).differences.len(), 0);
 }
+
+#[test]
+fn access_over_the_end_of_a_segment_may_find_a_selector_that_is_refused() {
+    let mut start = Start {
+        compatibility: true,
+        ..Start::default()
+    };
+    // lds ebp, fs:[ecx], whose selector lies at 4 GiB.
+    start.gpr[gpr::RCX] = 0xffff_fffc;
+    let mut outcomes = Outcomes::new(piece(&[0x64, 0xc5, 0x29], 32), &start, [13, 13]);
+    put(&mut outcomes.native, at::ERROR, 0x8c);
+    let judgement = outcomes.judge(INTEL);
+    assert_eq!(judgement.waived, BTreeSet::from([Waiver::SegmentEnd]));
+    assert_eq!(judgement.differences.len(), 0);
+
+    start.gpr[gpr::RCX] = 0x1000;
+    let mut outcomes = Outcomes::new(piece(&[0x64, 0xc5, 0x29], 32), &start, [13, 13]);
+    put(&mut outcomes.native, at::ERROR, 0x8c);
+    assert_eq!(outcomes.judge(INTEL).differences.len(), 1);
+}
