@@ -463,7 +463,7 @@ fn settle_instruction(
             }
         }
     }
-    let gathers = instruction.memory_index().is_vector_register();
+    let gathers = instruction.memory_index().is_vector_register() && instruction.op_count() == 3;
     if gathers && fault {
         let mask = instruction.op_register(2).number();
         for part in [160, 576] {
