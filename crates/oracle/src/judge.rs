@@ -32,7 +32,8 @@ pub enum Waiver {
     /// Which of the faults of an access in several parts comes, and of which part (SDM vol. 3A, 7.9: in what order
     /// faults of one instruction are found is not architectural; vol. 2, FXSAVE and XSAVE, "#AC").
     Parts,
-    /// Whether an access faults that goes over the end of a segment of 4 GiB (SDM vol. 3A, 6.3: implementation-specific).
+    /// Whether an access faults that goes over the end of a segment of 4 GiB (SDM vol. 3A, 6.3: implementation-specific), and
+    /// so how much of it is done when it does.
     SegmentEnd,
     /// Whether bytes that are no instruction are too long for one, too: both are faults of decoding, among which there is no
     /// order (SDM vol. 3A, 6.9, table 6-2).
@@ -189,9 +190,6 @@ impl Scope {
                 Left::Stack => Some((stack.wrapping_sub(16), 16)),
             }
             .map(|(at, bytes)| (at, bytes, Waiver::Residue));
-            if wraps(instruction, start) {
-                scope.memory = operand.map(|(at, bytes)| (at, bytes, Waiver::SegmentEnd));
-            }
         }
         if !fault
             && let Some((area, bytes)) = operand
@@ -218,7 +216,7 @@ impl Scope {
                     || records
                         .iter()
                         .any(|record| quad(record, at::ADDRESS) >> 4 == 0xfff_ffff));
-            let waiver = if wraps(instruction, start) || at_end {
+            let waiver = if at_end {
                 Some(Waiver::SegmentEnd)
             } else {
                 undefined::order(instruction).then_some(Waiver::Parts)
@@ -406,7 +404,7 @@ pub fn differences(
     let same = |part: Range<usize>| native[part.clone()] == engine[part];
     if same(0..at::MEMORY) && same(at::MEMORY..memory) {
         return Judgement {
-            open: piece.is_some_and(|piece| stops_at_end(piece, &start, native)),
+            open: piece.is_some_and(|piece| stops_at_end(piece, &start, &[native])),
             ..Judgement::default()
         };
     }
@@ -429,9 +427,11 @@ pub fn differences(
     judgement
 }
 
-/// Whether a case went over the end of a segment of 4 GiB and faulted, perhaps after some of its parts.
-fn stops_at_end(piece: &Piece, start: &Start, native: &[u8]) -> bool {
-    quad(native, at::VECTOR) != vector::NONE && wraps(&piece.instruction, start)
+/// Whether a case goes over the end of a segment of 4 GiB and faults by one of these outcomes, before or after some of its
+/// parts; or goes on at the segment's start and finds a selector there that is refused.
+fn stops_at_end(piece: &Piece, start: &Start, outcomes: &[&[u8]]) -> bool {
+    let faults = |record: &&[u8]| matches!(quad(record, at::VECTOR), 12 | 13 | 14 | 17);
+    outcomes.iter().any(faults) && wraps(&piece.instruction, start)
 }
 
 fn compare(
@@ -441,23 +441,15 @@ fn compare(
     native: &[u8],
     engine: &[u8],
 ) -> Judgement {
+    if piece.is_some_and(|piece| stops_at_end(piece, start, &[native, engine])) {
+        return Judgement::waive(Waiver::SegmentEnd);
+    }
     let scope = Scope::of(piece, start, native, engine);
     let mut comparison = Comparison {
         native,
         engine,
         found: Judgement::default(),
     };
-    if let Some(piece) = piece
-        && wraps(&piece.instruction, start)
-    {
-        // Some fault, and some go on at the segment's start. What they find there may be a selector that is refused.
-        let refused =
-            |record| matches!(quad(record, at::VECTOR), 12 | 13) && quad(record, at::ERROR) == 0;
-        if refused(native) != refused(engine) {
-            return Judgement::waive(Waiver::SegmentEnd);
-        }
-        comparison.found.open = stops_at_end(piece, start, native);
-    }
     let length_first = quad(native, at::VECTOR) == 13
         && quad(native, at::ERROR) == 0
         && quad(engine, at::VECTOR) == 6;

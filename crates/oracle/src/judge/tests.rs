@@ -77,7 +77,7 @@ fn over_the_end(vectors: [u64; 2]) -> Outcomes {
 }
 
 #[test]
-fn what_was_written_before_a_fault_over_the_end_of_a_segment_is_open() {
+fn what_was_done_before_a_fault_over_the_end_of_a_segment_is_open() {
     assert!(over_the_end([13, 13]).judge(INTEL).open);
     assert!(!over_the_end([vector::NONE; 2]).judge(INTEL).open);
 
@@ -87,6 +87,13 @@ fn what_was_written_before_a_fault_over_the_end_of_a_segment_is_open() {
     let judgement = outcomes.judge(INTEL);
     assert_eq!(judgement.differences, Vec::<String>::new());
     assert_eq!(judgement.waived, BTreeSet::from([Waiver::SegmentEnd]));
+    assert!(judgement.open);
+
+    // As much of a state that is restored.
+    let mut outcomes = over_the_end([13, 14]);
+    outcomes.native[at::XSAVE + 160] = 0x7f;
+    let judgement = outcomes.judge(INTEL);
+    assert_eq!(judgement.differences, Vec::<String>::new());
     assert!(judgement.open);
 
     // Without a fault it counts.
