@@ -12,7 +12,7 @@ use trapgate_x86::registers::{gpr, rflags};
 
 use crate::cases::Piece;
 use crate::encodings::is_prefix;
-use crate::judge::{expanded, operand_range};
+use crate::judge::{expanded, is_of_memory, operand_range};
 use crate::layout::{record as at, vector};
 use crate::record::{Start, XSAVE_BYTES, put, quad};
 
@@ -120,11 +120,6 @@ impl fmt::Display for Way {
             Self::Gather => "a gather that faults leaves more as it was",
         })
     }
-}
-
-/// Whether a vector is of a fault of memory: #SS, #GP, #PF, #AC.
-fn is_of_memory(vector: u64) -> bool {
-    matches!(vector, 12 | 13 | 14 | 17)
 }
 
 fn has_prefix(piece: &Piece, wanted: u8) -> bool {
@@ -463,6 +458,7 @@ fn settle_instruction(
             }
         }
     }
+    // With two operands they are of AVX-512, and no instructions here.
     let gathers = instruction.memory_index().is_vector_register() && instruction.op_count() == 3;
     if gathers && fault {
         let mask = instruction.op_register(2).number();

@@ -873,7 +873,7 @@ pub(crate) fn operand_size(instruction: &Instruction) -> u64 {
 }
 
 /// Bits of the addresses that an instruction computes.
-fn address_bits(instruction: &Instruction, bits: u32) -> u32 {
+pub(crate) fn address_bits(instruction: &Instruction, bits: u32) -> u32 {
     let register = match instruction.memory_base() {
         Register::None => instruction.memory_index(),
         register => register,

@@ -8,7 +8,7 @@ use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind, Register};
 use trapgate_x86::registers::{gpr, rflags};
 
 use crate::amd::{self, Way};
-use crate::cases::{Piece, operand_size};
+use crate::cases::{Piece, address_bits, operand_size};
 use crate::host::Host;
 use crate::layout::{record as at, vector};
 use crate::profile::memory_operand;
@@ -77,6 +77,11 @@ impl fmt::Display for Waiver {
     }
 }
 
+/// Whether a vector is of a fault of memory: #SS, #GP, #PF, #AC.
+pub(crate) fn is_of_memory(vector: u64) -> bool {
+    matches!(vector, 12 | 13 | 14 | 17)
+}
+
 /// What came of a comparison.
 #[derive(Clone, Debug, Default)]
 pub struct Judgement {
@@ -112,6 +117,9 @@ struct Scope {
     x87: bool,
     /// It faults, and which of several faults it is is the processor's choice.
     parts: Option<Parts>,
+    /// It faults over the end of a segment of 4 GiB: by which fault, and what of its operand or of the XSAVE image is
+    /// changed by then, is the processor's choice.
+    over_end: bool,
     /// What a fault leaves.
     residue: Residue,
 }
@@ -146,6 +154,7 @@ impl Scope {
             memory: None,
             x87: true,
             parts: None,
+            over_end: false,
             residue: Residue::default(),
         };
         let Some(piece) = piece else {
@@ -190,6 +199,10 @@ impl Scope {
                 Left::Stack => Some((stack.wrapping_sub(16), 16)),
             }
             .map(|(at, bytes)| (at, bytes, Waiver::Residue));
+            scope.over_end = stops_at_end(piece, start, &[native]);
+            if scope.over_end {
+                scope.memory = operand.map(|(at, bytes)| (at, bytes, Waiver::SegmentEnd));
+            }
         }
         if !fault
             && let Some((area, bytes)) = operand
@@ -206,7 +219,7 @@ impl Scope {
         let records = [native, engine];
         if records
             .iter()
-            .all(|record| matches!(quad(record, at::VECTOR), 12 | 13 | 14 | 17))
+            .all(|record| is_of_memory(quad(record, at::VECTOR)))
         {
             let bytes = operand.map_or(0, |(_, bytes)| bytes).max(PUSHED);
             let pushes_over_end = instruction.is_stack_instruction()
@@ -223,7 +236,7 @@ impl Scope {
             };
             scope.parts = waiver.map(|waiver| Parts {
                 bytes,
-                short: has_short_address(instruction),
+                short: address_bits(instruction, piece.bits) == 16,
                 waiver,
             });
         }
@@ -291,13 +304,6 @@ pub(crate) fn operand_range(instruction: &Instruction, start: &Start) -> Option<
     Some((address, operand_size(instruction)))
 }
 
-/// Whether the offset of an instruction's memory operand has 16 bits.
-fn has_short_address(instruction: &Instruction) -> bool {
-    let parts = [instruction.memory_base(), instruction.memory_index()];
-    parts.iter().any(|register| register.size() == 2)
-        || parts == [Register::None; 2] && instruction.memory_displ_size() == 2
-}
-
 /// Two outcomes side by side.
 struct Comparison<'a> {
     native: &'a [u8],
@@ -359,7 +365,12 @@ impl Comparison<'_> {
     }
 
     /// Vector, error code and address.
-    fn fault(&mut self, parts: Option<Parts>) {
+    fn fault(&mut self, scope: &Scope) {
+        if scope.over_end {
+            self.found.waived.insert(Waiver::SegmentEnd);
+            return;
+        }
+        let parts = scope.parts;
         let kinds = [self.native, self.engine].map(|record| quad(record, at::VECTOR));
         let addresses = [self.native, self.engine].map(|record| quad(record, at::ADDRESS));
         if let Some(parts) = parts
@@ -430,7 +441,7 @@ pub fn differences(
 /// Whether a case goes over the end of a segment of 4 GiB and faults by one of these outcomes, before or after some of its
 /// parts; or goes on at the segment's start and finds a selector there that is refused.
 fn stops_at_end(piece: &Piece, start: &Start, outcomes: &[&[u8]]) -> bool {
-    let faults = |record: &&[u8]| matches!(quad(record, at::VECTOR), 12 | 13 | 14 | 17);
+    let faults = |record: &&[u8]| is_of_memory(quad(record, at::VECTOR));
     outcomes.iter().any(faults) && wraps(&piece.instruction, start)
 }
 
@@ -441,14 +452,24 @@ fn compare(
     native: &[u8],
     engine: &[u8],
 ) -> Judgement {
-    if piece.is_some_and(|piece| stops_at_end(piece, start, &[native, engine])) {
+    // Some fault at it, and some go on at the segment's start.
+    let stays = |piece: &Piece, record| {
+        is_of_memory(quad(record, at::VECTOR)) && quad(record, at::RIP) == piece.ip
+    };
+    if let Some(piece) = piece
+        && stops_at_end(piece, start, &[native, engine])
+        && !(stays(piece, native) && stays(piece, engine))
+    {
         return Judgement::waive(Waiver::SegmentEnd);
     }
     let scope = Scope::of(piece, start, native, engine);
     let mut comparison = Comparison {
         native,
         engine,
-        found: Judgement::default(),
+        found: Judgement {
+            open: scope.over_end,
+            ..Judgement::default()
+        },
     };
     let length_first = quad(native, at::VECTOR) == 13
         && quad(native, at::ERROR) == 0
@@ -456,7 +477,7 @@ fn compare(
     if length_first && piece.is_some_and(|piece| piece.undefined) {
         comparison.found.waived.insert(Waiver::Decoding);
     } else {
-        comparison.fault(scope.parts);
+        comparison.fault(&scope);
     }
     comparison.word("RIP", at::RIP);
     comparison.masked("RFLAGS", at::FLAGS, scope.flags.0, scope.flags.1);
@@ -539,7 +560,7 @@ fn by_number(image: &mut [u8; XSAVE_BYTES]) {
 impl Comparison<'_> {
     fn vectors(&mut self, host: Host, scope: &Scope) {
         let images = at::XSAVE..at::MEMORY;
-        if self.native[images.clone()] == self.engine[images] {
+        if scope.over_end || self.native[images.clone()] == self.engine[images] {
             return;
         }
         let residue = scope.residue;

@@ -96,6 +96,11 @@ fn what_was_done_before_a_fault_over_the_end_of_a_segment_is_open() {
     assert_eq!(judgement.differences, Vec::<String>::new());
     assert!(judgement.open);
 
+    // Registers stay as they were.
+    let mut outcomes = over_the_end([13, 14]);
+    outcomes.native[at::GPR] = 0x7f;
+    assert_eq!(outcomes.judge(INTEL).differences.len(), 1);
+
     // Without a fault it counts.
     let mut outcomes = over_the_end([vector::NONE; 2]);
     outcomes.native[at::MEMORY] = 0x7f;
